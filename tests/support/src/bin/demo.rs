@@ -1,0 +1,3 @@
+//! The story of one node, told by the agent itself.
+
+fn main() {}
