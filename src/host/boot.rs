@@ -1,0 +1,244 @@
+//! Boot facts: what the kernel and the file system say without asking any daemon. Reads only.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nix::sys::statvfs::statvfs;
+use nix::sys::utsname::uname;
+use serde::Deserialize;
+
+use crate::model::{BootId, printable};
+
+/// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
+const MAX_CONFIG: u64 = 16 << 20;
+/// Largest of the small files read, in bytes.
+const MAX_SMALL: u64 = 64 << 10;
+/// MCS puts the first annotations here through Ignition; the MCD renames the file once it has applied them.
+const FIRST_BOOT: &str = "etc/machine-config-daemon/node-annotations.json";
+/// Where MCO's image build leaves the rendered config, in the pristine copy of `/etc`: the live one may be a stale
+/// leftover of the MCD.
+const RENDERED_CONFIG: &str = "usr/etc/machine-config-daemon/currentconfig";
+
+/// Reads at most `limit` bytes of a regular file; a longer one is an error, not a truncation.
+///
+/// # Errors
+/// The usual, and `InvalidData` for a file that is longer or not regular.
+pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > limit {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn read_text(path: &Path) -> io::Result<String> {
+    String::from_utf8(read_bounded(path, MAX_SMALL)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// The file system the agent looks at: `/`, or a tree that stands in for it.
+#[derive(Clone, Debug)]
+pub struct Root(PathBuf);
+
+impl Root {
+    /// Production passes `/`.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// `path`, given without leading slash, below the root.
+    #[must_use]
+    pub fn join(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.0.join(path)
+    }
+
+    /// Whether the machine was booted from an ostree deployment.
+    #[must_use]
+    pub fn is_image_mode(&self) -> bool {
+        self.join("run/ostree-booted").exists()
+    }
+
+    /// This boot's id.
+    ///
+    /// # Errors
+    /// When `/proc` is not readable or holds no such id.
+    pub fn boot_id(&self) -> io::Result<BootId> {
+        let text = read_text(&self.join("proc/sys/kernel/random/boot_id"))?;
+        let text = text.trim();
+        if text.is_empty() || text.len() > 64 || !text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "boot_id is not a UUID"));
+        }
+        Ok(BootId(text.to_owned()))
+    }
+
+    /// Milliseconds since the kernel started.
+    ///
+    /// # Errors
+    /// When `/proc/uptime` is not readable or holds no number.
+    pub fn uptime(&self) -> io::Result<u64> {
+        let text = read_text(&self.join("proc/uptime"))?;
+        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "/proc/uptime holds no number");
+        let first = text.split_whitespace().next().ok_or_else(invalid)?;
+        let (seconds, fraction) = first.split_once('.').unwrap_or((first, "0"));
+        let seconds: u64 = seconds.parse().map_err(|_| invalid())?;
+        let tenths: u64 = fraction.get(..1).and_then(|digit| digit.parse().ok()).unwrap_or(0);
+        Ok(seconds.saturating_mul(1000).saturating_add(tenths.saturating_mul(100)))
+    }
+
+    /// The running kernel's arguments.
+    ///
+    /// # Errors
+    /// When `/proc/cmdline` is not readable.
+    pub fn command_line(&self) -> io::Result<Vec<String>> {
+        Ok(split_arguments(&read_text(&self.join("proc/cmdline"))?))
+    }
+
+    /// Bytes free on `/boot`.
+    #[must_use]
+    pub fn boot_free(&self) -> Option<u64> {
+        let stat = statvfs(&self.join("boot")).ok()?;
+        u64::from(stat.blocks_available()).checked_mul(stat.fragment_size())
+    }
+
+    /// Bytes of the running kernel and its initramfs.
+    #[must_use]
+    pub fn boot_needed(&self) -> Option<u64> {
+        let release = uname().ok()?.release().to_owned();
+        let directory = self.join("usr/lib/modules").join(release);
+        let size = |name: &str| std::fs::metadata(directory.join(name)).map(|m| m.len()).ok();
+        size("vmlinuz")?.checked_add(size("initramfs.img").unwrap_or(0))
+    }
+
+    /// The first-boot annotations; `None` also when the file makes no sense, which is logged.
+    #[must_use]
+    pub fn first_boot(&self) -> Option<BTreeMap<String, String>> {
+        let bytes = read_bounded(&self.join(FIRST_BOOT), MAX_SMALL).ok()?;
+        match serde_json::from_slice(&bytes) {
+            Ok(annotations) => Some(annotations),
+            Err(error) => {
+                tracing::warn!("/{FIRST_BOOT} is ignored: {}", printable(&error.to_string(), 200));
+                None
+            }
+        }
+    }
+
+    /// `spec.kernelArguments` of the rendered config inside a deployment, each split into single arguments.
+    #[must_use]
+    pub fn wanted_arguments(&self, osname: &str, directory: &str) -> Option<Vec<String>> {
+        let plain = |name: &str| !name.is_empty() && !name.contains('/') && name != "..";
+        if !plain(osname) || !plain(directory) {
+            return None;
+        }
+        let path = self.join("ostree/deploy").join(osname).join("deploy").join(directory).join(RENDERED_CONFIG);
+        kernel_arguments(&read_bounded(&path, MAX_CONFIG).ok()?)
+    }
+
+    /// Changes whenever somebody writes a deployment or stages one: libostree touches the directory then.
+    #[must_use]
+    pub fn deployments_stamp(&self) -> [Option<SystemTime>; 2] {
+        ["ostree/deploy", "run/ostree/staged-deployment"]
+            .map(|path| std::fs::metadata(self.join(path)).and_then(|m| m.modified()).ok())
+    }
+}
+
+/// `spec.kernelArguments` of a MachineConfig. Pure.
+fn kernel_arguments(config: &[u8]) -> Option<Vec<String>> {
+    #[derive(Deserialize)]
+    struct MachineConfig {
+        spec: Spec,
+    }
+    #[derive(Deserialize)]
+    struct Spec {
+        #[serde(default, rename = "kernelArguments")]
+        kernel_arguments: Option<Vec<String>>,
+    }
+    let config: MachineConfig = serde_json::from_slice(config).ok()?;
+    let arguments = config.spec.kernel_arguments.unwrap_or_default();
+    Some(arguments.iter().flat_map(|entry| split_arguments(entry)).collect())
+}
+
+/// Splits at white space outside double quotes, as the kernel does; quotes stay. Pure.
+#[must_use]
+pub fn split_arguments(text: &str) -> Vec<String> {
+    let mut quoted = false;
+    text.split(|c: char| {
+        quoted ^= c == '"';
+        !quoted && c.is_whitespace()
+    })
+    .filter(|argument| !argument.is_empty())
+    .map(str::to_owned)
+    .collect()
+}
+
+/// This machine's architecture by its OCI name.
+///
+/// # Errors
+/// When uname(2) fails.
+pub fn architecture() -> io::Result<String> {
+    let machine = uname()?.machine().to_string_lossy().into_owned();
+    Ok(match machine.as_str() {
+        "x86_64" => "amd64".to_owned(),
+        "aarch64" => "arm64".to_owned(),
+        _ => machine,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_split_as_the_kernel_does() {
+        assert_eq!(split_arguments(" a  b=c \"d e\" f=\"g h\"\n"), ["a", "b=c", "\"d e\"", "f=\"g h\""]);
+        assert!(split_arguments(" \n").is_empty());
+    }
+
+    #[test]
+    fn rendered_configs_are_read_tolerantly() {
+        assert_eq!(
+            kernel_arguments(br#"{"kind":"MachineConfig","spec":{"kernelArguments":["a b","c"],"fips":true}}"#)
+                .unwrap(),
+            ["a", "b", "c"]
+        );
+        assert_eq!(kernel_arguments(br#"{"spec":{"kernelArguments":null}}"#), Some(vec![]));
+        assert_eq!(kernel_arguments(br#"{"spec":{}}"#), Some(vec![]));
+        assert_eq!(kernel_arguments(b"{}"), None);
+        assert_eq!(kernel_arguments(b""), None);
+    }
+
+    #[test]
+    fn a_tree_stands_in_for_the_root() {
+        let tree = tempfile::tempdir().unwrap();
+        let root = Root::new(tree.path().to_owned());
+        let put = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        assert!(!root.is_image_mode());
+        put("run/ostree-booted", "");
+        put("proc/sys/kernel/random/boot_id", "0f0e2c3a-0000-4000-8000-000000000001\n");
+        put("proc/uptime", "12.34 99.0\n");
+        put("proc/cmdline", "root=UUID=1 ro\n");
+        put(FIRST_BOOT, r#"{"machineconfiguration.openshift.io/state":"Done"}"#);
+        put(&format!("ostree/deploy/rhcos/deploy/abc.0/{RENDERED_CONFIG}"), r#"{"spec":{"kernelArguments":["x"]}}"#);
+        assert!(root.is_image_mode());
+        assert_eq!(root.boot_id().unwrap().0, "0f0e2c3a-0000-4000-8000-000000000001");
+        assert_eq!(root.uptime().unwrap(), 12_300);
+        assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro"]);
+        assert_eq!(root.first_boot().unwrap().len(), 1);
+        assert_eq!(root.wanted_arguments("rhcos", "abc.0").unwrap(), ["x"]);
+        assert_eq!(root.wanted_arguments("..", "abc.0"), None);
+        put("proc/sys/kernel/random/boot_id", "\u{1b}[2J");
+        assert!(root.boot_id().is_err());
+        put(FIRST_BOOT, "[]");
+        assert_eq!(root.first_boot(), None);
+        put(FIRST_BOOT, &"x".repeat(70_000));
+        assert_eq!(root.first_boot(), None);
+    }
+}

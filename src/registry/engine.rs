@@ -1,0 +1,332 @@
+//! The node's signature engine, `skopeo experimental-image-proxy`: the one program the agent starts.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime};
+
+use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::{NodePolicy, RegistryError, Settings};
+use crate::model::{PinnedImage, printable};
+
+/// First protocol that evaluates the policy at all; older engines accept everything.
+const ENFORCING_PROTOCOL: (u64, u64, u64) = (0, 2, 6);
+/// First skopeo whose proxy honours `--policy`; 1.13 speaks the protocol above and ignores the option.
+const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
+/// Between the engine's own end (SIGTERM at the deadline) and ours; then SIGKILL follows.
+const KILL_AFTER: Duration = Duration::from_secs(5);
+/// Largest manifest or config accepted, in bytes; containers/image itself stops manifests at 4 MiB.
+const MAX_DOCUMENT: usize = 8 << 20;
+/// Passed on to the engine: how a unit drop-in tells it about a proxy.
+const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
+
+/// What the engine read under the verified digest.
+pub struct Fetched {
+    /// Manifest digest; for an index, that of this architecture's instance.
+    pub instance: String,
+    /// OCI manifest.
+    pub manifest: Vec<u8>,
+    /// OCI config.
+    pub config: Vec<u8>,
+}
+
+/// Identity of the program file whose version was checked last.
+type Checked = (u64, SystemTime);
+
+/// The engine and how it is started.
+#[derive(Debug)]
+pub struct Engine {
+    settings: Settings,
+    checked: Mutex<Option<Checked>>,
+}
+
+impl Engine {
+    /// Starts nothing yet.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, checked: Mutex::new(None) }
+    }
+
+    /// How it was set up.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Has the engine open `image` under `policy`. The child has a deadline, a clean environment, and dies with us.
+    pub(super) async fn fetch(
+        &self,
+        policy: &NodePolicy,
+        image: &PinnedImage,
+        scope: &str,
+    ) -> Result<Fetched, RegistryError> {
+        let limit = self.settings.deadline.saturating_add(KILL_AFTER);
+        match tokio::time::timeout(limit, self.fetch_unbounded(policy, image, scope)).await {
+            Ok(result) => result,
+            Err(_) => Err(self.deadline(image)),
+        }
+    }
+
+    async fn fetch_unbounded(
+        &self,
+        policy: &NodePolicy,
+        image: &PinnedImage,
+        scope: &str,
+    ) -> Result<Fetched, RegistryError> {
+        let started = std::time::Instant::now();
+        let classify = |error: ProxyError| {
+            // The limit of timeout(1) shows as whatever the proxy's end breaks first.
+            if started.elapsed() >= self.settings.deadline {
+                return self.deadline(image);
+            }
+            self.classify(error, policy, image, scope)
+        };
+        self.check_version().await?;
+        let bytes = sealed(&policy.bytes).map_err(|e| self.unfit(format!("no sealed memory for the policy: {e}")))?;
+        let proxy = ImageProxy::new_with_config(self.config(&bytes)).await.map_err(classify)?;
+        drop(bytes);
+        let version = proxy.protocol_version();
+        if (version.major, version.minor, version.patch) < ENFORCING_PROTOCOL {
+            return Err(
+                self.unfit(format!("its proxy protocol {version} does not enforce the policy; skopeo 1.14 does"))
+            );
+        }
+        let opened = proxy.open_image(&format!("docker://{image}")).await.map_err(classify)?;
+        let fetched = read(&proxy, &opened).await.map_err(classify);
+        // A proxy that stays is ended by its deadline; what it read has been checked.
+        if let Err(error) = proxy.finalize().await {
+            tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300));
+        }
+        let fetched = fetched?;
+        if fetched.manifest.len().max(fetched.config.len()) > MAX_DOCUMENT {
+            return Err(RegistryError::Invalid {
+                image: image.clone(),
+                why: format!("its manifest or config is larger than {MAX_DOCUMENT} bytes"),
+            });
+        }
+        Ok(fetched)
+    }
+
+    fn config(&self, policy: &File) -> ImageProxyConfig {
+        let mut command = self.command();
+        command.arg(&self.settings.skopeo);
+        command.arg("--policy").arg(format!("/proc/self/fd/{}", policy.as_raw_fd()));
+        command.arg("--registries.d").arg(&self.settings.registries_d);
+        let authfile = self.settings.auth_files.iter().find(|path| path.exists()).cloned();
+        let mut config = ImageProxyConfig::default();
+        config.auth_anonymous = authfile.is_none();
+        config.authfile = authfile;
+        config.certificate_directory = self.settings.cert_dir.clone();
+        config.skopeo_cmd = Some(command);
+        config
+    }
+
+    /// `setpriv --pdeathsig` is tied to the thread that spawns, which is the runtime's only one and the process's
+    /// first; `timeout` bounds what the proxy itself does not.
+    #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
+    fn command(&self) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "TERM", "--", "timeout"]);
+        command.arg("-k").arg(KILL_AFTER.as_secs().to_string()).arg(self.settings.deadline.as_secs().to_string());
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/nonexistent");
+        if let Some(scratch) = &self.settings.scratch {
+            command.env("TMPDIR", scratch);
+        }
+        for name in PROXY_VARIABLES {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        command
+    }
+
+    /// An engine that ignores `--policy` would fail open, so its version is read before its first use and again
+    /// whenever the file changes.
+    async fn check_version(&self) -> Result<(), RegistryError> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.unfit(e.to_string()))?;
+        let identity = (metadata.ino(), metadata.modified().map_err(|e| self.unfit(e.to_string()))?);
+        let checked = || self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *checked() == Some(identity) {
+            return Ok(());
+        }
+        let mut command = self.command();
+        command.arg(&self.settings.skopeo).arg("--version").stdin(std::process::Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output())
+            .await
+            .map_err(|e| self.unfit(e.to_string()))?
+            .map_err(|e| self.unfit(format!("setpriv cannot be started: {e}")))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = parse_version(&text).ok_or_else(|| {
+            let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));
+            self.unfit(format!("it does not tell its version: {}", printable(&said, 200)))
+        })?;
+        if version < ENFORCING_SKOPEO {
+            let (major, minor) = version;
+            return Err(
+                self.unfit(format!("skopeo {major}.{minor} does not enforce the policy it is given; 1.14 does"))
+            );
+        }
+        *checked() = Some(identity);
+        Ok(())
+    }
+
+    fn unfit(&self, why: impl Into<String>) -> RegistryError {
+        RegistryError::Engine { skopeo: self.settings.skopeo.clone(), why: why.into() }
+    }
+
+    fn deadline(&self, image: &PinnedImage) -> RegistryError {
+        RegistryError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
+    }
+
+    fn classify(&self, error: ProxyError, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
+        match error {
+            ProxyError::RequestInitiationFailure { error, .. } | ProxyError::RetryableRequestFailure { error, .. } => {
+                classify_text(&error, policy, image, scope)
+            }
+            ProxyError::SkopeoSpawnError(error) => self.unfit(format!("setpriv cannot be started: {error}")),
+            error @ ProxyError::ProxyTooOld { .. } => self.unfit(error.to_string()),
+            other => RegistryError::Unreachable { image: image.clone(), why: printable(&other.to_string(), 500) },
+        }
+    }
+}
+
+async fn read(proxy: &ImageProxy, opened: &OpenedImage) -> Result<Fetched, ProxyError> {
+    // Under a tampered registry OpenImage may pass and only GetManifest finds out, so both must succeed.
+    let (instance, manifest) = proxy.fetch_manifest_raw_oci(opened).await?;
+    let config = proxy.fetch_config_raw(opened).await?;
+    Ok(Fetched { instance, manifest, config })
+}
+
+/// `skopeo version 1.18.0` → (1, 18). Pure.
+fn parse_version(text: &str) -> Option<(u64, u64)> {
+    let mut parts = text.trim().strip_prefix("skopeo version ")?.split(['.', '-', ' ']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// The engine's free text, by anchored match only: what follows an anchor may come from the registry. Pure.
+fn classify_text(text: &str, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
+    const REJECTED: [&str; 13] = [
+        "cryptographic signature verification failed",
+        "invalid signature when validating",
+        "Signature for identity ",
+        "Signature for digest ",
+        "None of the signatures were accepted",
+        "Invalid GPG signature",
+        "No public keys imported",
+        "parsing signature ",
+        "Required email ",
+        "veryfing leaf certificate failed",
+        "missing dev.sigstore.cosign/",
+        "Unexpected Fulcio OIDC issuer",
+        "No public key verified against the RekorSET",
+    ];
+    let why = printable(text, 500);
+    let (image, scope) = (image.clone(), scope.to_owned());
+    let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
+    if text.starts_with("A signature was required, but no signature exists") {
+        RegistryError::SignatureMissing { image, scope }
+    } else if starts(&REJECTED) {
+        RegistryError::SignatureRejected { image, scope, why }
+    } else if text == format!("Running image docker://{image} is rejected by policy.") {
+        RegistryError::Rejects { path: policy.path.clone(), image, scope }
+    } else if starts(&["mkdir /tmp/containers-ephemeral-gpg", "mkdir \"/tmp/containers-ephemeral-gpg"]) {
+        RegistryError::GpgScratch(scope)
+    } else if starts(&["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"]) {
+        RegistryError::Policy { path: policy.path.clone(), why }
+    } else if text.starts_with("Manifest does not match provided manifest digest") {
+        RegistryError::Invalid { image, why }
+    } else {
+        let own = format!("reading manifest {} in {}: ", image.digest(), image.name());
+        match text.strip_prefix(&own) {
+            Some(rest) if rest.starts_with("manifest unknown") || rest.starts_with("name unknown") => {
+                RegistryError::ManifestMissing(image)
+            }
+            Some(rest) if ["authentication required", "unauthorized", "denied"].iter().any(|a| rest.starts_with(a)) => {
+                RegistryError::Denied { image, why }
+            }
+            _ if text.starts_with("unable to retrieve auth token") => RegistryError::Denied { image, why },
+            _ => RegistryError::Unreachable { image, why },
+        }
+    }
+}
+
+/// `bytes` in memory that nobody can change, inheritable by the child. Not close-on-exec: the engine is the only
+/// program the agent starts.
+fn sealed(bytes: &[u8]) -> std::io::Result<File> {
+    let fd = memfd_create("policy.json", MFdFlags::MFD_ALLOW_SEALING)?;
+    let mut file = File::from(fd);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Reason;
+    use crate::registry::policy::Policy;
+    use crate::registry::reference;
+
+    #[test]
+    fn engine_texts_are_classified_by_their_start_only() {
+        let hex = "ab".repeat(32);
+        let image = reference::parse(&format!("quay.io/o/i@sha256:{hex}")).unwrap();
+        let policy = NodePolicy {
+            bytes: vec![],
+            policy: Policy::parse(br#"{"default":[{"type":"reject"}]}"#).unwrap(),
+            path: "/etc/containers/policy.json".into(),
+        };
+        let manifest = format!("reading manifest sha256:{hex} in quay.io/o/i: ");
+        for (text, reason) in [
+            ("A signature was required, but no signature exists".to_owned(), Reason::SignatureMissing),
+            ("Signature for identity \"x\" is not accepted".to_owned(), Reason::SignatureRejected),
+            ("cryptographic signature verification failed: x".to_owned(), Reason::SignatureRejected),
+            ("None of the signatures were accepted, reasons: a; b".to_owned(), Reason::SignatureRejected),
+            (format!("Running image docker://{image} is rejected by policy."), Reason::PolicyRejects),
+            ("open /etc/key.pub: no such file or directory".to_owned(), Reason::PolicyInvalid),
+            (format!("{manifest}manifest unknown"), Reason::ManifestMissing),
+            (format!("{manifest}authentication required"), Reason::RegistryDenied),
+            (
+                format!("{manifest}received unexpected HTTP status: 503 Service Unavailable"),
+                Reason::RegistryUnreachable,
+            ),
+            (
+                format!("{manifest}unknown: A signature was required, but no signature exists"),
+                Reason::RegistryUnreachable,
+            ),
+            ("reading manifest x: manifest unknown".to_owned(), Reason::RegistryUnreachable),
+            ("pinging container registry h: dial tcp".to_owned(), Reason::RegistryUnreachable),
+            ("mkdir /tmp/containers-ephemeral-gpg-1: read-only file system".to_owned(), Reason::GpgNeedsScratch),
+            ("Manifest does not match provided manifest digest sha256:0".to_owned(), Reason::ImageInvalid),
+            (String::new(), Reason::RegistryUnreachable),
+        ] {
+            assert_eq!(classify_text(&text, &policy, &image, "default").reason(), reason, "{text}");
+        }
+        let error = classify_text("x\n\u{1b}[2J fake", &policy, &image, "default");
+        assert!(!error.to_string().contains(['\n', '\u{1b}']), "{error}");
+    }
+
+    #[test]
+    fn versions_are_told_apart() {
+        assert_eq!(parse_version("skopeo version 1.18.0\n"), Some((1, 18)));
+        assert_eq!(parse_version("skopeo version 1.9.3 commit: x"), Some((1, 9)));
+        assert_eq!(parse_version("skopeo version 1.22.0-dev"), Some((1, 22)));
+        assert_eq!(parse_version("1.18"), None);
+        assert!(parse_version("skopeo version 1.9.3").unwrap() < ENFORCING_SKOPEO);
+    }
+
+    #[test]
+    fn the_policy_bytes_are_sealed() {
+        let mut file = sealed(b"{}").unwrap();
+        assert!(file.write_all(b"x").is_err());
+        assert!(file.set_len(0).is_err());
+    }
+}

@@ -1,0 +1,321 @@
+//! Neighbour 2, the image: may it be booted? The containers policy of the node decides, evaluated by the node's own
+//! engine; the gate adds that the policy must demand a signature. Everything else only handles [`Verified`] images.
+
+mod engine;
+pub mod policy;
+pub mod reference;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ostree_ext::oci_spec::image::{ImageConfiguration, ImageManifest};
+
+use crate::model::{Digest, Fault, ImageFacts, PinnedImage, Reason, printable};
+use policy::{MAX_POLICY, Policy, PolicyError, Verdict};
+
+pub use engine::Engine;
+
+/// The label that MCO's image build puts on an image: the rendered config it was built from.
+const CONFIG_LABEL: &str = "machineconfig";
+
+/// How an image is verified; the paths are the node's, overridable for tests.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// containers-policy.json(5).
+    pub policy: PathBuf,
+    /// containers-registries.d(5).
+    pub registries_d: PathBuf,
+    /// skopeo(1).
+    pub skopeo: PathBuf,
+    /// Extra directory with a registry's CA, as skopeo's `--cert-dir`.
+    pub cert_dir: Option<PathBuf>,
+    /// containers-auth.json(5) candidates; the first that exists is used alone, as by ostree-ext; none is anonymous.
+    pub auth_files: Vec<PathBuf>,
+    /// Writable directory for GnuPG, if a drop-in grants one.
+    pub scratch: Option<PathBuf>,
+    /// How long one verification may take.
+    pub deadline: Duration,
+}
+
+/// Something that verification vouches for. Only [`verify`] makes one, and what changes the host's image takes one:
+///
+/// ```compile_fail,E0451
+/// # use rebase_agent::model::{ImageFacts, PinnedImage};
+/// # use rebase_agent::registry::Verified;
+/// fn forge(image: PinnedImage, facts: ImageFacts) -> Verified<PinnedImage> {
+///     Verified { inner: image, facts, default_is_insecure: false }
+/// }
+/// ```
+///
+/// ```compile_fail,E0616
+/// # use rebase_agent::model::PinnedImage;
+/// # use rebase_agent::registry::Verified;
+/// fn swap(mut verified: Verified<PinnedImage>, other: PinnedImage) {
+///     verified.inner = other;
+/// }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Verified<T> {
+    inner: T,
+    facts: ImageFacts,
+    default_is_insecure: bool,
+}
+
+impl<T> Verified<T> {
+    /// What was verified.
+    pub fn get(&self) -> &T {
+        &self.inner
+    }
+
+    /// What the verified manifest and config say.
+    pub fn facts(&self) -> &ImageFacts {
+        &self.facts
+    }
+}
+
+impl Verified<PinnedImage> {
+    /// The reference for the host tools, with the prefix that this policy admits.
+    #[must_use]
+    pub fn to_pull(&self) -> String {
+        reference::to_pull(&self.inner, self.default_is_insecure)
+    }
+}
+
+/// Why an image is not verified. Anything but success refuses; the class only decides how soon to look again.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The policy file cannot be read.
+    #[error("cannot read the signature policy {path}: {source}")]
+    ReadPolicy {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The policy file makes no sense, to the gate or to the engine.
+    #[error("the signature policy {path} is not usable: {why}")]
+    Policy {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The gate: nothing is demanded of this image.
+    #[error(
+        "{path} accepts anything for {image} (rule {scope}); give its scope a sigstoreSigned or signedBy requirement, \
+         with a ClusterImagePolicy or in the image"
+    )]
+    AcceptsAnything {
+        /// The policy file.
+        path: PathBuf,
+        /// The image.
+        image: PinnedImage,
+        /// The rule.
+        scope: String,
+    },
+    /// The gate or the engine: nothing can pass.
+    #[error("{path} rejects {image} (rule {scope})")]
+    Rejects {
+        /// The policy file.
+        path: PathBuf,
+        /// The image.
+        image: PinnedImage,
+        /// The rule.
+        scope: String,
+    },
+    /// The engine cannot be used or does not enforce.
+    #[error("the signature engine {skopeo} cannot be used: {why}")]
+    Engine {
+        /// The program.
+        skopeo: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// No signature where one is required.
+    #[error(
+        "{image} has no signature and rule {scope} requires one; sign it (cosign 3: with --new-bundle-format=false) \
+         and make sure registries.d enables sigstore attachments for its registry and mirrors"
+    )]
+    SignatureMissing {
+        /// The image.
+        image: PinnedImage,
+        /// The rule.
+        scope: String,
+    },
+    /// A signature that is not accepted.
+    #[error("the signature of {image} is not accepted by rule {scope}: {why}")]
+    SignatureRejected {
+        /// The image.
+        image: PinnedImage,
+        /// The rule.
+        scope: String,
+        /// The engine's words.
+        why: String,
+    },
+    /// GnuPG needs a writable directory.
+    #[error("rule {0} asks for a GPG signature, which needs scratch space: enable the drop-in 10-gpg.conf")]
+    GpgScratch(String),
+    /// No such manifest.
+    #[error("the registry has no manifest {0}; push the image, or mirror it")]
+    ManifestMissing(PinnedImage),
+    /// Credentials.
+    #[error("the registry refuses to serve {image}: {why}; check the pull secret in the ostree auth file")]
+    Denied {
+        /// The image.
+        image: PinnedImage,
+        /// The engine's words.
+        why: String,
+    },
+    /// The network, TLS, a server error, or anything unknown.
+    #[error("cannot read {image} from its registry: {why}")]
+    Unreachable {
+        /// The image.
+        image: PinnedImage,
+        /// The engine's words.
+        why: String,
+    },
+    /// The engine took too long.
+    #[error("verifying {image} took longer than {seconds} s; the registry may accept connections and never answer")]
+    Deadline {
+        /// The image.
+        image: PinnedImage,
+        /// The limit.
+        seconds: u64,
+    },
+    /// Bytes that do not match the digest, or are no manifest or config.
+    #[error("{image} is damaged: {why}")]
+    Invalid {
+        /// The image.
+        image: PinnedImage,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl RegistryError {
+    /// Whether the same call may succeed later without anybody changing the policy or the node.
+    #[must_use]
+    pub fn retryable(&self) -> bool {
+        matches!(
+            self,
+            Self::SignatureMissing { .. }
+                | Self::ManifestMissing(_)
+                | Self::Denied { .. }
+                | Self::Unreachable { .. }
+                | Self::Deadline { .. }
+                | Self::Invalid { .. }
+        )
+    }
+
+    /// The stable word.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::ReadPolicy { .. } | Self::Policy { .. } => Reason::PolicyInvalid,
+            Self::AcceptsAnything { .. } => Reason::PolicyAcceptsAnything,
+            Self::Rejects { .. } => Reason::PolicyRejects,
+            Self::Engine { .. } => Reason::EngineUnfit,
+            Self::SignatureMissing { .. } => Reason::SignatureMissing,
+            Self::SignatureRejected { .. } => Reason::SignatureRejected,
+            Self::GpgScratch(_) => Reason::GpgNeedsScratch,
+            Self::ManifestMissing(_) => Reason::ManifestMissing,
+            Self::Denied { .. } => Reason::RegistryDenied,
+            Self::Unreachable { .. } => Reason::RegistryUnreachable,
+            Self::Deadline { .. } => Reason::DeadlineExceeded,
+            Self::Invalid { .. } => Reason::ImageInvalid,
+        }
+    }
+}
+
+impl From<&RegistryError> for Fault {
+    fn from(error: &RegistryError) -> Self {
+        Self { reason: error.reason(), message: printable(&error.to_string(), 900), retryable: error.retryable() }
+    }
+}
+
+/// The policy file as read once: gate and engine see the same bytes.
+#[derive(Debug)]
+pub struct NodePolicy {
+    bytes: Vec<u8>,
+    policy: Policy,
+    path: PathBuf,
+}
+
+impl NodePolicy {
+    /// Reads and parses the file.
+    ///
+    /// # Errors
+    /// [`RegistryError::ReadPolicy`] and [`RegistryError::Policy`].
+    pub fn read(path: &std::path::Path) -> Result<Self, RegistryError> {
+        let bytes = crate::host::boot::read_bounded(path, MAX_POLICY)
+            .map_err(|source| RegistryError::ReadPolicy { path: path.to_owned(), source })?;
+        let policy = Policy::parse(&bytes).map_err(|e| unusable(path, &e))?;
+        Ok(Self { bytes, policy, path: path.to_owned() })
+    }
+
+    /// The rule that applies to `image`, which must demand a signature.
+    ///
+    /// # Errors
+    /// [`RegistryError::AcceptsAnything`], [`RegistryError::Rejects`] and [`RegistryError::Policy`].
+    pub fn gate(&self, image: &PinnedImage) -> Result<String, RegistryError> {
+        let gate = self.policy.gate(image).map_err(|e| unusable(&self.path, &e))?;
+        let (path, image, scope) = (self.path.clone(), image.clone(), gate.scope);
+        match gate.verdict {
+            Verdict::RequiresSignature => Ok(scope),
+            Verdict::AcceptsAnything => Err(RegistryError::AcceptsAnything { path, image, scope }),
+            Verdict::AlwaysRejects => Err(RegistryError::Rejects { path, image, scope }),
+        }
+    }
+}
+
+fn unusable(path: &std::path::Path, error: &PolicyError) -> RegistryError {
+    RegistryError::Policy { path: path.to_owned(), why: printable(&error.to_string(), 300) }
+}
+
+/// Verifies `image` against the node's policy and reads its manifest and config. Writes nothing.
+///
+/// # Errors
+/// Every variant of [`RegistryError`]; none of them may be taken for success.
+pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<Verified<PinnedImage>, RegistryError> {
+    let policy = NodePolicy::read(&engine.settings().policy)?;
+    let scope = policy.gate(image)?;
+    let fetched = engine.fetch(&policy, image, &scope).await?;
+    let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
+    Ok(Verified { inner: image.clone(), facts, default_is_insecure: policy.policy.default_is_insecure() })
+}
+
+/// What the manifest and config say. Pure.
+fn facts(
+    image: &PinnedImage,
+    vouched_by: String,
+    instance: &str,
+    manifest: &[u8],
+    config: &[u8],
+) -> Result<ImageFacts, RegistryError> {
+    let invalid = |why: String| RegistryError::Invalid { image: image.clone(), why: printable(&why, 300) };
+    let instance =
+        Digest::parse(instance).ok_or_else(|| invalid(format!("the engine names it `{instance}`, not a digest")))?;
+    let manifest: ImageManifest =
+        serde_json::from_slice(manifest).map_err(|e| invalid(format!("its manifest does not parse: {e}")))?;
+    let config: ImageConfiguration =
+        serde_json::from_slice(config).map_err(|e| invalid(format!("its config does not parse: {e}")))?;
+    let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
+    let label = |name: &str| labels.and_then(|labels| labels.get(name));
+    Ok(ImageFacts {
+        image: image.clone(),
+        instance,
+        architecture: config.architecture().to_string(),
+        bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| label(name).is_some()),
+        rendered_config: label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253)),
+        size: manifest.layers().iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size())),
+        vouched_by,
+    })
+}
+
+/// The `machineconfig` label in an OCI image config's JSON, for what the host reports of its deployments. Pure.
+#[must_use]
+pub fn rendered_config_label(config: &str) -> Option<String> {
+    let config: ImageConfiguration = serde_json::from_str(config).ok()?;
+    let labels = config.config().as_ref()?.labels().as_ref()?;
+    labels.get(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
+}

@@ -1,0 +1,266 @@
+//! The scope gate: which requirements of a containers policy apply to an image, and do they demand a signature? Pure.
+//!
+//! It chooses the scope exactly as containers/image does and leaves keys and identities to the engine, which parses
+//! the same bytes strictly. What it adds is the refusal of "accept anything".
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::model::PinnedImage;
+
+/// Largest policy file read, in bytes; ClusterImagePolicies with inline keys come to a few tens of kilobytes.
+pub const MAX_POLICY: u64 = 1 << 20;
+
+/// A parsed `policy.json`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    default: Vec<Requirement>,
+    #[serde(default)]
+    transports: Option<UniqueMap<UniqueMap<Vec<Requirement>>>>,
+}
+
+type Requirement = UniqueMap<serde_json::Value>;
+
+/// What the applicable requirements amount to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// At least one requirement demands a signature.
+    RequiresSignature,
+    /// Nothing is demanded.
+    AcceptsAnything,
+    /// Nothing can pass.
+    AlwaysRejects,
+}
+
+/// The requirements that apply to one image.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Gate {
+    /// Where they stand, e.g. `docker "quay.io/org"` or `default`.
+    pub scope: String,
+    /// What they amount to.
+    pub verdict: Verdict,
+}
+
+/// Why a policy is unusable.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PolicyError {
+    /// Not the JSON that containers/image accepts.
+    #[error("{0}")]
+    Json(String),
+    /// A list without requirements.
+    #[error("the list of requirements for {0} is empty")]
+    Empty(String),
+    /// A requirement of a type this agent does not know.
+    #[error("the requirement type {kind} for {scope} is unknown")]
+    UnknownType {
+        /// Where.
+        scope: String,
+        /// Which.
+        kind: String,
+    },
+}
+
+impl Policy {
+    /// Parses the file's bytes; duplicate and unknown top-level keys are errors, as they are for the engine.
+    ///
+    /// # Errors
+    /// Says what serde found and where.
+    pub fn parse(bytes: &[u8]) -> Result<Self, PolicyError> {
+        serde_json::from_slice(bytes).map_err(|e| PolicyError::Json(e.to_string()))
+    }
+
+    /// ostree-ext refuses `ostree-image-signed:` when this holds, whatever the transports say.
+    #[must_use]
+    pub fn default_is_insecure(&self) -> bool {
+        matches!(self.default.as_slice(), [only] if kind(only) == Some("insecureAcceptAnything"))
+    }
+
+    /// The requirements for pulling `image` over the docker transport.
+    ///
+    /// # Errors
+    /// When the list that applies is empty or has a requirement of unknown type.
+    pub fn gate(&self, image: &PinnedImage) -> Result<Gate, PolicyError> {
+        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
+        let scoped = docker.and_then(|docker| {
+            scopes(image)
+                .into_iter()
+                .find_map(|name| docker.0.get(&name).map(|requirements| (format!("docker \"{name}\""), requirements)))
+        });
+        let (scope, requirements) = scoped.unwrap_or_else(|| ("default".to_owned(), &self.default));
+        let verdict = verdict(&scope, requirements)?;
+        Ok(Gate { scope, verdict })
+    }
+}
+
+fn kind(requirement: &Requirement) -> Option<&str> {
+    requirement.0.get("type").and_then(serde_json::Value::as_str)
+}
+
+/// Requirements of one list are ANDed.
+fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, PolicyError> {
+    if requirements.is_empty() {
+        return Err(PolicyError::Empty(scope.to_owned()));
+    }
+    let mut verdict = Verdict::AcceptsAnything;
+    for requirement in requirements {
+        match kind(requirement) {
+            // containers/image fails signedBaseLayer always: it was never implemented.
+            Some("reject" | "signedBaseLayer") => verdict = Verdict::AlwaysRejects,
+            Some("signedBy" | "sigstoreSigned") if verdict == Verdict::AcceptsAnything => {
+                verdict = Verdict::RequiresSignature;
+            }
+            Some("signedBy" | "sigstoreSigned" | "insecureAcceptAnything") => {}
+            other => {
+                let kind = other.map_or_else(|| "(none)".to_owned(), |kind| format!("{kind:?}"));
+                return Err(PolicyError::UnknownType { scope: scope.to_owned(), kind });
+            }
+        }
+    }
+    Ok(verdict)
+}
+
+/// Scope names, most specific first; the first that exists is used alone. `""` is the transport's default.
+fn scopes(image: &PinnedImage) -> Vec<String> {
+    let mut names = vec![image.to_string()];
+    let mut name = image.name();
+    names.push(name.to_owned());
+    while let Some((parent, _)) = name.rsplit_once('/') {
+        name = parent;
+        names.push(name.to_owned());
+    }
+    let mut host = name.split_once(':').map_or(name, |(host, _)| host);
+    while let Some((_, parent)) = host.split_once('.') {
+        host = parent;
+        names.push(format!("*.{host}"));
+    }
+    names.push(String::new());
+    names
+}
+
+/// A JSON object that refuses duplicate keys, as containers/image does.
+struct UniqueMap<T>(BTreeMap<String, T>);
+
+impl<T: fmt::Debug> fmt::Debug for UniqueMap<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Unique<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Unique<T> {
+            type Value = UniqueMap<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
+                let mut map = BTreeMap::new();
+                while let Some((key, value)) = access.next_entry::<String, T>()? {
+                    if map.contains_key(&key) {
+                        return Err(A::Error::custom(format!("duplicate key {key:?}")));
+                    }
+                    map.insert(key, value);
+                }
+                Ok(UniqueMap(map))
+            }
+        }
+        deserializer.deserialize_map(Unique(PhantomData))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::reference;
+
+    const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    fn gate(policy: &str, name: &str) -> Result<Gate, PolicyError> {
+        Policy::parse(policy.as_bytes())?.gate(&reference::parse(&format!("{name}@sha256:{HEX}")).unwrap())
+    }
+
+    fn policy(scopes: &[(&str, &str)]) -> String {
+        let scopes: Vec<_> = scopes.iter().map(|(scope, kind)| format!(r#""{scope}":[{{"type":"{kind}"}}]"#)).collect();
+        format!(r#"{{"default":[{{"type":"reject"}}],"transports":{{"docker":{{{}}}}}}}"#, scopes.join(","))
+    }
+
+    #[test]
+    fn the_most_specific_scope_wins_alone() {
+        let digest = format!("quay.io/org/os@sha256:{HEX}");
+        let all = [
+            (digest.as_str(), "sigstoreSigned"),
+            ("quay.io/org/os", "insecureAcceptAnything"),
+            ("quay.io/org", "sigstoreSigned"),
+            ("quay.io", "insecureAcceptAnything"),
+            ("*.io", "sigstoreSigned"),
+            ("", "insecureAcceptAnything"),
+        ];
+        for (first, (scope, kind)) in all.iter().enumerate() {
+            let gate = gate(&policy(&all[first..]), "quay.io/org/os").unwrap();
+            assert_eq!(gate.scope, format!("docker \"{scope}\""));
+            assert_eq!(gate.verdict == Verdict::RequiresSignature, *kind == "sigstoreSigned");
+        }
+        assert_eq!(
+            gate(&policy(&[]), "quay.io/org/os").unwrap(),
+            Gate { scope: "default".into(), verdict: Verdict::AlwaysRejects }
+        );
+    }
+
+    #[test]
+    fn scopes_that_look_alike_do_not_apply() {
+        for scope in
+            ["quay.io/or", "quay.io/org/os/x", "quay.io/org/os:tag", "Quay.io", "*.quay.io", "*", "quay.io:443"]
+        {
+            assert_eq!(
+                gate(&policy(&[(scope, "sigstoreSigned")]), "quay.io/org/os").unwrap().scope,
+                "default",
+                "{scope}"
+            );
+        }
+        let wildcard = policy(&[("*.example.com", "sigstoreSigned")]);
+        assert_eq!(gate(&wildcard, "a.b.example.com:5000/os").unwrap().scope, "docker \"*.example.com\"");
+    }
+
+    #[test]
+    fn requirements_are_anded() {
+        let with = |list: &str| gate(&format!(r#"{{"default":[{list}]}}"#), "quay.io/org/os").map(|gate| gate.verdict);
+        let (any, signed, reject) =
+            (r#"{"type":"insecureAcceptAnything"}"#, r#"{"type":"signedBy"}"#, r#"{"type":"reject"}"#);
+        assert_eq!(with(any), Ok(Verdict::AcceptsAnything));
+        assert_eq!(with(&format!("{any},{signed}")), Ok(Verdict::RequiresSignature));
+        assert_eq!(with(&format!("{reject},{signed}")), Ok(Verdict::AlwaysRejects));
+        assert_eq!(with(&format!("{signed},{reject}")), Ok(Verdict::AlwaysRejects));
+        assert!(matches!(with(""), Err(PolicyError::Empty(_))));
+        assert!(matches!(with(r#"{"type":"weird"}"#), Err(PolicyError::UnknownType { .. })));
+        assert!(matches!(with("{}"), Err(PolicyError::UnknownType { .. })));
+    }
+
+    #[test]
+    fn strict_as_the_engine() {
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"default":[{"type":"reject"}],"default":[{"type":"reject"}]}"#,
+            r#"{"default":[{"type":"reject","type":"reject"}]}"#,
+            r#"{"default":[{"type":"reject"}],"extra":1}"#,
+            r#"{"default":[{"type":"reject"}],"transports":{"docker":{"a":[],"a":[]}}}"#,
+        ] {
+            assert!(Policy::parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn knows_the_default_that_ostree_ext_refuses() {
+        let insecure = |default: &str| Policy::parse(format!(r#"{{"default":{default}}}"#).as_bytes()).unwrap();
+        assert!(insecure(r#"[{"type":"insecureAcceptAnything"}]"#).default_is_insecure());
+        assert!(!insecure(r#"[{"type":"reject"}]"#).default_is_insecure());
+        assert!(!insecure(r#"[{"type":"insecureAcceptAnything"},{"type":"reject"}]"#).default_is_insecure());
+    }
+}

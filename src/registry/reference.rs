@@ -1,0 +1,169 @@
+//! Image references: the desired one, which must be pinned, and those that the host reports. Pure.
+
+use ostree_ext::container::{ImageReference, OstreeImageReference, SignatureSource, Transport};
+use ostree_ext::oci_spec::distribution::Reference;
+
+use crate::model::{Digest, PinnedImage, printable};
+
+/// Longest reference accepted. MCO's own admission stops at 447 characters before the digest.
+const MAX_LENGTH: usize = 520;
+
+/// Why a text is no reference that may be followed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ReferenceError {
+    /// Longer than any real one.
+    #[error("the image reference has {0} characters, more than {MAX_LENGTH}")]
+    TooLong(usize),
+    /// No `@sha256:`.
+    #[error("`{0}` is not pinned: expected host/repository@sha256:<64 hex digits>")]
+    NotPinned(String),
+    /// Outside the grammar.
+    #[error("`{text}` is not a valid image reference: {why}")]
+    Malformed {
+        /// The text, made printable.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// Parses `host[:port]/repository@sha256:<64 hex>` and nothing else: no tag, no short name, no other digest, no IPv6
+/// literal. What passes cannot be read as an option, a shell word or a systemd specifier either.
+///
+/// # Errors
+/// Says what is wrong with the text.
+pub fn parse(text: &str) -> Result<PinnedImage, ReferenceError> {
+    if text.len() > MAX_LENGTH {
+        return Err(ReferenceError::TooLong(text.len()));
+    }
+    let malformed = |why: &str| ReferenceError::Malformed { text: printable(text, MAX_LENGTH), why: why.to_owned() };
+    let (name, digest) = text.split_once('@').ok_or_else(|| ReferenceError::NotPinned(printable(text, MAX_LENGTH)))?;
+    let digest =
+        Digest::parse(digest).ok_or_else(|| malformed("the digest is not sha256:<64 lowercase hex digits>"))?;
+    let parsed = Reference::try_from(text).map_err(|e| malformed(&printable(&e.to_string(), 100)))?;
+    if parsed.tag().is_some() {
+        return Err(malformed("a tag beside a digest is refused by the host tools; leave the tag out"));
+    }
+    let (host, path) = name.split_once('/').ok_or_else(|| malformed("the registry host is missing"))?;
+    // containers/image takes a first component without dot, colon or "localhost" for a docker.io namespace.
+    if !(host.contains(['.', ':']) || host == "localhost") {
+        return Err(malformed("the registry host must be spelt out"));
+    }
+    if !host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':')) {
+        return Err(malformed("the registry host has characters that are not allowed"));
+    }
+    let name = match host {
+        "docker.io" | "index.docker.io" if !path.contains('/') => format!("docker.io/library/{path}"),
+        "index.docker.io" => format!("docker.io/{path}"),
+        _ => format!("{host}/{path}"),
+    };
+    Ok(PinnedImage::new(name, digest))
+}
+
+/// The image part of a deployment's `container-image-reference`, without signature prefix and transport; `None` for
+/// what does not come from a registry.
+#[must_use]
+pub fn of_deployment(text: &str) -> Option<String> {
+    let reference = OstreeImageReference::try_from(text).ok()?;
+    (reference.imgref.transport == Transport::Registry).then_some(reference.imgref.name)
+}
+
+/// The name part of `host/repository[:tag][@digest]`.
+#[must_use]
+pub fn name_of(reference: &str) -> &str {
+    let name = reference.split_once('@').map_or(reference, |(name, _)| name);
+    match name.rsplit_once(':') {
+        Some((before, after)) if !after.contains('/') && before.contains('/') => before,
+        _ => name,
+    }
+}
+
+/// The reference to hand to the host tools, in the canonical spelling that they store.
+///
+/// `ostree-image-signed:` is refused by ostree-ext wherever the policy's global default is a lone
+/// `insecureAcceptAnything`, even for an image whose own scope demands a signature and gets it; stock OpenShift has
+/// that default. The other prefix still has the policy evaluated at the pull.
+#[must_use]
+pub fn to_pull(image: &PinnedImage, default_is_insecure: bool) -> String {
+    let sigverify = if default_is_insecure {
+        SignatureSource::ContainerPolicyAllowInsecure
+    } else {
+        SignatureSource::ContainerPolicy
+    };
+    let imgref = ImageReference { transport: Transport::Registry, name: image.to_string() };
+    OstreeImageReference { sigverify, imgref }.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    #[test]
+    fn accepts_pinned_names_in_their_canonical_spelling() {
+        for (text, name) in [
+            ("quay.io/org/os", "quay.io/org/os"),
+            ("127.0.0.1:5000/ns/os", "127.0.0.1:5000/ns/os"),
+            ("localhost/os", "localhost/os"),
+            ("image-registry.svc:5000/a/b/c-d_e/f", "image-registry.svc:5000/a/b/c-d_e/f"),
+            ("docker.io/fedora", "docker.io/library/fedora"),
+            ("index.docker.io/org/os", "docker.io/org/os"),
+        ] {
+            let image = parse(&format!("{text}@sha256:{HEX}")).unwrap();
+            assert_eq!(image.name(), name);
+            assert_eq!(image.to_string(), format!("{name}@sha256:{HEX}"));
+            assert_eq!(parse(&image.to_string()).unwrap(), image);
+        }
+    }
+
+    #[test]
+    fn refuses_everything_else() {
+        for text in [
+            "quay.io/org/os".to_owned(),
+            "quay.io/org/os:latest".to_owned(),
+            format!("quay.io/org/os:latest@sha256:{HEX}"),
+            format!("org/os@sha256:{HEX}"),
+            format!("os@sha256:{HEX}"),
+            format!("quay.io/Org/os@sha256:{HEX}"),
+            format!("quay.io/org/os@sha256:{}", HEX.to_uppercase()),
+            format!("quay.io/org/os@sha512:{HEX}{HEX}"),
+            "quay.io/org/os@sha256:abc".to_owned(),
+            format!("[::1]:5000/os@sha256:{HEX}"),
+            format!("-quay.io/os@sha256:{HEX}"),
+            format!("quay.io/$HOME/os@sha256:{HEX}"),
+            format!("quay.io/%i/os@sha256:{HEX}"),
+            format!("quay.io/org/os@sha256:{HEX}\n"),
+            format!("docker://quay.io/org/os@sha256:{HEX}"),
+            format!("quay.io//os@sha256:{HEX}"),
+            format!("quay.io/{}@sha256:{HEX}", "a/".repeat(300)),
+            String::new(),
+        ] {
+            assert!(parse(&text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn strips_what_the_host_puts_before_a_reference() {
+        for (text, expected) in [
+            ("ostree-unverified-registry:quay.io/o/i:t", Some("quay.io/o/i:t")),
+            ("ostree-image-signed:docker://quay.io/o/i@sha256:00", Some("quay.io/o/i@sha256:00")),
+            ("ostree-unverified-image:docker://quay.io/o/i", Some("quay.io/o/i")),
+            ("ostree-remote-registry:fedora:quay.io/o/i", Some("quay.io/o/i")),
+            ("ostree-unverified-image:oci:/var/x", None),
+            ("fedora:fedora/stable", None),
+        ] {
+            assert_eq!(of_deployment(text).as_deref(), expected, "{text}");
+        }
+        assert_eq!(name_of("quay.io/o/i:t"), "quay.io/o/i");
+        assert_eq!(name_of("host:5000/o/i"), "host:5000/o/i");
+        assert_eq!(name_of("host:5000/o/i@sha256:00"), "host:5000/o/i");
+    }
+
+    #[test]
+    fn the_prefix_follows_the_global_default() {
+        let image = parse(&format!("quay.io/org/os@sha256:{HEX}")).unwrap();
+        assert_eq!(to_pull(&image, true), format!("ostree-unverified-registry:{image}"));
+        assert_eq!(to_pull(&image, false), format!("ostree-image-signed:docker://{image}"));
+    }
+}

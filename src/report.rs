@@ -1,0 +1,129 @@
+//! What the cluster is told: a decision becomes the smallest patch of our own Node's annotations. Pure.
+
+use std::collections::BTreeMap;
+
+use crate::model::{Action, Decision, NodeFacts, NodeState, printable};
+
+/// MCO's annotations.
+pub const MCO: &str = "machineconfiguration.openshift.io/";
+/// What we remember across reboots.
+pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
+/// What an operator sets to hold the reboot.
+pub const HOLD: &str = "rebase-agent.openshift.io/hold";
+
+/// MCC's own bound for the reason annotation, in characters.
+const MAX_REASON: usize = 2000;
+
+/// Annotations to change: a full key and its new value, `None` to delete it.
+pub type Patch = BTreeMap<String, Option<String>>;
+
+/// The patch for `decision`; empty when the Node says it all already.
+#[must_use]
+pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
+    let mut patch = Patch::new();
+    let mut set = |key: &str, current: Option<&str>, value: &str| {
+        if current != Some(value) {
+            patch.insert(format!("{MCO}{key}"), Some(value.to_owned()));
+        }
+    };
+    if let Some(state) = decision.state {
+        set("state", node.state.as_deref(), effective(node, state, decision.unsticks));
+        let reason = match state {
+            NodeState::Done => String::new(),
+            _ => printable(&format!("{}: {}", decision.reason, decision.message), MAX_REASON),
+        };
+        // A node that never had a reason and is Done needs none.
+        if !(reason.is_empty() && node.reason.is_none()) {
+            set("reason", node.reason.as_deref(), &reason);
+        }
+    }
+    match &decision.action {
+        Action::Publish { annotations } => {
+            for (key, value) in annotations {
+                set(key, None, value);
+            }
+        }
+        Action::RequestDrain { value } | Action::RequestUncordon { value } => {
+            set("desiredDrain", node.desired_drain.as_deref(), value);
+        }
+        Action::Settle => {
+            // All of it in one patch: MCC takes a half of it for a node that is not done, or done with the wrong image.
+            if let (Some(config), Some(image)) = (&node.desired_config, &node.desired_image) {
+                set("currentConfig", node.current_config.as_deref(), config);
+                set("currentImage", node.current_image.as_deref(), image);
+            }
+            if node.attempt.is_some() {
+                patch.insert(ATTEMPT.to_owned(), None);
+            }
+        }
+        Action::RecordAttempt { attempt } => {
+            // An Attempt is three plain fields and what was parsed as JSON before: serializing cannot fail.
+            if let Ok(text) = serde_json::to_string(attempt) {
+                patch.insert(ATTEMPT.to_owned(), Some(text));
+            }
+        }
+        _ => {}
+    }
+    patch
+}
+
+/// Degraded and Unreconcilable stay until Done, as with the MCD: MCC takes a node that went back to Working for one
+/// that is no longer failing.
+fn effective(node: &NodeFacts, wanted: NodeState, unsticks: bool) -> &str {
+    let sticky = [NodeState::Degraded.as_str(), NodeState::Unreconcilable.as_str()];
+    match node.state.as_deref() {
+        Some(current) if wanted == NodeState::Working && !unsticks && sticky.contains(&current) => current,
+        Some(current)
+            if wanted == NodeState::Degraded && current == NodeState::Unreconcilable.as_str() && !unsticks =>
+        {
+            current
+        }
+        _ => wanted.as_str(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Reason;
+
+    fn decision(state: Option<NodeState>, action: Action) -> Decision {
+        Decision {
+            rule: "0".into(),
+            action,
+            reason: Reason::Staging,
+            message: "m\u{1b}\n".repeat(2000),
+            state,
+            unsticks: false,
+            wake: None,
+            clock: None,
+        }
+    }
+
+    #[test]
+    fn says_nothing_twice() {
+        let decision = decision(Some(NodeState::Working), Action::RequestDrain { value: "drain-r".into() });
+        let mut node = NodeFacts::default();
+        let patch = report(&node, &decision);
+        assert_eq!(patch.len(), 3);
+        let value = |key: &str| patch[&format!("{MCO}{key}")].clone();
+        (node.state, node.reason, node.desired_drain) = (value("state"), value("reason"), value("desiredDrain"));
+        assert!(report(&node, &decision).is_empty());
+        let reason = node.reason.unwrap();
+        assert!(reason.chars().count() <= MAX_REASON + 1 && !reason.contains(['\n', '\u{1b}']), "{reason}");
+    }
+
+    #[test]
+    fn degraded_sticks_until_done() {
+        let mut node = NodeFacts { state: Some("Degraded".into()), ..NodeFacts::default() };
+        let state = |node: &NodeFacts, decision: &Decision| report(node, decision).remove(&format!("{MCO}state"));
+        let mut working = decision(Some(NodeState::Working), Action::Nothing);
+        assert_eq!(state(&node, &working), None);
+        working.unsticks = true;
+        assert_eq!(state(&node, &working), Some(Some("Working".into())));
+        assert_eq!(state(&node, &decision(Some(NodeState::Done), Action::Settle)), Some(Some("Done".into())));
+        node.state = Some("Unreconcilable".into());
+        assert_eq!(state(&node, &decision(Some(NodeState::Degraded), Action::Nothing)), None);
+        assert_eq!(state(&node, &decision(None, Action::Nothing)), None);
+    }
+}
