@@ -14,6 +14,7 @@ use hyper::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, RETRY_AFTER
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use openssl::error::ErrorStack;
 use openssl::nid::Nid;
 use openssl::pkey::PKey;
 use openssl::ssl::{Ssl, SslAcceptor, SslContext, SslMethod, SslOptions, SslSessionCacheMode, SslVerifyMode};
@@ -62,7 +63,10 @@ impl Trust {
         authorities.push(pki.ca().subject_name().to_owned()?)?;
         acceptor.set_client_ca_list(authorities);
         // The handshake takes any certificate; whether it is good is found out anew for each request.
-        acceptor.set_verify_callback(SslVerifyMode::PEER, |_, _| true);
+        acceptor.set_verify_callback(SslVerifyMode::PEER, |_, _| {
+            forget_errors();
+            true
+        });
         let mut clients = X509StoreBuilder::new()?;
         clients.add_cert(pki.ca())?;
         clients.set_purpose(X509PurposeId::SSL_CLIENT)?;
@@ -77,12 +81,18 @@ impl Trust {
             context.init(&self.clients, certificate, &*Stack::new()?, |context| context.verify_cert())
         });
         if !matches!(verified, Ok(true)) {
+            forget_errors();
             return Err(ApiError::new(401, None, "Unauthorized"));
         }
         let subject = certificate.subject_name();
         let name = entries(subject, Nid::COMMONNAME).pop().unwrap_or_default();
         Ok(User { name, groups: entries(subject, Nid::ORGANIZATIONNAME) })
     }
+}
+
+/// Errors of a verification, left in the thread's queue, would be taken for those of a connection.
+fn forget_errors() {
+    drop(ErrorStack::get());
 }
 
 fn entries(name: &X509NameRef, nid: Nid) -> Vec<String> {
