@@ -1,1 +1,729 @@
-//! To come.
+//! The machine-config-controller's part: choosing nodes and setting what they shall run, and answering drain
+//! requests. Driven by the store's changes; the only waiting is what the original does too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::{Notify, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use crate::apiserver::{ApiError, Store};
+
+/// The field manager of all that the controllers write.
+pub const MANAGER: &str = "machine-config-controller";
+
+/// What the protocol's annotation keys start with.
+pub const PREFIX: &str = "machineconfiguration.openshift.io/";
+
+const TAINT: &str = "UpdateInProgress";
+
+/// One annotation of the protocol, without the prefix in the key.
+#[must_use]
+pub fn annotation<'a>(node: &'a Value, key: &str) -> Option<&'a str> {
+    node["metadata"]["annotations"].get(format!("{PREFIX}{key}"))?.as_str()
+}
+
+fn patch_of(annotations: &[(&str, Option<&str>)]) -> Value {
+    let annotations: BTreeMap<_, _> = annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect();
+    json!({"metadata": {"annotations": annotations}})
+}
+
+/// Current and desired config are there, not empty, and equal.
+#[must_use]
+pub fn is_node_config_done(node: &Value) -> bool {
+    let current = annotation(node, "currentConfig").filter(|config| !config.is_empty());
+    current.is_some() && current == annotation(node, "desiredConfig")
+}
+
+/// Neither image is set, or both are and are the same string.
+#[must_use]
+pub fn is_node_image_done(node: &Value) -> bool {
+    match (annotation(node, "currentImage"), annotation(node, "desiredImage")) {
+        (None, None) => true,
+        (current, desired) => current.is_some_and(|current| !current.is_empty()) && current == desired,
+    }
+}
+
+/// Config and image are done and the state is `Done`.
+#[must_use]
+pub fn is_node_done(node: &Value) -> bool {
+    is_node_config_done(node) && is_node_image_done(node) && annotation(node, "state") == Some("Done")
+}
+
+/// Ready, without disk pressure, with a network, and schedulable.
+#[must_use]
+pub fn is_node_ready(node: &Value) -> bool {
+    let conditions = node["status"]["conditions"].as_array();
+    let good = |condition: &Value| match condition["type"].as_str() {
+        Some("Ready") => condition["status"] == "True",
+        Some("DiskPressure" | "NetworkUnavailable") => condition["status"] == "False",
+        _ => true,
+    };
+    conditions.is_none_or(|conditions| conditions.iter().all(good)) && node["spec"]["unschedulable"] != true
+}
+
+/// The update to another config failed. An update of the image alone never counts as failing.
+#[must_use]
+pub fn is_node_mcd_failing(node: &Value) -> bool {
+    annotation(node, "currentConfig") != annotation(node, "desiredConfig") && is_degraded_state(node)
+}
+
+fn is_degraded_state(node: &Value) -> bool {
+    matches!(annotation(node, "state"), Some("Degraded" | "Unreconcilable"))
+}
+
+/// The node uses up one of the pool's unavailable nodes.
+#[must_use]
+pub fn is_unavailable_for_update(node: &Value) -> bool {
+    !is_node_ready(node) || (!is_node_done(node) && !is_node_mcd_failing(node))
+}
+
+/// What a pool's nodes shall run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The rendered config.
+    pub config: String,
+    /// The pull specification of a layered pool's image.
+    pub image: Option<String>,
+}
+
+/// The node was already told to run the target.
+#[must_use]
+pub fn is_targeted(node: &Value, target: &Target) -> bool {
+    annotation(node, "desiredConfig") == Some(&target.config) && annotation(node, "desiredImage") == target.image.as_deref()
+}
+
+/// The node may be told to run the target: it was not yet, and it is ready.
+#[must_use]
+pub fn is_candidate(node: &Value, target: &Target) -> bool {
+    !is_targeted(node, target) && is_node_ready(node)
+}
+
+/// All candidates and how many of them may be taken now. A `max_unavailable` of 0 counts as 1.
+#[must_use]
+pub fn get_all_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailable: usize) -> (Vec<&'a Value>, usize) {
+    let unavailable = nodes.iter().filter(|node| is_unavailable_for_update(node)).count();
+    let failing = nodes.iter().filter(|node| is_targeted(node, target) && is_node_mcd_failing(node)).count();
+    let capacity = max_unavailable.max(1).saturating_sub(unavailable).saturating_sub(failing);
+    if capacity == 0 {
+        return (Vec::new(), 0);
+    }
+    (nodes.iter().filter(|node| is_candidate(node, target)).collect(), capacity)
+}
+
+/// The candidates that are taken now: by zone, then age, then name.
+#[must_use]
+pub fn get_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailable: usize) -> Vec<&'a Value> {
+    let (mut candidates, capacity) = get_all_candidates(nodes, target, max_unavailable);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    candidates.sort_by_key(|node| {
+        let metadata = &node["metadata"];
+        let zone = text(&metadata["labels"]["topology.kubernetes.io/zone"]);
+        (zone, text(&metadata["creationTimestamp"]), text(&metadata["name"]))
+    });
+    candidates.truncate(capacity);
+    candidates
+}
+
+/// A pool of nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSpec {
+    /// The pool's name.
+    pub name: String,
+    /// The nodes that its selector matches; they need not exist yet.
+    pub nodes: Vec<String>,
+    /// How many may be unavailable at a time; 0 counts as 1.
+    pub max_unavailable: usize,
+    /// `HighlyAvailable`, `SingleReplica` and so on.
+    pub topology: String,
+}
+
+impl PoolSpec {
+    /// A `HighlyAvailable` pool `worker` of these nodes that updates one at a time.
+    #[must_use]
+    pub fn worker(nodes: &[&str]) -> Self {
+        Self {
+            name: "worker".to_owned(),
+            nodes: nodes.iter().map(|node| (*node).to_owned()).collect(),
+            max_unavailable: 1,
+            topology: "HighlyAvailable".to_owned(),
+        }
+    }
+}
+
+/// A pool's counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStatus {
+    /// Nodes done with the target.
+    pub updated: usize,
+    /// Nodes in state `Degraded` or `Unreconcilable`.
+    pub degraded: usize,
+    /// Nodes that use up `max_unavailable`.
+    pub unavailable: usize,
+    /// All nodes.
+    pub machine_count: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+struct PoolControl {
+    target: Option<Target>,
+    paused: bool,
+    synced: u64,
+}
+
+/// The node controller for one pool, until it is dropped.
+pub struct PoolController {
+    store: Store,
+    pool: PoolSpec,
+    control: watch::Sender<PoolControl>,
+    task: JoinHandle<()>,
+}
+
+impl PoolController {
+    /// Starts without a target. Must be called inside a Tokio runtime.
+    #[must_use]
+    pub fn start(store: Store, pool: PoolSpec) -> Self {
+        let control = watch::Sender::new(PoolControl::default());
+        let task = tokio::spawn(run_pool(store.clone(), pool.clone(), control.clone()));
+        Self { store, pool, control, task }
+    }
+
+    /// What the nodes shall run from now on; without an image the pool is not layered.
+    pub fn set_target<'a>(&self, config: &str, image: impl Into<Option<&'a str>>) {
+        let target = Target { config: config.to_owned(), image: image.into().map(str::to_owned) };
+        self.control.send_modify(|control| control.target = Some(target));
+    }
+
+    /// While paused, no node gets a new target; those that have one go on.
+    pub fn pause(&self, paused: bool) {
+        self.control.send_modify(|control| control.paused = paused);
+    }
+
+    /// The pool's counts now.
+    #[must_use]
+    pub fn status(&self) -> PoolStatus {
+        let nodes = nodes_of(&self.store, &self.pool);
+        let target = self.control.borrow().target.clone();
+        let count = |predicate: &dyn Fn(&Value) -> bool| nodes.iter().filter(|node| predicate(node)).count();
+        PoolStatus {
+            updated: count(&|node| {
+                is_node_done(node) && target.as_ref().is_some_and(|target| is_targeted(node, target))
+            }),
+            degraded: count(&|node| {
+                annotation(node, "desiredConfig").is_some_and(|config| !config.is_empty()) && is_degraded_state(node)
+            }),
+            unavailable: count(&is_unavailable_for_update),
+            machine_count: nodes.len(),
+        }
+    }
+
+    /// Waits until the counts are as `predicate` wants them. Says whether that was within `deadline`.
+    pub async fn wait_for_status(&self, deadline: Duration, predicate: impl Fn(&PoolStatus) -> bool) -> bool {
+        let mut changed = self.store.changed();
+        let wait = async {
+            while !predicate(&self.status()) {
+                let _ = changed.changed().await;
+            }
+        };
+        timeout(deadline, wait).await.is_ok()
+    }
+
+    /// Waits until the controller has looked at everything that was written and set before this call.
+    pub async fn settle(&self) {
+        let mut seen = self.control.subscribe();
+        let version = *self.store.changed().borrow();
+        // A sync that starts after this sees all; its end is told.
+        self.control.send_modify(|control| control.synced = 0);
+        let _ = seen.wait_for(|control| control.synced >= version).await;
+    }
+}
+
+impl Drop for PoolController {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn nodes_of(store: &Store, pool: &PoolSpec) -> Vec<Value> {
+    pool.nodes.iter().filter_map(|name| store.node(name)).collect()
+}
+
+async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolControl>) {
+    let mut changed = store.changed();
+    let mut controlled = control.subscribe();
+    loop {
+        let version = *changed.borrow_and_update();
+        let now = controlled.borrow_and_update().clone();
+        // A write that fails (the node went away) is made good at the next change.
+        let _ = sync_pool(&store, &pool, &now);
+        if now.synced < version {
+            control.send_modify(|control| control.synced = version);
+        }
+        tokio::select! {
+            _ = changed.changed() => {}
+            _ = controlled.changed() => {}
+        }
+    }
+}
+
+fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<(), ApiError> {
+    let Some(target) = control.target.as_ref().filter(|_| !control.paused) else { return Ok(()) };
+    let nodes = nodes_of(store, pool);
+    for node in &nodes {
+        let name = node["metadata"]["name"].as_str().unwrap();
+        if annotation(node, "controlPlaneTopology") != Some(&pool.topology) {
+            store.patch_as(MANAGER, name, patch_of(&[("controlPlaneTopology", Some(&pool.topology))]))?;
+        }
+        // On nodes that wait for their turn, off those that have been told.
+        let mut taints = node["spec"]["taints"].as_array().cloned().unwrap_or_default();
+        let before = taints.len();
+        taints.retain(|taint| taint["key"] != TAINT);
+        if !is_targeted(node, target) {
+            taints.push(json!({"key": TAINT, "effect": "PreferNoSchedule"}));
+        }
+        if taints.len() != before {
+            let taints = if taints.is_empty() { Value::Null } else { Value::Array(taints) };
+            store.patch_as(MANAGER, name, json!({"spec": {"taints": taints}}))?;
+        }
+    }
+    for node in get_candidates(&nodes, target, pool.max_unavailable) {
+        let name = node["metadata"]["name"].as_str().unwrap();
+        let wanted = [("desiredConfig", Some(target.config.as_str())), ("desiredImage", target.image.as_deref())];
+        store.patch_as(MANAGER, name, patch_of(&wanted))?;
+    }
+    Ok(())
+}
+
+/// How long the drain controller takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delays {
+    /// From a change to the sync.
+    pub enqueue: Duration,
+    /// From a failure to the next attempt.
+    pub retry: Duration,
+    /// To evict a node's pods.
+    pub evict: Duration,
+}
+
+impl Delays {
+    /// Too short to wait for, long enough to be overtaken.
+    #[must_use]
+    pub const fn short() -> Self {
+        let (enqueue, retry, evict) = (Duration::from_millis(5), Duration::from_millis(20), Duration::from_millis(5));
+        Self { enqueue, retry, evict }
+    }
+}
+
+impl Default for Delays {
+    /// The original's: 5 seconds and a minute; half a minute of evictions.
+    fn default() -> Self {
+        Self { enqueue: Duration::from_secs(5), retry: Duration::from_secs(60), evict: Duration::from_secs(30) }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Evictions {
+    blocked: bool,
+    failing: bool,
+}
+
+#[derive(Default)]
+struct DrainLog {
+    drains: usize,
+    evicted: usize,
+    errors: Vec<String>,
+    ongoing: BTreeSet<String>,
+}
+
+#[derive(Clone)]
+struct Drainer {
+    store: Store,
+    delays: Delays,
+    evictions: watch::Receiver<Evictions>,
+    log: Arc<Mutex<DrainLog>>,
+}
+
+/// The drain controller, until it is dropped. Dropping it and starting another is a restart: what it knew of drains
+/// that go on is lost.
+pub struct DrainController {
+    evictions: watch::Sender<Evictions>,
+    log: Arc<Mutex<DrainLog>>,
+    task: JoinHandle<()>,
+}
+
+impl DrainController {
+    /// Starts for all nodes of the store. Must be called inside a Tokio runtime.
+    #[must_use]
+    pub fn start(store: Store, delays: Delays) -> Self {
+        let evictions = watch::Sender::new(Evictions::default());
+        let log = Arc::<Mutex<DrainLog>>::default();
+        let drainer = Drainer { store, delays, evictions: evictions.subscribe(), log: Arc::clone(&log) };
+        let task = tokio::spawn(drainer.run());
+        Self { evictions, log, task }
+    }
+
+    /// While blocked, evictions hang, as with a disruption budget that allows none.
+    pub fn block_drains(&self, blocked: bool) {
+        self.evictions.send_modify(|evictions| evictions.blocked = blocked);
+    }
+
+    /// While failing, evictions fail and are tried again after [`Delays::retry`].
+    pub fn fail_drains(&self, failing: bool) {
+        self.evictions.send_modify(|evictions| evictions.failing = failing);
+    }
+
+    /// How often evictions were started.
+    #[must_use]
+    pub fn drains(&self) -> usize {
+        self.log.lock().unwrap().drains
+    }
+
+    /// How often evictions were finished.
+    #[must_use]
+    pub fn evicted(&self) -> usize {
+        self.log.lock().unwrap().evicted
+    }
+
+    /// What failed so far and is tried again.
+    #[must_use]
+    pub fn errors(&self) -> Vec<String> {
+        self.log.lock().unwrap().errors.clone()
+    }
+}
+
+impl Drop for DrainController {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Drainer {
+    async fn run(self) {
+        let mut changed = self.store.changed();
+        let mut known: BTreeMap<String, (Option<String>, bool)> = BTreeMap::new();
+        let mut queues: BTreeMap<String, Arc<Notify>> = BTreeMap::new();
+        let mut workers = JoinSet::new();
+        loop {
+            changed.borrow_and_update();
+            for node in self.store.nodes() {
+                let name = node["metadata"]["name"].as_str().unwrap().to_owned();
+                let now = (annotation(&node, "desiredDrain").map(str::to_owned), node["spec"]["unschedulable"] == true);
+                if known.get(&name) == Some(&now) {
+                    continue;
+                }
+                known.insert(name.clone(), now);
+                let queue = queues.entry(name.clone()).or_insert_with(|| {
+                    let queue = Arc::new(Notify::new());
+                    workers.spawn(self.clone().work(name, Arc::clone(&queue)));
+                    queue
+                });
+                queue.notify_one();
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// One node's queue: word of a change leads to one sync, however many changes there were.
+    async fn work(self, node: String, queue: Arc<Notify>) {
+        let mut failed = false;
+        loop {
+            // A change comes before the next attempt, if it is earlier.
+            let retry = async {
+                if failed {
+                    sleep(self.delays.retry).await;
+                } else {
+                    std::future::pending().await
+                }
+            };
+            tokio::select! {
+                () = queue.notified() => sleep(self.delays.enqueue).await,
+                () = retry => {}
+            }
+            failed = match self.sync(&node).await {
+                Ok(()) => false,
+                Err(error) => {
+                    self.log.lock().unwrap().errors.push(format!("{node}: {error}"));
+                    true
+                }
+            };
+        }
+    }
+
+    async fn sync(&self, name: &str) -> anyhow::Result<()> {
+        let Some(node) = self.store.node(name) else { return Ok(()) };
+        let desired = annotation(&node, "desiredDrain");
+        if desired == annotation(&node, "lastAppliedDrain") {
+            return Ok(());
+        }
+        let desired = desired.unwrap_or_default();
+        match desired.split('-').next() {
+            Some("drain") => self.drain(name).await?,
+            Some("uncordon") => {
+                self.cordon(name, false)?;
+                self.log.lock().unwrap().ongoing.remove(name);
+            }
+            verb => anyhow::bail!("unknown drain action {verb:?} in {desired:?}"),
+        }
+        self.store.patch_as(MANAGER, name, patch_of(&[("lastAppliedDrain", Some(desired))]))?;
+        Ok(())
+    }
+
+    fn cordon(&self, name: &str, cordon: bool) -> Result<Value, ApiError> {
+        self.store.patch_as(MANAGER, name, json!({"spec": {"unschedulable": cordon}}))
+    }
+
+    fn is_cordoned(&self, name: &str) -> bool {
+        self.store.node(name).is_some_and(|node| node["spec"]["unschedulable"] == true)
+    }
+
+    async fn drain(&self, name: &str) -> anyhow::Result<()> {
+        let ongoing = !self.log.lock().unwrap().ongoing.insert(name.to_owned());
+        if !ongoing || !self.is_cordoned(name) {
+            self.cordon(name, true)?;
+        }
+        self.log.lock().unwrap().drains += 1;
+        sleep(self.delays.evict).await;
+        let mut evictions = self.evictions.clone();
+        let evictions = *evictions.wait_for(|evictions| !evictions.blocked || evictions.failing).await?;
+        anyhow::ensure!(!evictions.failing, "error when evicting pods: cannot evict pod as it would violate the pod's disruption budget");
+        self.log.lock().unwrap().evicted += 1;
+        anyhow::ensure!(self.is_cordoned(name), "the node was uncordoned during the drain");
+        self.log.lock().unwrap().ongoing.remove(name);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::{Event, Events};
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn node(annotations: &[(&str, &str)]) -> Value {
+        let annotations: BTreeMap<_, _> =
+            annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), *value)).collect();
+        let conditions = json!([{"type": "Ready", "status": "True"}, {"type": "DiskPressure", "status": "False"}]);
+        json!({
+            "metadata": {"name": "n", "annotations": annotations},
+            "spec": {}, "status": {"conditions": conditions},
+        })
+    }
+
+    fn done(config: &str, image: &str) -> Value {
+        let (current, desired) = (("currentConfig", config), ("desiredConfig", config));
+        node(&[current, desired, ("currentImage", image), ("desiredImage", image), ("state", "Done")])
+    }
+
+    fn target(config: &str, image: &str) -> Target {
+        Target { config: config.into(), image: Some(image.into()) }
+    }
+
+    #[test]
+    fn config_is_done_when_both_are_there_and_equal() {
+        assert!(is_node_config_done(&node(&[("currentConfig", "a"), ("desiredConfig", "a")])));
+        assert!(!is_node_config_done(&node(&[("currentConfig", "a"), ("desiredConfig", "b")])));
+        assert!(!is_node_config_done(&node(&[("currentConfig", ""), ("desiredConfig", "")])));
+        assert!(!is_node_config_done(&node(&[("desiredConfig", "a")])));
+        assert!(!is_node_config_done(&node(&[])));
+    }
+
+    #[test]
+    fn image_is_done_when_absent_or_the_same_string() {
+        assert!(is_node_image_done(&node(&[])));
+        assert!(is_node_image_done(&node(&[("currentImage", "a"), ("desiredImage", "a")])));
+        assert!(!is_node_image_done(&node(&[("currentImage", "a"), ("desiredImage", "b")])));
+        assert!(!is_node_image_done(&node(&[("currentImage", ""), ("desiredImage", "")])));
+        assert!(!is_node_image_done(&node(&[("desiredImage", "a")])));
+        assert!(!is_node_image_done(&node(&[("currentImage", "a")])), "left over from a layered pool");
+    }
+
+    #[test]
+    fn done_needs_the_state() {
+        let mut node = done("a", "i");
+        assert!(is_node_done(&node));
+        node["metadata"]["annotations"][format!("{PREFIX}state")] = json!("Working");
+        assert!(!is_node_done(&node));
+        node["metadata"]["annotations"].as_object_mut().unwrap().remove(&format!("{PREFIX}state"));
+        assert!(!is_node_done(&node));
+    }
+
+    #[test]
+    fn ready_looks_at_conditions_and_cordon() {
+        let good = done("a", "i");
+        assert!(is_node_ready(&good));
+        for (at, status) in [(0, "False"), (0, "Unknown"), (1, "True"), (1, "Unknown")] {
+            let mut node = good.clone();
+            node["status"]["conditions"][at]["status"] = json!(status);
+            assert!(!is_node_ready(&node), "{at} {status}");
+        }
+        let mut cordoned = good;
+        cordoned["spec"]["unschedulable"] = json!(true);
+        assert!(!is_node_ready(&cordoned));
+    }
+
+    #[test]
+    fn only_a_failed_config_counts_as_failing() {
+        let failing = node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("state", "Degraded")]);
+        assert!(is_node_mcd_failing(&failing) && !is_unavailable_for_update(&failing));
+        let image_only = node(&[
+            ("currentConfig", "a"),
+            ("desiredConfig", "a"),
+            ("currentImage", "i"),
+            ("desiredImage", "j"),
+            ("state", "Degraded"),
+        ]);
+        assert!(!is_node_mcd_failing(&image_only) && is_unavailable_for_update(&image_only));
+    }
+
+    #[test]
+    fn capacity_is_what_unavailable_and_failing_nodes_leave() {
+        let to = target("b", "j");
+        let working = node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Working")]);
+        let failing = node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Degraded")]);
+        let old = done("a", "i");
+        let count = |nodes: &[Value], max| {
+            let (candidates, capacity) = get_all_candidates(nodes, &to, max);
+            (candidates.len(), capacity)
+        };
+        assert_eq!(count(&[old.clone(), old.clone()], 0), (2, 1));
+        assert_eq!(count(&[old.clone(), old.clone(), working.clone()], 1), (0, 0));
+        assert_eq!(count(&[old.clone(), old.clone(), working.clone()], 2), (2, 1));
+        assert_eq!(count(&[old.clone(), failing.clone()], 1), (0, 0));
+        assert_eq!(count(&[old.clone(), failing, working], 3), (1, 1));
+        assert_eq!(count(&[done("b", "j"), old], 1), (1, 1));
+    }
+
+    fn store(nodes: &[&str]) -> (Store, Events) {
+        let events = Events::new();
+        let store = Store::new(events.clone());
+        for name in nodes {
+            let keys = [("currentConfig", "a"), ("desiredConfig", "a"), ("currentImage", "i"), ("desiredImage", "i")];
+            store.create_node(name, &[]);
+            let keys = keys.iter().chain(&[("state", "Done")]).map(|(key, value)| (*key, Some(*value)));
+            store.patch_as("machine-config-daemon", name, patch_of(&keys.collect::<Vec<_>>())).unwrap();
+        }
+        (store, events)
+    }
+
+    /// What an agent does once it has been told.
+    fn finish(store: &Store, name: &str, config: &str, image: &str) {
+        let keys = [("state", Some("Done")), ("currentConfig", Some(config)), ("currentImage", Some(image))];
+        store.patch_as("rebase-agent", name, patch_of(&keys)).unwrap();
+    }
+
+    async fn until(store: &Store, name: &str, key: &str, value: &str) {
+        store.wait_for_annotation(name, &format!("{PREFIX}{key}"), value, DEADLINE).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_node_after_the_other_is_told() {
+        let (store, events) = store(&["w0", "w1"]);
+        let mut told = events.subscribe();
+        let pool = PoolController::start(store.clone(), PoolSpec::worker(&["w0", "w1", "not-yet"]));
+        pool.set_target("b", "j");
+        until(&store, "w0", "desiredImage", "j").await;
+        pool.settle().await;
+        assert_eq!(annotation(&store.node("w1").unwrap(), "desiredImage"), Some("i"));
+        assert_eq!(annotation(&store.node("w1").unwrap(), "controlPlaneTopology"), Some("HighlyAvailable"));
+        assert_eq!(store.node("w1").unwrap()["spec"]["taints"][0]["key"], TAINT);
+        assert!(store.node("w0").unwrap()["spec"].get("taints").is_none());
+        let status = PoolStatus { updated: 0, degraded: 0, unavailable: 1, machine_count: 2 };
+        assert_eq!(pool.status(), status);
+        let both = std::iter::from_fn(|| told.try_recv().ok()).any(|event| {
+            matches!(event, Event::NodeChanged { manager, changes, .. } if manager == MANAGER
+                && changes.contains_key(&format!("{PREFIX}desiredConfig"))
+                && changes.contains_key(&format!("{PREFIX}desiredImage")))
+        });
+        assert!(both, "config and image come in one write");
+
+        finish(&store, "w0", "b", "j");
+        until(&store, "w1", "desiredImage", "j").await;
+        finish(&store, "w1", "b", "j");
+        assert!(pool.wait_for_status(DEADLINE, |status| status.updated == 2 && status.unavailable == 0).await);
+    }
+
+    #[tokio::test]
+    async fn pause_and_readiness_hold_back() {
+        let (store, _) = store(&["w0", "w1"]);
+        let pool = PoolController::start(store.clone(), PoolSpec::worker(&["w0", "w1"]));
+        pool.pause(true);
+        pool.set_target("a", "j");
+        pool.settle().await;
+        assert_eq!(annotation(&store.node("w0").unwrap(), "desiredImage"), Some("i"));
+        store.set_ready("w0", false);
+        pool.pause(false);
+        pool.settle().await;
+        assert_eq!(pool.status().unavailable, 1);
+        for name in ["w0", "w1"] {
+            assert_eq!(annotation(&store.node(name).unwrap(), "desiredImage"), Some("i"), "w0 uses up the one");
+        }
+        store.set_ready("w0", true);
+        until(&store, "w0", "desiredImage", "j").await;
+        pool.set_target("a", None);
+        pool.settle().await;
+        assert_eq!(annotation(&store.node("w0").unwrap(), "desiredImage"), Some("j"), "not done, so no capacity");
+    }
+
+    fn ask(store: &Store, drain: &str) {
+        store.patch_as("rebase-agent", "w0", patch_of(&[("desiredDrain", Some(drain))])).unwrap();
+    }
+
+    #[tokio::test]
+    async fn drains_then_uncordons() {
+        let (store, _) = store(&["w0"]);
+        let drainer = DrainController::start(store.clone(), Delays::short());
+        ask(&store, "drain-b");
+        until(&store, "w0", "lastAppliedDrain", "drain-b").await;
+        assert_eq!(store.node("w0").unwrap()["spec"]["unschedulable"], true);
+        ask(&store, "uncordon-b");
+        until(&store, "w0", "lastAppliedDrain", "uncordon-b").await;
+        assert!(store.node("w0").unwrap()["spec"].get("unschedulable").is_none());
+        assert_eq!((drainer.drains(), drainer.evicted()), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn an_uncordon_from_outside_makes_it_drain_again() {
+        let (store, _) = store(&["w0"]);
+        let drainer = DrainController::start(store.clone(), Delays::short());
+        drainer.block_drains(true);
+        ask(&store, "drain-b");
+        store.wait_for("w0", DEADLINE, |node| node["spec"]["unschedulable"] == true).await.unwrap();
+        store.set_unschedulable("w0", false);
+        drainer.block_drains(false);
+        until(&store, "w0", "lastAppliedDrain", "drain-b").await;
+        assert_eq!(store.node("w0").unwrap()["spec"]["unschedulable"], true);
+        assert!(drainer.drains() >= 2);
+    }
+
+    #[tokio::test]
+    async fn failures_are_tried_again_for_ever() {
+        let (store, _) = store(&["w0"]);
+        let drainer = DrainController::start(store.clone(), Delays::short());
+        drainer.fail_drains(true);
+        ask(&store, "drain-b");
+        let failed = async {
+            while drainer.errors().len() < 2 {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(DEADLINE, failed).await.unwrap();
+        assert!(annotation(&store.node("w0").unwrap(), "lastAppliedDrain").is_none());
+        drainer.fail_drains(false);
+        until(&store, "w0", "lastAppliedDrain", "drain-b").await;
+        ask(&store, "reboot-b");
+        let before = drainer.errors().len();
+        let failed = async {
+            while drainer.errors().len() < before + 2 {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(DEADLINE, failed).await.unwrap();
+        assert!(drainer.errors().last().unwrap().contains("unknown drain action"));
+    }
+}
