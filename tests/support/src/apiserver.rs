@@ -11,7 +11,7 @@ mod store;
 
 pub use error::ApiError;
 pub use serve::ApiServer;
-pub use store::{Expired, Fault, RequestRecord, Scope, Store};
+pub use store::{Expired, Fault, RequestRecord, Scope, Snapshot, Store};
 
 #[cfg(test)]
 mod tests;

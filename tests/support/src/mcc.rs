@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -27,7 +28,8 @@ pub fn annotation<'a>(node: &'a Value, key: &str) -> Option<&'a str> {
 }
 
 fn patch_of(annotations: &[(&str, Option<&str>)]) -> Value {
-    let annotations: BTreeMap<_, _> = annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect();
+    let annotations: BTreeMap<_, _> =
+        annotations.iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect();
     json!({"metadata": {"annotations": annotations}})
 }
 
@@ -93,7 +95,8 @@ pub struct Target {
 /// The node was already told to run the target.
 #[must_use]
 pub fn is_targeted(node: &Value, target: &Target) -> bool {
-    annotation(node, "desiredConfig") == Some(&target.config) && annotation(node, "desiredImage") == target.image.as_deref()
+    annotation(node, "desiredConfig") == Some(&target.config)
+        && annotation(node, "desiredImage") == target.image.as_deref()
 }
 
 /// The node may be told to run the target: it was not yet, and it is ready.
@@ -171,6 +174,8 @@ pub struct PoolStatus {
 struct PoolControl {
     target: Option<Target>,
     paused: bool,
+    /// Syncs that were asked for, and the last one that was done.
+    asked: u64,
     synced: u64,
 }
 
@@ -233,11 +238,9 @@ impl PoolController {
 
     /// Waits until the controller has looked at everything that was written and set before this call.
     pub async fn settle(&self) {
-        let mut seen = self.control.subscribe();
-        let version = *self.store.changed().borrow();
-        // A sync that starts after this sees all; its end is told.
-        self.control.send_modify(|control| control.synced = 0);
-        let _ = seen.wait_for(|control| control.synced >= version).await;
+        self.control.send_modify(|control| control.asked += 1);
+        let asked = self.control.borrow().asked;
+        let _ = self.control.subscribe().wait_for(|control| control.synced >= asked).await;
     }
 }
 
@@ -255,12 +258,12 @@ async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolContr
     let mut changed = store.changed();
     let mut controlled = control.subscribe();
     loop {
-        let version = *changed.borrow_and_update();
+        changed.borrow_and_update();
         let now = controlled.borrow_and_update().clone();
         // A write that fails (the node went away) is made good at the next change.
         let _ = sync_pool(&store, &pool, &now);
-        if now.synced < version {
-            control.send_modify(|control| control.synced = version);
+        if now.synced < now.asked {
+            control.send_modify(|control| control.synced = now.asked);
         }
         tokio::select! {
             _ = changed.changed() => {}
@@ -306,21 +309,28 @@ pub struct Delays {
     pub retry: Duration,
     /// To evict a node's pods.
     pub evict: Duration,
+    /// After which evictions that hang have failed.
+    pub give_up: Duration,
 }
 
 impl Delays {
     /// Too short to wait for, long enough to be overtaken.
     #[must_use]
     pub const fn short() -> Self {
-        let (enqueue, retry, evict) = (Duration::from_millis(5), Duration::from_millis(20), Duration::from_millis(5));
-        Self { enqueue, retry, evict }
+        Self {
+            enqueue: Duration::from_millis(5),
+            retry: Duration::from_millis(20),
+            evict: Duration::from_millis(5),
+            give_up: Duration::from_millis(100),
+        }
     }
 }
 
 impl Default for Delays {
-    /// The original's: 5 seconds and a minute; half a minute of evictions.
+    /// The original's: 5 seconds, a minute, and 90 seconds for evictions, which take half a minute.
     fn default() -> Self {
-        Self { enqueue: Duration::from_secs(5), retry: Duration::from_secs(60), evict: Duration::from_secs(30) }
+        let [enqueue, retry, evict, give_up] = [5, 60, 30, 90].map(Duration::from_secs);
+        Self { enqueue, retry, evict, give_up }
     }
 }
 
@@ -365,7 +375,8 @@ impl DrainController {
         Self { evictions, log, task }
     }
 
-    /// While blocked, evictions hang, as with a disruption budget that allows none.
+    /// While blocked, evictions hang, as with a disruption budget that allows none. An attempt fails after
+    /// [`Delays::give_up`], and the next one, for what is asked by then, starts after [`Delays::retry`].
     pub fn block_drains(&self, blocked: bool) {
         self.evictions.send_modify(|evictions| evictions.blocked = blocked);
     }
@@ -408,7 +419,9 @@ impl Drainer {
         let mut workers = JoinSet::new();
         loop {
             changed.borrow_and_update();
-            for node in self.store.nodes() {
+            let nodes = self.store.nodes();
+            known.retain(|name, _| nodes.iter().any(|node| node["metadata"]["name"] == **name));
+            for node in nodes {
                 let name = node["metadata"]["name"].as_str().unwrap().to_owned();
                 let now = (annotation(&node, "desiredDrain").map(str::to_owned), node["spec"]["unschedulable"] == true);
                 if known.get(&name) == Some(&now) {
@@ -489,8 +502,10 @@ impl Drainer {
         self.log.lock().unwrap().drains += 1;
         sleep(self.delays.evict).await;
         let mut evictions = self.evictions.clone();
-        let evictions = *evictions.wait_for(|evictions| !evictions.blocked || evictions.failing).await?;
-        anyhow::ensure!(!evictions.failing, "error when evicting pods: cannot evict pod as it would violate the pod's disruption budget");
+        let released = evictions.wait_for(|evictions| !evictions.blocked || evictions.failing);
+        let failing =
+            timeout(self.delays.give_up, released).await.context("drain did not complete within timeout")??.failing;
+        anyhow::ensure!(!failing, "cannot evict pod as it would violate the pod's disruption budget");
         self.log.lock().unwrap().evicted += 1;
         anyhow::ensure!(self.is_cordoned(name), "the node was uncordoned during the drain");
         self.log.lock().unwrap().ongoing.remove(name);
@@ -584,8 +599,10 @@ mod tests {
     #[test]
     fn capacity_is_what_unavailable_and_failing_nodes_leave() {
         let to = target("b", "j");
-        let working = node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Working")]);
-        let failing = node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Degraded")]);
+        let working =
+            node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Working")]);
+        let failing =
+            node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Degraded")]);
         let old = done("a", "i");
         let count = |nodes: &[Value], max| {
             let (candidates, capacity) = get_all_candidates(nodes, &to, max);
@@ -699,6 +716,18 @@ mod tests {
         until(&store, "w0", "lastAppliedDrain", "drain-b").await;
         assert_eq!(store.node("w0").unwrap()["spec"]["unschedulable"], true);
         assert!(drainer.drains() >= 2);
+    }
+
+    #[tokio::test]
+    async fn a_blocked_drain_can_be_withdrawn() {
+        let (store, _) = store(&["w0"]);
+        let drainer = DrainController::start(store.clone(), Delays::short());
+        drainer.block_drains(true);
+        ask(&store, "drain-b");
+        store.wait_for("w0", DEADLINE, |node| node["spec"]["unschedulable"] == true).await.unwrap();
+        ask(&store, "uncordon-b");
+        until(&store, "w0", "lastAppliedDrain", "uncordon-b").await;
+        assert_eq!(drainer.evicted(), 0);
     }
 
     #[tokio::test]

@@ -216,7 +216,13 @@ mod tests {
         assert_eq!(subject(Nid::COMMONNAME), "system:node:worker-0");
         assert_eq!(subject(Nid::ORGANIZATIONNAME), "system:nodes");
         assert!(pem.find("BEGIN CERTIFICATE").unwrap() < pem.find("BEGIN EC PRIVATE KEY").unwrap());
-        assert!(certificate.verify(&PKey::public_key_from_pem(&pki.ca().public_key().unwrap().public_key_to_pem().unwrap()).unwrap()).unwrap());
+        assert!(
+            certificate
+                .verify(
+                    &PKey::public_key_from_pem(&pki.ca().public_key().unwrap().public_key_to_pem().unwrap()).unwrap()
+                )
+                .unwrap()
+        );
         assert!(PKey::private_key_from_pem(pem.as_bytes()).unwrap().public_eq(&certificate.public_key().unwrap()));
         let other = X509::from_pem(pki.kubelet_pem("worker-0").as_bytes()).unwrap();
         let serial = |x: &X509| x.serial_number().to_bn().unwrap().to_string();

@@ -28,8 +28,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_openssl::SslStream;
 
-use super::store::{Change, Expired, Fate, Fault, RequestRecord, Scope, Store};
 use super::ApiError;
+use super::store::{Change, Expired, Fate, Fault, RequestRecord, Scope, Store};
 use crate::events::Events;
 use crate::pki::Pki;
 
@@ -115,10 +115,8 @@ impl User {
     }
 
     fn forbidden(&self, verb: &str, name: &str, more: &str) -> ApiError {
-        let mut why = format!(
-            "User \"{}\" cannot {verb} resource \"nodes\" in API group \"\" at the cluster scope",
-            self.name
-        );
+        let mut why =
+            format!("User \"{}\" cannot {verb} resource \"nodes\" in API group \"\" at the cluster scope", self.name);
         if !more.is_empty() {
             why = format!("{why}: {more}");
         }
@@ -209,7 +207,13 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
     Ok(TcpListener::from_std(listener)?)
 }
 
-async fn run(listener: TcpListener, address: SocketAddr, store: Store, trust: Arc<Mutex<Trust>>, told: watch::Sender<bool>) {
+async fn run(
+    listener: TcpListener,
+    address: SocketAddr,
+    store: Store,
+    trust: Arc<Mutex<Trust>>,
+    told: watch::Sender<bool>,
+) {
     let mut wanted = store.downs();
     let mut listener = Some(listener);
     loop {
@@ -290,7 +294,8 @@ enum Shape {
 
 impl Shape {
     fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
-        let accept = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>().join(",");
+        let accept =
+            headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>().join(",");
         if accept.trim().is_empty() {
             return Ok(Self::Full);
         }
@@ -324,7 +329,8 @@ impl Shape {
             Self::Full => Ok(object),
             Self::Metadata => Ok(partial(&object)),
             Self::MetadataList => {
-                let why = "you requested PartialObjectMetadataList, but the requested object is not a list (*core.Node)";
+                let why =
+                    "you requested PartialObjectMetadataList, but the requested object is not a list (*core.Node)";
                 Err(ApiError::new(406, None, why))
             }
         }
@@ -378,7 +384,7 @@ struct Call {
 impl Call {
     fn parameter(&self, key: &str) -> Option<&str> {
         let found = self.query.iter().find(|(known, _)| known == key)?;
-        Some(&found.1).map(String::as_str).filter(|value| !value.is_empty())
+        Some(found.1.as_str()).filter(|value| !value.is_empty())
     }
 
     fn flag(&self, key: &str) -> bool {
@@ -419,7 +425,8 @@ impl Call {
 
     fn version(&self) -> Result<Option<u64>, ApiError> {
         let Some(text) = self.parameter("resourceVersion") else { return Ok(None) };
-        let invalid = |_| ApiError::new(400, None, format!("resourceVersion: Invalid value: \"{text}\": strconv.ParseUint"));
+        let invalid =
+            |_| ApiError::new(400, None, format!("resourceVersion: Invalid value: \"{text}\": strconv.ParseUint"));
         text.parse().map(Some).map_err(invalid)
     }
 
@@ -474,7 +481,11 @@ impl Recorder {
     }
 }
 
-async fn answer(request: Request<Incoming>, store: &Store, user: Result<User, ApiError>) -> io::Result<Response<Reply>> {
+async fn answer(
+    request: Request<Incoming>,
+    store: &Store,
+    user: Result<User, ApiError>,
+) -> io::Result<Response<Reply>> {
     let (head, body) = request.into_parts();
     let text = |value: Option<&hyper::header::HeaderValue>| {
         value.and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
@@ -597,7 +608,10 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
             let kind = kind.split(';').next().unwrap_or_default().trim();
             let known = ["application/merge-patch+json", "application/strategic-merge-patch+json"];
             if !known.contains(&kind) {
-                let why = format!("the body of the request was in an unknown format - accepted media types include: {}", known.join(", "));
+                let why = format!(
+                    "the body of the request was in an unknown format - accepted media types include: {}",
+                    known.join(", ")
+                );
                 return Err(ApiError::new(415, None, why));
             }
             let shape = Shape::of(&call.headers)?;
@@ -605,7 +619,11 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
             let patch: Value = serde_json::from_slice(body).map_err(invalid)?;
             let manager = call.manager();
             if manager.len() > 128 {
-                return Err(ApiError::new(422, None, "PatchOptions is invalid: fieldManager: Too long: may not be more than 128 bytes"));
+                return Err(ApiError::new(
+                    422,
+                    None,
+                    "PatchOptions is invalid: fieldManager: Too long: may not be more than 128 bytes",
+                ));
             }
             // Found out before anything is written, as the real server does.
             shape.object(Value::Null)?;
@@ -643,7 +661,13 @@ fn watch(store: &Store, call: &Call, name: Option<&str>, shape: Shape) -> Result
 }
 
 impl Watch {
-    async fn run(self, store: Store, recorder: Recorder, feed: mpsc::UnboundedSender<io::Result<Bytes>>, mut cut: bool) {
+    async fn run(
+        self,
+        store: Store,
+        recorder: Recorder,
+        feed: mpsc::UnboundedSender<io::Result<Bytes>>,
+        mut cut: bool,
+    ) {
         let mut send = |kind: &str, object: Value| {
             let line = json!({"type": kind, "object": object}).to_string() + "\n";
             let line = if cut { &line.as_bytes()[..line.len() / 2] } else { line.as_bytes() };

@@ -1,6 +1,6 @@
 //! The nodes, their history, and the switches that make the API server misbehave.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -90,6 +90,13 @@ impl RequestRecord {
     }
 }
 
+/// The cluster's database at some time.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    version: u64,
+    nodes: BTreeMap<String, Value>,
+}
+
 #[derive(Clone)]
 pub(super) struct Change {
     pub version: u64,
@@ -173,9 +180,7 @@ impl Store {
     pub fn create_node(&self, name: &str, annotations: &[(&str, &str)]) {
         let annotations: Map<_, _> = annotations.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
         let now = rfc3339();
-        let condition = |kind: &str, status: &str| {
-            json!({"type": kind, "status": status, "lastHeartbeatTime": now, "lastTransitionTime": now})
-        };
+        let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "lastHeartbeatTime": now, "lastTransitionTime": now});
         let object = json!({
             "apiVersion": "v1", "kind": "Node",
             "metadata": {
@@ -203,7 +208,8 @@ impl Store {
 
     /// Removes a node. Says whether it was there.
     pub fn delete_node(&self, name: &str) -> bool {
-        self.write("admin", name, false, |old| if old.is_some() { Ok(None) } else { Err(ApiError::not_found(name)) }).is_ok()
+        self.write("admin", name, false, |old| if old.is_some() { Ok(None) } else { Err(ApiError::not_found(name)) })
+            .is_ok()
     }
 
     /// A node as it is now.
@@ -409,6 +415,31 @@ impl Store {
         state.floor = state.version;
     }
 
+    /// Takes a backup.
+    #[must_use]
+    pub fn backup(&self) -> Snapshot {
+        let state = self.state();
+        Snapshot { version: state.version, nodes: state.nodes.clone() }
+    }
+
+    /// Restores a backup: what was written since is gone, resource versions start again where they were, and open
+    /// watches end.
+    pub fn restore(&self, backup: &Snapshot) {
+        let _order = self.0.order.lock().unwrap();
+        let before = {
+            let mut state = self.state();
+            (state.version, state.floor) = (backup.version, backup.version);
+            state.history.clear();
+            std::mem::replace(&mut state.nodes, backup.nodes.clone())
+        };
+        let names = before.keys().chain(backup.nodes.keys()).collect::<BTreeSet<_>>();
+        for name in names {
+            self.tell("restore", name, before.get(name), backup.nodes.get(name));
+        }
+        self.0.version.send_replace(backup.version);
+        self.end_watches();
+    }
+
     /// How expired watches are told.
     pub fn set_expired(&self, expired: Expired) {
         self.state().expired = expired;
@@ -438,7 +469,13 @@ impl Store {
     // Writing.
 
     /// Merges a patch; `node` is the node whose credentials made the request, which are held to `NodeRestriction`.
-    pub(super) fn patch(&self, manager: &str, name: &str, patch: &Value, node: Option<&str>) -> Result<Value, ApiError> {
+    pub(super) fn patch(
+        &self,
+        manager: &str,
+        name: &str,
+        patch: &Value,
+        node: Option<&str>,
+    ) -> Result<Value, ApiError> {
         if !patch.is_object() {
             return Err(ApiError::new(400, None, "error decoding patch: the patch is not an object"));
         }
@@ -492,13 +529,17 @@ impl Store {
         state.trim();
         drop(state);
 
-        let changes = difference(old.as_ref(), new.as_ref());
+        self.tell(manager, name, old.as_ref(), new.as_ref());
+        self.0.version.send_replace(version);
+        Ok(new)
+    }
+
+    fn tell(&self, manager: &str, name: &str, old: Option<&Value>, new: Option<&Value>) {
+        let changes = difference(old, new);
         if !changes.is_empty() {
             let (manager, node) = (manager.to_owned(), name.to_owned());
             self.0.events.emit(Event::NodeChanged { manager, node, changes });
         }
-        self.0.version.send_replace(version);
-        Ok(new)
     }
 }
 
@@ -566,7 +607,11 @@ fn patched(old: &Value, name: &str, patch: &Value, node: Option<&str>) -> Result
 fn check_annotations(name: &str, new: &Value) -> Result<(), ApiError> {
     let Some(annotations) = new["metadata"].get("annotations") else { return Ok(()) };
     let Some(annotations) = annotations.as_object() else {
-        return Err(ApiError::new(422, None, " \"\" is invalid: patch: Invalid value: annotations is no map of strings"));
+        return Err(ApiError::new(
+            422,
+            None,
+            " \"\" is invalid: patch: Invalid value: annotations is no map of strings",
+        ));
     };
     let mut size = 0;
     for (key, value) in annotations {
@@ -575,7 +620,9 @@ fn check_annotations(name: &str, new: &Value) -> Result<(), ApiError> {
             return Err(ApiError::new(422, None, format!(" \"\" is invalid: patch: Invalid value: {why}")));
         };
         if !qualified(key) {
-            let why = format!("metadata.annotations: Invalid value: \"{key}\": name part must consist of alphanumeric characters, '-', '_' or '.'");
+            let why = format!(
+                "metadata.annotations: Invalid value: \"{key}\": name part must consist of alphanumeric characters, '-', '_' or '.'"
+            );
             return Err(ApiError::invalid(name, &why));
         }
         size += key.len() + value.len();
@@ -613,7 +660,11 @@ fn check_spec(name: &str, old: &Value, new: &mut Value) -> Result<(), ApiError> 
         Some(Value::Bool(false)) => drop(spec.remove("unschedulable")),
         None | Some(Value::Bool(true)) => {}
         Some(_) => {
-            return Err(ApiError::new(422, None, " \"\" is invalid: patch: Invalid value: spec.unschedulable is no bool"));
+            return Err(ApiError::new(
+                422,
+                None,
+                " \"\" is invalid: patch: Invalid value: spec.unschedulable is no bool",
+            ));
         }
     }
     let rest = |spec: &Value| {
@@ -622,7 +673,10 @@ fn check_spec(name: &str, old: &Value, new: &mut Value) -> Result<(), ApiError> 
         spec
     };
     if rest(&old["spec"]) != rest(&new["spec"]) {
-        return Err(ApiError::invalid(name, "spec: Forbidden: node updates may only change labels, taints, or capacity"));
+        return Err(ApiError::invalid(
+            name,
+            "spec: Forbidden: node updates may only change labels, taints, or capacity",
+        ));
     }
     Ok(())
 }

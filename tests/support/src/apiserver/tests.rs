@@ -140,7 +140,10 @@ async fn a_node_reaches_nothing_but_itself() {
     refused(cluster.patch("worker-0", &label), 403, "Forbidden", "labels: node-role.kubernetes.io/master").await;
     let spec = json!({"spec": {"providerID": "other"}});
     refused(cluster.patch("worker-0", &spec), 422, "Invalid", "spec: Forbidden").await;
-    assert_eq!(cluster.patch("worker-0", &json!({"spec": {"unschedulable": true}})).send().await.unwrap().status(), 200);
+    assert_eq!(
+        cluster.patch("worker-0", &json!({"spec": {"unschedulable": true}})).send().await.unwrap().status(),
+        200
+    );
     cluster.store.delete_node("worker-0");
     refused(cluster.get("/api/v1/nodes/worker-0"), 404, "NotFound", "nodes \"worker-0\" not found").await;
 }
@@ -226,7 +229,8 @@ async fn watches_replay_follow_and_end() {
     let version = cluster.version();
     cluster.store.annotate("x", "worker-0", "a", Some("1")).unwrap();
     cluster.store.annotate("x", "worker-1", "a", Some("other")).unwrap();
-    let mut replay = cluster.watch(&format!("&resourceVersion={version}&allowWatchBookmarks=true&timeoutSeconds=1")).await;
+    let mut replay =
+        cluster.watch(&format!("&resourceVersion={version}&allowWatchBookmarks=true&timeoutSeconds=1")).await;
     let event = replay.next().await.unwrap();
     assert_eq!((&event["type"], &event["object"]["kind"]), (&json!("MODIFIED"), &json!("PartialObjectMetadata")));
     assert_eq!(event["object"]["metadata"]["annotations"]["a"], "1");
@@ -255,7 +259,10 @@ async fn expired_watches_are_told_in_either_way() {
     let mut watch = cluster.watch(&format!("&resourceVersion={version}")).await;
     assert_eq!(watch.response.status(), 200);
     let error = watch.next().await.unwrap();
-    assert_eq!((&error["type"], &error["object"]["code"], &error["object"]["reason"]), (&json!("ERROR"), &json!(410), &json!("Expired")));
+    assert_eq!(
+        (&error["type"], &error["object"]["code"], &error["object"]["reason"]),
+        (&json!("ERROR"), &json!(410), &json!("Expired"))
+    );
     assert_eq!(watch.next().await, None);
     cluster.store.set_expired(Expired::Response);
     let path = format!("/api/v1/nodes?watch=true&fieldSelector=metadata.name%3Dworker-0&resourceVersion={version}");
@@ -327,4 +334,16 @@ async fn waiting_ends_with_the_change_or_the_deadline() {
     task.await.unwrap().unwrap();
     let late = store.wait_for_annotation("worker-0", "a", "2", Duration::from_millis(10)).await;
     assert!(late.unwrap_err().to_string().contains("not as awaited"));
+}
+
+#[tokio::test]
+async fn a_restored_backup_forgets_and_goes_back() {
+    let cluster = cluster();
+    let backup = cluster.store.backup();
+    let version = cluster.version();
+    cluster.store.annotate("x", "worker-0", "a", Some("1")).unwrap();
+    let mut watch = cluster.watch(&format!("&resourceVersion={}", cluster.version())).await;
+    cluster.store.restore(&backup);
+    assert_eq!(watch.next().await, None);
+    assert_eq!((cluster.version(), cluster.store.annotation("worker-0", "a")), (version, None));
 }
