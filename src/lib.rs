@@ -3,9 +3,16 @@
 //! Each directory is one neighbour: nothing outside `host` speaks D-Bus, nothing outside `cluster` HTTP, nothing
 //! outside `registry` reads a signature policy.
 
+pub mod act;
+pub mod agent;
+pub mod cli;
+pub mod cluster;
+pub mod confine;
 pub mod decide;
 pub mod host;
+pub mod journal;
 pub mod model;
+pub mod observe;
 pub mod registry;
 pub mod report;
 pub mod schedule;

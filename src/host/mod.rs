@@ -234,12 +234,12 @@ impl Host {
         rpm_ostree::stage(&self.root, image, cancel, progress).await
     }
 
-    /// Removes the staged deployment.
+    /// Removes the staged deployment if it still is `checksum`.
     ///
     /// # Errors
     /// See [`HostError`].
-    pub async fn drop_staged(&self, cancel: &mut Cancel) -> Result<(), HostError> {
-        rpm_ostree::drop_staged(&self.root, cancel).await
+    pub async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+        rpm_ostree::drop_staged(&self.root, checksum, cancel).await
     }
 
     /// Cancels a transaction that an earlier run of the agent started.

@@ -3,7 +3,7 @@
 //! What ends a transaction well is the deployments read afterwards, never the transaction's own word: it also says
 //! success when nothing changed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -38,6 +38,8 @@ const CANCEL: Duration = Duration::from_secs(60);
 const MAX_METADATA: usize = 4 << 20;
 
 type Dict = HashMap<String, OwnedVariant>;
+/// Ordered: the daemon tells an identical request, which joins, from another by the marshalled bytes.
+type Options<'a> = BTreeMap<&'static str, Variant<'a>>;
 
 /// A client of the daemon for the length of one operation.
 struct Client {
@@ -57,7 +59,7 @@ impl Client {
     async fn connect() -> Result<Self, HostError> {
         let bus = system_bus(REPLY).await?;
         let sysroot = proxy(&bus, "/org/projectatomic/rpmostree1/Sysroot", SYSROOT).await?;
-        let options: HashMap<&str, Variant<'_>> = HashMap::from([("id", Variant::from("rebase-agent"))]);
+        let options: Options<'_> = Options::from([("id", Variant::from("rebase-agent"))]);
         let mut tries = 0;
         loop {
             let registered: Result<(), zbus::Error> = sysroot.call("RegisterClient", &(&options,)).await;
@@ -181,7 +183,7 @@ pub(super) async fn stage(
         (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
         _ => {
             let title = format!("{TITLE}{}", image.get().digest());
-            let options: HashMap<&str, Variant<'_>> = HashMap::from([
+            let options: Options<'_> = Options::from([
                 ("initiating-command-line", Variant::from(title.as_str())),
                 // Going back to an older image is refused otherwise.
                 ("allow-downgrade", Variant::from(true)),
@@ -202,21 +204,22 @@ pub(super) async fn stage(
     }
 }
 
-/// Removes the staged deployment.
-pub(super) async fn drop_staged(root: &Root, cancel: &mut Cancel) -> Result<(), HostError> {
+/// Removes the staged deployment if it still is `checksum`.
+pub(super) async fn drop_staged(root: &Root, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+    let is_it = |facts: &HostFacts| facts.staged().is_some_and(|staged| staged.checksum == checksum);
     const WHAT: &str = "dropping the staged deployment";
     let client = Client::connect().await?;
     let before = client.snapshot(root).await?;
-    if before.facts.staged().is_none() {
+    if !is_it(&before.facts) {
         return Ok(());
     }
     client.transact(WHAT, &before.os, "Cleanup", &(["pending-deploy"].as_slice(),), cancel, &|_| {}).await?;
     let after = client.snapshot(root).await?;
     client.close().await;
-    match after.facts.staged() {
-        None => Ok(()),
-        Some(staged) => Err(HostError::NoEffect { what: WHAT, why: format!("{} is still staged", staged.checksum) }),
+    if is_it(&after.facts) {
+        return Err(HostError::NoEffect { what: WHAT, why: format!("{checksum} is still staged") });
     }
+    Ok(())
 }
 
 /// Changes the staged deployment's kernel arguments.
@@ -233,8 +236,8 @@ pub(super) async fn set_kernel_arguments(
         return Err(HostError::NoEffect { what: WHAT, why: "nothing is staged any more".to_owned() });
     };
     let existing = client.boot_arguments(&before.os, &staged.id).await?;
-    let options: HashMap<&str, Variant<'_>> =
-        HashMap::from([("initiating-command-line", Variant::from("rebase-agent kernel arguments"))]);
+    let options: Options<'_> =
+        Options::from([("initiating-command-line", Variant::from("rebase-agent kernel arguments"))]);
     let body = (existing, append, Vec::<String>::new(), delete, options);
     client.transact(WHAT, &before.os, "KernelArgs", &body, cancel, &|_| {}).await?;
     let after = client.snapshot(root).await?;

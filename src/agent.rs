@@ -1,0 +1,541 @@
+//! The loop: observe, decide, act, report, then wait for a change, a deadline or a poll. Everything that may take time
+//! runs as a task and comes back as an event, so the loop itself never waits for anybody.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::cluster::node::NodeObject;
+use crate::cluster::{ClusterError, Told, follow};
+use crate::decide::decide;
+use crate::journal::id;
+use crate::model::{
+    Action, Clock, Decision, Fault, HostFacts, Limits, MachineFacts, Memory, NodeState, Now, Observed, PinnedImage,
+    Reading, Reason, Running, Since, Step, printable,
+};
+use crate::observe::{self, Neighbours};
+use crate::registry::Verified;
+use crate::report::{Patch, report};
+use crate::schedule::{Backoff, jittered, random};
+use crate::{act, model};
+
+/// The longest sleep: what nobody tells us (a deployment written by hand, a changed policy) is noticed by then. Also
+/// the one own timer of an idle agent.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// systemd hears `READY=1` by then, whatever is still unknown.
+const FIRST_PASS: Duration = Duration::from_secs(30);
+/// Events that may wait for the loop.
+const QUEUE: usize = 64;
+/// How many dropped checksums are remembered; a host has few deployments.
+const DROPPED: usize = 32;
+/// Longest `STATUS=`, in characters.
+const STATUS: usize = 400;
+
+/// What a task came to.
+enum Event {
+    Node(Told),
+    Looked(Box<Readings>),
+    Patched(Told, Patch),
+    Progress(String),
+    Ended(Running, Box<Result<Option<Verified<PinnedImage>>, Fault>>),
+}
+
+/// One look around, as far as it went.
+struct Readings {
+    node: Option<Told>,
+    host: Option<Reading<HostFacts>>,
+    machine: Reading<MachineFacts>,
+}
+
+/// What the agent was started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What an operator may set.
+    pub limits: Limits,
+    /// Time between two reads of our Node.
+    pub poll: Duration,
+}
+
+struct Task {
+    running: Running,
+    handle: JoinHandle<()>,
+    cancel: watch::Sender<bool>,
+}
+
+struct Agent {
+    neighbours: Neighbours,
+    settings: Settings,
+    events: mpsc::Sender<Event>,
+    began: Instant,
+    memory: Memory,
+    proofs: BTreeMap<PinnedImage, Verified<PinnedImage>>,
+    node: Option<NodeObject>,
+    observed: Observed,
+    /// What has been asked at least once.
+    seen: (bool, bool),
+    task: Option<Task>,
+    reading: bool,
+    patching: bool,
+    /// The readings are of now: a reboot may follow from them.
+    confirmed: bool,
+    cluster_failures: u32,
+    /// No request of our own to the API server before that.
+    cluster_after: Instant,
+    stamps: Stamps,
+    last: Option<Decision>,
+    progress: Option<String>,
+    status: String,
+    wake: Instant,
+}
+
+/// File times whose change means that something must be read again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamps {
+    deployments: [Option<SystemTime>; 2],
+    policy: Option<SystemTime>,
+}
+
+impl Stamps {
+    fn read(neighbours: &Neighbours) -> Self {
+        Self {
+            deployments: neighbours.host.root().deployments_stamp(),
+            policy: std::fs::metadata(&neighbours.engine.settings().policy).and_then(|m| m.modified()).ok(),
+        }
+    }
+}
+
+/// Runs until SIGTERM or SIGINT. Whatever is under way then can be taken up by the next start.
+///
+/// # Errors
+/// When the process cannot listen to signals.
+pub async fn run(neighbours: Neighbours, settings: Settings) -> std::io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (events, mut queue) = mpsc::channel(QUEUE);
+    let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
+    let longest = watchdog.map_or(HOUSEKEEPING, |watchdog| watchdog.min(HOUSEKEEPING));
+
+    let (told, mut node) = mpsc::channel(QUEUE);
+    let following = tokio::spawn(follow(neighbours.api.clone(), settings.poll, told));
+    let mut agent = Agent::new(neighbours, settings, events);
+    agent.look(true, false);
+    let mut ready = false;
+    loop {
+        agent.ping(watchdog.is_some());
+        if !ready && (agent.seen == (true, true) || agent.began.elapsed() >= FIRST_PASS) {
+            ready = true;
+            notify(&[NotifyState::Ready]);
+        }
+        let wake = agent.wake.min(Instant::now() + longest);
+        let wake = if ready { wake } else { wake.min(agent.began + FIRST_PASS) };
+        tokio::select! {
+            Some(event) = queue.recv() => agent.hear(event),
+            Some(told) = node.recv() => agent.hear(Event::Node(told)),
+            () = tokio::time::sleep_until(wake) => agent.tick(),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    tracing::info!(message_id = id::STOPPING, "stopping; whatever was begun is taken up by the next start");
+    following.abort();
+    if let Some(task) = agent.task {
+        task.handle.abort();
+    }
+    Ok(())
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!("systemd cannot be notified: {error}");
+    }
+}
+
+impl Agent {
+    fn new(neighbours: Neighbours, settings: Settings, events: mpsc::Sender<Event>) -> Self {
+        fn unread(reason: Reason) -> Fault {
+            Fault { reason, message: "not read yet".to_owned(), retryable: true }
+        }
+        let stamps = Stamps::read(&neighbours);
+        let began = Instant::now();
+        Self {
+            neighbours,
+            settings,
+            events,
+            began,
+            memory: Memory::default(),
+            proofs: BTreeMap::new(),
+            node: None,
+            observed: Observed {
+                cluster: Reading::Unknown(unread(Reason::ClusterUnreachable)),
+                host: Reading::Unknown(unread(Reason::HostUnreachable)),
+                machine: Reading::Unknown(unread(Reason::HostUnreachable)),
+                running: None,
+            },
+            seen: (false, false),
+            task: None,
+            reading: false,
+            patching: false,
+            confirmed: false,
+            cluster_failures: 0,
+            cluster_after: began,
+            stamps,
+            last: None,
+            progress: None,
+            status: String::new(),
+            wake: began + HOUSEKEEPING,
+        }
+    }
+
+    fn now(&self) -> Now {
+        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        Now {
+            mono: milliseconds(self.began.elapsed()),
+            unix: SystemTime::now().duration_since(UNIX_EPOCH).map(milliseconds).unwrap_or_default(),
+        }
+    }
+
+    fn ping(&self, watchdog: bool) {
+        if watchdog {
+            notify(&[NotifyState::Watchdog]);
+        }
+    }
+
+    /// Nothing has to be followed up: the next change will be told.
+    fn is_idle(&self) -> bool {
+        self.task.is_none()
+            && self.last.as_ref().is_some_and(|last| matches!(last.reason, Reason::Done | Reason::NotLayered))
+    }
+
+    // --- observe --------------------------------------------------------------------------------------------------
+
+    /// Reads the machine, and the deployments if they may have changed; for a reboot, everything.
+    fn look(&mut self, deployments: bool, confirm: bool) {
+        if self.reading {
+            return;
+        }
+        self.reading = true;
+        let (neighbours, events) = (self.neighbours.clone(), self.events.clone());
+        tokio::spawn(async move {
+            let node = async { if confirm { Some(neighbours.api.full().await) } else { None } };
+            let host = async {
+                if deployments || confirm { Some(observe::deployments(&neighbours.host).await) } else { None }
+            };
+            let (node, host, machine) = tokio::join!(node, host, observe::machine(&neighbours.host));
+            let _ = events.send(Event::Looked(Box::new(Readings { node, host, machine }))).await;
+        });
+    }
+
+    fn tick(&mut self) {
+        let stamps = Stamps::read(&self.neighbours);
+        let deployments_changed = stamps.deployments != self.stamps.deployments;
+        if stamps.policy != self.stamps.policy {
+            tracing::info!("the signature policy changed; verifying again");
+            self.memory.verified.clear();
+            self.proofs.clear();
+            self.memory.succeeded(Step::Verify);
+        }
+        self.stamps = stamps;
+        let unknown = self.observed.host.known().is_none();
+        let busy = self.observed.host.known().is_some_and(|host| host.transaction.is_some());
+        if deployments_changed || (!self.is_idle() && self.task.is_none()) {
+            self.look(deployments_changed || unknown || busy, false);
+        }
+        self.step();
+    }
+
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::Node(told) => {
+                if !self.take_node(told) {
+                    return;
+                }
+            }
+            Event::Looked(readings) => {
+                self.reading = false;
+                self.confirmed = matches!(readings.node, Some(Ok(_)));
+                match readings.node {
+                    Some(Ok(node)) => {
+                        self.cluster_failures = 0;
+                        self.take_node(Ok(node));
+                    }
+                    // The watch is the one to say that the Node is gone; this only has to be asked again.
+                    Some(Err(error)) => self.cluster_failed(&error, "the Node cannot be read"),
+                    None => {}
+                }
+                if let Some(host) = readings.host {
+                    self.seen.1 = true;
+                    self.observed.host = host;
+                    self.stamps.deployments = self.neighbours.host.root().deployments_stamp();
+                }
+                self.observed.machine = readings.machine;
+            }
+            Event::Patched(told, patch) => {
+                self.patching = false;
+                match told {
+                    Ok(node) => {
+                        self.cluster_failures = 0;
+                        log_report(&patch);
+                        self.take_node(Ok(node));
+                    }
+                    Err(error) => self.cluster_failed(&error, "the Node's annotations cannot be changed"),
+                }
+            }
+            Event::Progress(line) => {
+                self.progress = Some(line);
+                self.tell_status();
+                return;
+            }
+            Event::Ended(running, outcome) => self.ended(&running, *outcome),
+        }
+        self.step();
+        self.confirmed = false;
+    }
+
+    /// Takes a state of our Node over, unless it is an older one; true if anything changed.
+    fn take_node(&mut self, told: Told) -> bool {
+        let first = !std::mem::replace(&mut self.seen.0, true);
+        match told {
+            Ok(node) => {
+                if self.node.as_ref().is_some_and(|current| node.is_older_than(current)) {
+                    return first;
+                }
+                let before = self.observed.cluster.known().map(|node| node.desired_image.clone());
+                let retargeted = before.is_some_and(|before| before != node.facts.desired_image);
+                let facts = observe::cluster(Ok(node.facts.clone()));
+                let changed = facts != self.observed.cluster;
+                self.observed.cluster = facts;
+                self.node = Some(node);
+                if retargeted {
+                    self.look(true, false);
+                }
+                changed || first
+            }
+            Err(error) => {
+                let unknown = observe::cluster(Err(error));
+                let changed = unknown != self.observed.cluster;
+                self.observed.cluster = unknown;
+                changed || first
+            }
+        }
+    }
+
+    fn cluster_failed(&mut self, error: &ClusterError, what: &str) {
+        self.cluster_failures = self.cluster_failures.saturating_add(1);
+        let delay = Duration::from_millis(jittered(Backoff::CLUSTER.delay(self.cluster_failures), random()));
+        self.cluster_after = Instant::now() + delay.max(error.retry_after().unwrap_or_default());
+        tracing::warn!(message_id = id::FAILED, rebase_agent_reason = error.reason().as_str(), "{what}: {error}");
+    }
+
+    // --- decide, report, act ----------------------------------------------------------------------------------------
+
+    fn step(&mut self) {
+        if self.seen != (true, true) && self.began.elapsed() < FIRST_PASS {
+            return;
+        }
+        // What is being written decides what is true next.
+        if self.patching {
+            return;
+        }
+        let now = self.now();
+        self.observed.running = self.task.as_ref().map(|task| task.running.clone());
+        let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
+        self.memory.note(&self.observed, &decision, now);
+        self.say(&decision);
+        let wake = decision.wake.map_or(HOUSEKEEPING, |wake| Duration::from_millis(jittered(wake, random())));
+        self.wake = Instant::now() + wake;
+        self.report(&decision);
+        self.act(&decision);
+        self.last = Some(decision);
+        self.tell_status();
+    }
+
+    fn report(&mut self, decision: &Decision) {
+        let Some(node) = &self.node else { return };
+        if self.observed.cluster.known().is_none() {
+            return;
+        }
+        let patch = report(&node.facts, decision);
+        if patch.is_empty() {
+            return;
+        }
+        if Instant::now() < self.cluster_after {
+            self.wake = self.wake.min(self.cluster_after);
+            return;
+        }
+        self.patching = true;
+        let (api, events, uid) = (self.neighbours.api.clone(), self.events.clone(), node.uid.clone());
+        tokio::spawn(async move {
+            let told = api.patch(&uid, &patch).await;
+            let _ = events.send(Event::Patched(told, patch)).await;
+        });
+    }
+
+    fn act(&mut self, decision: &Decision) {
+        match &decision.action {
+            Action::AbortTask => self.abort(),
+            Action::ConfirmDrain => {
+                if Instant::now() >= self.cluster_after {
+                    self.look(true, true);
+                } else {
+                    self.wake = self.wake.min(self.cluster_after);
+                }
+            }
+            // Everything is looked at once more, and only what is decided on that look is done.
+            Action::Reboot { .. } if !self.confirmed => self.look(true, true),
+            action => {
+                let desired = self.desired().map(|image| image.to_string()).unwrap_or_default();
+                if self.task.is_none()
+                    && let Some((step, subject)) = act::step(action, &desired)
+                {
+                    self.begin(action.clone(), Running { step, subject });
+                }
+            }
+        }
+    }
+
+    fn desired(&self) -> Option<PinnedImage> {
+        let desired = self.observed.cluster.known()?.desired_image.as_ref()?;
+        crate::registry::reference::parse(desired).ok()
+    }
+
+    fn begin(&mut self, action: Action, running: Running) {
+        let proof = self.desired().and_then(|image| self.proofs.get(&image)).cloned();
+        let (cancel, cancelled) = watch::channel(false);
+        let (neighbours, events, done) = (self.neighbours.clone(), self.events.clone(), running.clone());
+        let handle = tokio::spawn(async move {
+            let telling = events.clone();
+            let progress = move |line: String| {
+                // A full queue loses a line of progress, nothing else.
+                let _ = telling.try_send(Event::Progress(line));
+            };
+            let outcome = act::perform(action, &neighbours, proof, cancelled, &progress).await;
+            let _ = events.send(Event::Ended(done, Box::new(outcome))).await;
+        });
+        self.progress = None;
+        self.task = Some(Task { running, handle, cancel });
+    }
+
+    /// Verification is simply dropped; a transaction must be cancelled at its daemon, and its end awaited.
+    fn abort(&mut self) {
+        let Some(task) = &self.task else { return };
+        if task.running.step == Step::Verify {
+            task.handle.abort();
+            self.task = None;
+            self.wake = Instant::now();
+        } else {
+            task.cancel.send_replace(true);
+        }
+    }
+
+    fn ended(&mut self, running: &Running, outcome: Result<Option<Verified<PinnedImage>>, Fault>) {
+        // A task that was dropped may have ended just before.
+        let Some(task) = self.task.take_if(|task| task.running == *running) else { return };
+        self.progress = None;
+        let now = self.now();
+        let asked_to_stop = *task.cancel.borrow();
+        match outcome {
+            Ok(verified) => {
+                self.memory.succeeded(running.step);
+                if let Some(verified) = verified {
+                    self.admit(verified);
+                }
+                match running.step {
+                    Step::DropStaged => {
+                        self.memory.dropped.truncate(DROPPED);
+                        self.memory.dropped.insert(0, running.subject.clone());
+                    }
+                    Step::UpdateBootloader => self.memory.bootloader_updated_for = self.desired(),
+                    Step::Reboot => {
+                        tracing::info!(message_id = id::REBOOTING, "the reboot was accepted");
+                        let since = Since { subject: running.subject.clone(), mono: now.mono };
+                        self.memory.clocks.insert(Clock::RebootAccepted, since);
+                    }
+                    Step::Stage => {
+                        let image = &running.subject;
+                        tracing::info!(message_id = id::STAGED, rebase_agent_image = %image, "staged {image}");
+                    }
+                    Step::Verify | Step::CancelTransaction | Step::KernelArguments | Step::StartFinalizer => {}
+                }
+            }
+            Err(_) if asked_to_stop => {}
+            Err(fault) => {
+                let reason = fault.reason;
+                tracing::warn!(message_id = id::FAILED, rebase_agent_reason = reason.as_str(), "{}", fault.message);
+                if running.step == Step::UpdateBootloader {
+                    // As the MCD: an old boot loader is reported and does not keep the node from its update.
+                    self.memory.bootloader_updated_for = self.desired();
+                } else {
+                    self.memory.failed(running.step, &running.subject, fault, now);
+                }
+            }
+        }
+        if running.step != Step::Verify {
+            self.look(true, false);
+        }
+    }
+
+    fn admit(&mut self, verified: Verified<PinnedImage>) {
+        let facts = verified.facts();
+        let (image, rule) = (&facts.image, &facts.vouched_by);
+        tracing::info!(
+            message_id = id::VERIFIED,
+            rebase_agent_image = %image,
+            "verified {image}: signed as rule {rule} of the node's policy requires; {} MiB, built from {}",
+            facts.size >> 20,
+            facts.rendered_config.as_deref().unwrap_or("no rendered config")
+        );
+        // What is not desired is verified again should it ever be.
+        self.memory.verified = BTreeMap::from([(image.clone(), facts.clone())]);
+        self.proofs = BTreeMap::from([(image.clone(), verified)]);
+    }
+
+    // --- telling people ---------------------------------------------------------------------------------------------
+
+    fn say(&self, decision: &Decision) {
+        let same = |last: &Decision| last.reason == decision.reason && last.message == decision.message;
+        if self.last.as_ref().is_some_and(same) {
+            return;
+        }
+        let (reason, rule, message) = (decision.reason.as_str(), &decision.rule, &decision.message);
+        match decision.state {
+            Some(NodeState::Degraded | NodeState::Unreconcilable) => tracing::warn!(
+                message_id = id::REFUSED,
+                rebase_agent_reason = reason,
+                rebase_agent_rule = %rule,
+                "{reason}: {message}"
+            ),
+            _ => tracing::info!(
+                message_id = if decision.reason == Reason::Done { id::DONE } else { id::DECIDED },
+                rebase_agent_reason = reason,
+                rebase_agent_rule = %rule,
+                "{reason}: {message}"
+            ),
+        }
+    }
+
+    fn tell_status(&mut self) {
+        let Some(last) = &self.last else { return };
+        let progress = self.progress.as_deref().map(|line| format!(" [{line}]")).unwrap_or_default();
+        let status = model::printable(&format!("{}: {}{progress}", last.reason, last.message), STATUS);
+        if status != self.status {
+            notify(&[NotifyState::Status(&status)]);
+            self.status = status;
+        }
+    }
+}
+
+fn log_report(patch: &Patch) {
+    let changes: Vec<String> = patch
+        .iter()
+        .map(|(key, value)| {
+            let key = key.rsplit_once('/').map_or(key.as_str(), |(_, key)| key);
+            format!("{key}={}", value.as_deref().map_or("(removed)".to_owned(), |value| printable(value, 120)))
+        })
+        .collect();
+    tracing::info!(message_id = id::REPORTED, "told the cluster: {}", changes.join(", "));
+}

@@ -1,0 +1,493 @@
+//! Neighbour 1, the API server: our own Node, through the kubelet's own credentials. The only place that speaks HTTP.
+
+mod kubeconfig;
+pub mod node;
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use reqwest::{Certificate, Client, Identity, Method, Response, StatusCode, redirect};
+use serde::Deserialize;
+use tokio::sync::mpsc;
+
+use crate::model::{Fault, Reason, printable};
+use crate::report::Patch;
+use crate::schedule::{Backoff, full_jitter, jittered, random};
+use kubeconfig::Access;
+use node::NodeObject;
+
+/// Our field manager, by which the API server keeps our writes apart from the MCD's.
+pub const MANAGER: &str = "rebase-agent";
+
+const CONNECT: Duration = Duration::from_secs(10);
+/// Reading or patching one object.
+const REQUEST: Duration = Duration::from_secs(15);
+/// A watch whose server has gone without a word is noticed through TCP first, by its own end otherwise.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How long past its announced end a watch may stay open.
+const WATCH_GRACE: Duration = Duration::from_secs(30);
+/// Most that the very first request waits, in milliseconds: enough to spread a rack that was switched on together.
+const FIRST: u64 = 2_000;
+/// Largest answer, in bytes; a whole Node lists every image on it.
+const MAX_BODY: usize = 4 << 20;
+/// Largest watch line, in bytes: 256 KiB of annotations and what the API server adds.
+const MAX_LINE: usize = 2 << 20;
+
+const METADATA: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
+const FULL: &str = "application/json";
+const MERGE_PATCH: &str = "application/merge-patch+json";
+
+/// Why the API server could not be asked, or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// The kubeconfig, or a file it names.
+    #[error("{path} cannot be used: {why}")]
+    Kubeconfig {
+        /// The kubeconfig.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// No connection, or it broke.
+    #[error("the API server cannot be reached: {0}")]
+    Connection(String),
+    /// 401, also after the credentials were read anew.
+    #[error("the API server refuses the kubelet's certificate; see `oc get csr` and the kubelet's log")]
+    Unauthorized,
+    /// 403.
+    #[error("the API server forbids the request: {0}")]
+    Forbidden(String),
+    /// 404.
+    #[error("the Node {0} does not exist; the kubelet creates it when it registers")]
+    NotFound(String),
+    /// 409 or 422: the Node is not the one we read.
+    #[error("the API server refused the change: {0}")]
+    Refused(String),
+    /// 410, or its like inside a watch.
+    #[error("the watch expired")]
+    Expired,
+    /// 429 and 5xx.
+    #[error("the API server is not well: status {status} {message}")]
+    Busy {
+        /// HTTP status.
+        status: u16,
+        /// Its words.
+        message: String,
+        /// How long it asks us to wait.
+        retry_after: Option<Duration>,
+    },
+    /// An answer that makes no sense.
+    #[error("the API server's answer for {what} makes no sense: {why}")]
+    Confused {
+        /// What was asked.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl ClusterError {
+    /// Whether the same request may succeed later without anybody changing anything on this node.
+    #[must_use]
+    pub fn retryable(&self) -> bool {
+        !matches!(self, Self::Kubeconfig { .. } | Self::Forbidden(_))
+    }
+
+    /// The stable word.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Kubeconfig { .. } => Reason::KubeconfigInvalid,
+            Self::Unauthorized | Self::Forbidden(_) => Reason::ClusterForbidden,
+            Self::NotFound(_) => Reason::NodeNotFound,
+            Self::Connection(_) | Self::Refused(_) | Self::Expired | Self::Busy { .. } | Self::Confused { .. } => {
+                Reason::ClusterUnreachable
+            }
+        }
+    }
+
+    /// How long the server asks us to stay away.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Busy { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
+impl From<&ClusterError> for Fault {
+    fn from(error: &ClusterError) -> Self {
+        Self { reason: error.reason(), message: printable(&error.to_string(), 500), retryable: error.retryable() }
+    }
+}
+
+/// The API server, seen by one node.
+pub struct Api {
+    kubeconfig: PathBuf,
+    session: Mutex<Option<Session>>,
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api").field("kubeconfig", &self.kubeconfig).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone)]
+struct Session {
+    access: Access,
+    client: Client,
+}
+
+impl Session {
+    fn url(&self) -> String {
+        format!("{}/api/v1/nodes/{}", self.access.server, self.access.node)
+    }
+}
+
+impl Api {
+    /// Reads nothing yet.
+    #[must_use]
+    pub fn new(kubeconfig: PathBuf) -> Self {
+        Self { kubeconfig, session: Mutex::new(None) }
+    }
+
+    /// Reads the credentials anew; the connections are kept only while nothing in them changed.
+    fn session(&self) -> Result<Session, ClusterError> {
+        let access = kubeconfig::load(&self.kubeconfig)?;
+        let mut kept = self.session.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &*kept {
+            Some(session) if session.access == access => Ok(session.clone()),
+            _ => {
+                let client =
+                    client(&access).map_err(|why| ClusterError::Kubeconfig { path: self.kubeconfig.clone(), why })?;
+                let session = Session { access, client };
+                *kept = Some(session.clone());
+                Ok(session)
+            }
+        }
+    }
+
+    /// Drops connections and credentials.
+    fn forget(&self) {
+        *self.session.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+
+    /// Our Node's metadata.
+    ///
+    /// # Errors
+    /// See [`ClusterError`].
+    pub async fn metadata(&self) -> Result<NodeObject, ClusterError> {
+        self.ask(Method::GET, METADATA, "", None).await
+    }
+
+    /// Our whole Node, which alone tells whether it is schedulable.
+    ///
+    /// # Errors
+    /// See [`ClusterError`].
+    pub async fn full(&self) -> Result<NodeObject, ClusterError> {
+        self.ask(Method::GET, FULL, "", None).await
+    }
+
+    /// Applies `patch` to the annotations of the Node that has `uid`, and returns it as it is then.
+    ///
+    /// # Errors
+    /// See [`ClusterError`].
+    pub async fn patch(&self, uid: &str, patch: &Patch) -> Result<NodeObject, ClusterError> {
+        let body = serde_json::json!({ "metadata": { "uid": uid, "annotations": patch } });
+        let query = format!("?fieldManager={MANAGER}");
+        self.ask(Method::PATCH, METADATA, &query, Some(body.to_string())).await
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        accept: &'static str,
+        query: &str,
+        body: Option<String>,
+    ) -> Result<NodeObject, ClusterError> {
+        let once = async || {
+            let session = self.session()?;
+            let mut request = session.client.request(method.clone(), session.url() + query).timeout(REQUEST);
+            request = request.header(ACCEPT, accept);
+            if let Some(body) = &body {
+                request = request.header(CONTENT_TYPE, MERGE_PATCH).body(body.clone());
+            }
+            let response = request.send().await.map_err(|e| connection(&e))?;
+            let json = checked(response, &session.access.node).await?;
+            NodeObject::parse(&json)
+        };
+        match once().await {
+            // The certificate may have been rotated between our reading it and its use.
+            Err(ClusterError::Unauthorized) => {
+                self.forget();
+                once().await
+            }
+            answer => answer,
+        }
+    }
+
+    /// Watches our Node from `since` until the server ends the watch after `length`; tells every state it sees.
+    async fn watch(&self, since: &str, length: Duration, told: &mpsc::Sender<Told>) -> Result<(), ClusterError> {
+        let session = self.session()?;
+        let url = format!(
+            "{}/api/v1/nodes?watch=1&allowWatchBookmarks=true&fieldSelector=metadata.name%3D{}&resourceVersion={}&timeoutSeconds={}",
+            session.access.server,
+            session.access.node,
+            since,
+            length.as_secs()
+        );
+        let request = session.client.get(url).header(ACCEPT, METADATA).timeout(length.saturating_add(WATCH_GRACE));
+        let mut response = request.send().await.map_err(|e| connection(&e))?;
+        if response.status() != StatusCode::OK {
+            return checked(response, &session.access.node).await.map(|_| ());
+        }
+        let mut lines = Lines::default();
+        while let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? {
+            for line in lines.push(&chunk)? {
+                if let Some(node) = event(&line, &session.access.node)?
+                    && told.send(Ok(node)).await.is_err()
+                {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A state of our Node, or why there is none.
+pub type Told = Result<NodeObject, ClusterError>;
+
+/// Follows our Node for ever: read, watch until the watch ends, read again. The watch only makes it quicker; where it
+/// is not allowed or does not work, the reads alone keep us informed. `poll` is the length of a watch, and with it the
+/// time between two reads.
+pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender<Told>) {
+    let milliseconds = |delay: u64| Duration::from_millis(delay);
+    let mut failures: u32 = 0;
+    tokio::time::sleep(milliseconds(full_jitter(FIRST, random()))).await;
+    loop {
+        let length = milliseconds(jittered(u64::try_from(poll.as_millis()).unwrap_or(u64::MAX), random()));
+        let began = tokio::time::Instant::now();
+        let (read, ended) = match api.metadata().await {
+            Ok(node) => {
+                let since = node.resource_version.clone();
+                if told.send(Ok(node)).await.is_err() {
+                    return;
+                }
+                (true, api.watch(&since, length, &told).await)
+            }
+            Err(error) => (false, Err(error)),
+        };
+        let pause = match &ended {
+            // A server that comes back would otherwise be asked by every node at once.
+            Ok(()) => {
+                failures = 0;
+                milliseconds(full_jitter(Backoff::CLUSTER.delay(1), random()))
+            }
+            // It may be read and not be watched: then the reads must suffice.
+            Err(ClusterError::Forbidden(_)) => length.saturating_sub(began.elapsed()),
+            Err(error) => {
+                failures = if began.elapsed() < length / 2 { failures.saturating_add(1) } else { 1 };
+                let backoff = milliseconds(jittered(Backoff::CLUSTER.delay(failures), random()));
+                backoff.max(error.retry_after().unwrap_or_default().min(length))
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!("following the Node: {error}");
+            api.forget();
+            // A watch that breaks says nothing about the Node, except that it is gone; the next read will.
+            let telling = !read || matches!(error, ClusterError::NotFound(_));
+            if telling && told.send(Err(error)).await.is_err() {
+                return;
+            }
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn client(access: &Access) -> Result<Client, String> {
+    let explain = |error: reqwest::Error| chain(&error);
+    let ca = Certificate::from_pem_bundle(&access.ca).map_err(explain)?;
+    let identity = Identity::from_pkcs8_pem(&access.certificate, &access.key).map_err(explain)?;
+    Client::builder()
+        .tls_certs_only(ca)
+        .identity(identity)
+        .user_agent(concat!("rebase-agent/", env!("CARGO_PKG_VERSION")))
+        // API traffic bypasses the proxy that image pulls use.
+        .no_proxy()
+        .redirect(redirect::Policy::none())
+        .https_only(true)
+        .connect_timeout(CONNECT)
+        .tcp_keepalive(KEEPALIVE)
+        .build()
+        .map_err(explain)
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    printable(&text, 300)
+}
+
+fn connection(error: &reqwest::Error) -> ClusterError {
+    ClusterError::Connection(chain(error))
+}
+
+/// The body of a good answer; an error for every other.
+async fn checked(mut response: Response, node: &str) -> Result<Vec<u8>, ClusterError> {
+    let status = response.status();
+    let retry_after = retry_after(response.headers());
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? {
+        if body.len().saturating_add(chunk.len()) > MAX_BODY {
+            let why = format!("more than {MAX_BODY} bytes");
+            return Err(ClusterError::Confused { what: "the Node", why });
+        }
+        body.extend_from_slice(&chunk);
+    }
+    if status == StatusCode::OK {
+        return Ok(body);
+    }
+    Err(refusal(status, retry_after, &body, node))
+}
+
+/// `Retry-After` in seconds; the date form is not used by API servers.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok().map(Duration::from_secs)
+}
+
+/// What a status other than 200 means. Pure.
+fn refusal(status: StatusCode, retry_after: Option<Duration>, body: &[u8], node: &str) -> ClusterError {
+    #[derive(Deserialize)]
+    struct Status {
+        message: String,
+    }
+    let message = serde_json::from_slice::<Status>(body).map(|status| printable(&status.message, 300));
+    let message = message.unwrap_or_default();
+    match status.as_u16() {
+        401 => ClusterError::Unauthorized,
+        403 => ClusterError::Forbidden(message),
+        404 => ClusterError::NotFound(node.to_owned()),
+        409 | 422 => ClusterError::Refused(message),
+        410 => ClusterError::Expired,
+        429 | 500..=599 => ClusterError::Busy { status: status.as_u16(), message, retry_after },
+        other => ClusterError::Confused { what: "the Node", why: format!("status {other} {message}") },
+    }
+}
+
+/// One watch event; `None` for a bookmark. Pure.
+fn event(line: &[u8], node: &str) -> Result<Option<NodeObject>, ClusterError> {
+    #[derive(Deserialize)]
+    struct Event<'a> {
+        r#type: &'a str,
+        #[serde(borrow)]
+        object: &'a serde_json::value::RawValue,
+    }
+    #[derive(Deserialize)]
+    struct Status {
+        code: u16,
+    }
+    let confused = |why: String| ClusterError::Confused { what: "the watch", why: printable(&why, 200) };
+    let event: Event<'_> = serde_json::from_slice(line).map_err(|e| confused(e.to_string()))?;
+    let object = event.object.get().as_bytes();
+    match event.r#type {
+        "ADDED" | "MODIFIED" => match NodeObject::parse(object)? {
+            parsed if parsed.facts.name == node => Ok(Some(parsed)),
+            parsed => Err(confused(format!("it tells of the Node {}", parsed.facts.name))),
+        },
+        "BOOKMARK" => Ok(None),
+        "DELETED" => Err(ClusterError::NotFound(node.to_owned())),
+        "ERROR" => {
+            let status: Status = serde_json::from_slice(object).map_err(|e| confused(e.to_string()))?;
+            let status = StatusCode::from_u16(status.code).map_err(|e| confused(e.to_string()))?;
+            Err(refusal(status, None, object, node))
+        }
+        other => Err(confused(format!("an event of type {other}"))),
+    }
+}
+
+/// Cuts a byte stream into lines of bounded length. Pure.
+#[derive(Default)]
+struct Lines {
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8]) -> Result<Vec<Vec<u8>>, ClusterError> {
+        self.rest.extend_from_slice(chunk);
+        let mut lines = Vec::new();
+        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+            let tail = self.rest.split_off(end.saturating_add(1));
+            let line = std::mem::replace(&mut self.rest, tail);
+            if !line.trim_ascii().is_empty() {
+                lines.push(line);
+            }
+        }
+        if self.rest.len() > MAX_LINE {
+            let why = format!("a line of more than {MAX_LINE} bytes");
+            return Err(ClusterError::Confused { what: "the watch", why });
+        }
+        Ok(lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_may_come_in_any_pieces() {
+        let text = b"one\n\ntwo\nthree";
+        for size in 1..=text.len() {
+            let mut lines = Lines::default();
+            let mut all = Vec::new();
+            for chunk in text.chunks(size) {
+                all.extend(lines.push(chunk).unwrap());
+            }
+            assert_eq!(all, [b"one\n".to_vec(), b"two\n".to_vec()]);
+            assert_eq!(lines.rest, b"three");
+        }
+        assert!(Lines::default().push(&vec![b'x'; MAX_LINE + 1]).is_err());
+    }
+
+    #[test]
+    fn events_are_told_apart() {
+        let object = r#"{"metadata":{"name":"n","uid":"u","resourceVersion":"1"}}"#;
+        let event =
+            |kind: &str, object: &str| event(format!(r#"{{"type":"{kind}","object":{object}}}"#).as_bytes(), "n");
+        assert!(event("ADDED", object).unwrap().is_some());
+        assert!(event("MODIFIED", object).unwrap().is_some());
+        assert!(event("BOOKMARK", r#"{"metadata":{"resourceVersion":"2"}}"#).unwrap().is_none());
+        assert!(matches!(event("DELETED", object), Err(ClusterError::NotFound(_))));
+        assert!(matches!(event("ERROR", r#"{"kind":"Status","code":410}"#), Err(ClusterError::Expired)));
+        assert!(matches!(event("ERROR", r#"{"code":500,"message":"x"}"#), Err(ClusterError::Busy { .. })));
+        assert!(matches!(event("MODIFIED", &object.replace("\"n\"", "\"m\"")), Err(ClusterError::Confused { .. })));
+        for bad in ["{}", "1", "\"x\""] {
+            assert!(event("MODIFIED", bad).is_err());
+            assert!(event("ERROR", bad).is_err());
+        }
+        assert!(event("PARTY", object).is_err());
+    }
+
+    #[test]
+    fn statuses_are_told_apart() {
+        let body = br#"{"kind":"Status","message":"node \"n\" is\nforbidden","code":403}"#;
+        let of = |status: u16| refusal(StatusCode::from_u16(status).unwrap(), None, body, "n");
+        assert!(matches!(of(401), ClusterError::Unauthorized));
+        assert_eq!(of(403).to_string(), "the API server forbids the request: node \"n\" is forbidden");
+        assert!(matches!(of(404), ClusterError::NotFound(_)));
+        assert!(matches!(of(409), ClusterError::Refused(_)));
+        assert!(matches!(of(422), ClusterError::Refused(_)));
+        assert!(matches!(of(429), ClusterError::Busy { .. }));
+        assert!(matches!(of(503), ClusterError::Busy { .. }));
+        assert!(matches!(of(302), ClusterError::Confused { .. }));
+    }
+}
