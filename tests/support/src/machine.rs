@@ -1,6 +1,33 @@
-//! To come.
+//! One node: its disk, its bus with the host's daemons, and the agent as a supervised child process, through boots,
+//! shutdowns and power cuts.
 
-use std::path::PathBuf;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::net::UnixDatagram;
+use tokio::task::JoinHandle;
+
+use crate::bus::Bus;
+use crate::events::{Event, Events};
+use crate::logind::Logind;
+use crate::rpmostreed::{self, Deployment, RpmOstreed, Sysroot};
+use crate::systemd::Systemd;
+
+const AGENT: &str = "rebase-agent.service";
+const KUBELET: &str = "kubelet.service";
+const FINALIZER: &str = "ostree-finalize-staged.service";
+const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
+const STAMP: &str = "boot/ostree/finalize-failure.stamp";
+/// How long a process may take to leave after `SIGTERM`.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The program that pulls images, and the files it is pointed at.
 #[derive(Clone, Debug)]
@@ -13,4 +40,559 @@ pub struct Engine {
     pub registries_d: PathBuf,
     /// The directory with the registry's certificate authority.
     pub cert_dir: PathBuf,
+}
+
+/// How the agent is run.
+#[derive(Clone, Debug, Default)]
+pub struct AgentCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Variables beside those that the machine sets.
+    pub env: Vec<(String, String)>,
+}
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
+    /// Where its disk, sockets and bus live; a short path, because of the sockets.
+    pub dir: PathBuf,
+    /// The stateroot.
+    pub osname: String,
+    /// What rpm-ostreed pulls with.
+    pub engine: Engine,
+    /// What the installer pulls with, if not the same.
+    pub installer: Option<Engine>,
+    /// Where it tells what happens.
+    pub events: Events,
+    /// From an accepted reboot to `SIGTERM`: what delay inhibitors take.
+    pub shutdown_delay: Duration,
+    /// From boot to an active kubelet.
+    pub kubelet_delay: Duration,
+    /// `RestartSec=` of the agent.
+    pub restart_delay: Duration,
+    /// `WatchdogSec=` of the agent.
+    pub watchdog: Option<Duration>,
+    /// What `/proc/uptime` says; it does not grow.
+    pub uptime: Duration,
+    /// Kernel arguments of the installed deployment.
+    pub kernel_arguments: Vec<String>,
+    /// Whether the machine has a bootloader-update.service.
+    pub bootloader_update: bool,
+    /// The agent.
+    pub agent: AgentCommand,
+}
+
+impl MachineOptions {
+    /// Quick defaults.
+    #[must_use]
+    pub fn new(dir: &Path, engine: Engine, events: Events, agent: AgentCommand) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            osname: "rhcos".to_owned(),
+            engine,
+            installer: None,
+            events,
+            shutdown_delay: Duration::from_millis(50),
+            kubelet_delay: Duration::from_millis(50),
+            restart_delay: Duration::from_millis(50),
+            watchdog: None,
+            uptime: Duration::from_secs(3600),
+            kernel_arguments: vec!["root=UUID=0a1b".to_owned(), "rw".to_owned(), "console=ttyS0".to_owned()],
+            bootloader_update: false,
+            agent,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    options: MachineOptions,
+    bus: Bus,
+    systemd: Systemd,
+    logind: Logind,
+    rpm_ostreed: RpmOstreed,
+    sysroot: Arc<Sysroot>,
+    runtime: tokio::runtime::Handle,
+    agent: Mutex<AgentCommand>,
+    /// Process and group of the running agent, 0 if none. Atomic, so that a listener can kill from anywhere.
+    pid: AtomicI32,
+    wanted: AtomicBool,
+    /// Power is on.
+    on: AtomicBool,
+    /// Everything of the last boot is gone.
+    down: AtomicBool,
+    boot: AtomicU64,
+    last_ping: Mutex<Instant>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+    finalize_failure: Mutex<Option<String>>,
+    fall_back: AtomicBool,
+    kubelet_fails: AtomicBool,
+}
+
+/// A machine. Clones are handles to the same one.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    inner: Arc<Inner>,
+}
+
+impl Machine {
+    /// Builds a machine that is off and has no operating system yet.
+    pub async fn new(options: MachineOptions) -> anyhow::Result<Self> {
+        let root = options.dir.join("root");
+        std::fs::create_dir_all(&root)?;
+        let sysroot = Arc::new(Sysroot::create(&root, &options.osname)?);
+        let bus = Bus::start(&options.dir)?;
+        bus.activatable(rpmostreed::NAME, "rpm-ostreed.service")?;
+        bus.reload().await?;
+        let systemd = Systemd::start(&bus, options.events.clone()).await?;
+        let logind = Logind::start(&bus, options.events.clone()).await?;
+        let rpm_ostreed = RpmOstreed::new(
+            bus.address(),
+            &options.dir,
+            options.events.clone(),
+            sysroot.clone(),
+            options.engine.clone(),
+            systemd.clone(),
+        );
+        let socket = options.dir.join("notify.sock");
+        let _ = std::fs::remove_file(&socket);
+        let notifications = UnixDatagram::bind(&socket)?;
+        let agent = Mutex::new(options.agent.clone());
+        let inner = Arc::new(Inner {
+            options,
+            bus,
+            systemd,
+            logind,
+            rpm_ostreed,
+            sysroot,
+            runtime: tokio::runtime::Handle::current(),
+            agent,
+            pid: AtomicI32::new(0),
+            wanted: AtomicBool::new(false),
+            on: AtomicBool::new(false),
+            down: AtomicBool::new(true),
+            boot: AtomicU64::new(0),
+            last_ping: Mutex::new(Instant::now()),
+            supervisor: Mutex::default(),
+            finalize_failure: Mutex::default(),
+            fall_back: AtomicBool::new(false),
+            kubelet_fails: AtomicBool::new(false),
+        });
+        tokio::spawn(hear(Arc::downgrade(&inner), notifications));
+        let weak = Arc::downgrade(&inner);
+        inner.logind.on_reboot(move || {
+            if let Some(inner) = weak.upgrade()
+                && inner.on.load(Ordering::SeqCst)
+            {
+                let boot = inner.boot.load(Ordering::SeqCst);
+                let runtime = inner.runtime.clone();
+                runtime.spawn(async move { Machine { inner }.reboot(boot).await });
+            }
+        });
+        Ok(Self { inner })
+    }
+
+    /// Puts `reference` on the disk as the first deployment, before the first boot.
+    pub async fn install(&self, reference: &str) -> anyhow::Result<()> {
+        let options = &self.inner.options;
+        let engine = options.installer.as_ref().unwrap_or(&options.engine);
+        self.inner.rpm_ostreed.install(engine, reference, &options.kernel_arguments).await
+    }
+
+    /// Boots: new boot id, empty `/run`, the first boot entry, units, agent.
+    pub async fn power_on(&self) -> anyhow::Result<()> {
+        let inner = &self.inner;
+        while !inner.down.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        if inner.on.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        inner.down.store(false, Ordering::SeqCst);
+        let boot = inner.boot.fetch_add(1, Ordering::SeqCst) + 1;
+        let index = usize::from(inner.fall_back.swap(false, Ordering::SeqCst));
+        let deployment = inner.sysroot.boot(index)?;
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("a new boot id")?;
+        let proc = self.root().join("proc");
+        std::fs::write(proc.join("sys/kernel/random/boot_id"), &boot_id)?;
+        let uptime = inner.options.uptime.as_secs_f64();
+        std::fs::write(proc.join("uptime"), format!("{uptime:.2} {uptime:.2}\n"))?;
+        inner.systemd.reset(inner.options.bootloader_update);
+        inner.logind.reset();
+        let stamp = self.root().join(STAMP);
+        if stamp.exists() {
+            std::fs::remove_file(stamp)?;
+            inner.systemd.fail(BOOT_COMPLETE, "exit-code");
+        }
+        inner.systemd.set(KUBELET, "activating", "start-pre");
+        let (weak, delay) = (Arc::downgrade(inner), inner.options.kubelet_delay);
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            if let Some(inner) = weak.upgrade()
+                && inner.boot.load(Ordering::SeqCst) == boot
+            {
+                if inner.kubelet_fails.load(Ordering::SeqCst) {
+                    inner.systemd.fail(KUBELET, "exit-code");
+                } else {
+                    inner.systemd.set(KUBELET, "active", "running");
+                }
+            }
+        });
+        inner.options.events.emit(Event::Booted {
+            boot_id: boot_id.trim().to_owned(),
+            reference: deployment.reference,
+        });
+        if inner.on.load(Ordering::SeqCst) {
+            self.start_agent();
+        }
+        Ok(())
+    }
+
+    /// What follows an accepted reboot.
+    async fn reboot(&self, boot: u64) {
+        tokio::time::sleep(self.inner.options.shutdown_delay).await;
+        if self.inner.boot.load(Ordering::SeqCst) != boot || !self.inner.on.load(Ordering::SeqCst) {
+            return;
+        }
+        self.shut_down().await;
+        self.power_on().await.expect("a machine that booted once boots again");
+    }
+
+    /// Shuts down in an orderly way and stays off.
+    pub async fn shut_down(&self) {
+        let inner = &self.inner;
+        self.stop_agent().await;
+        if !inner.on.load(Ordering::SeqCst) {
+            return;
+        }
+        let finalizes = inner.systemd.unit(FINALIZER).is_some_and(|unit| unit.active == "active");
+        let failure = inner.finalize_failure.lock().unwrap().clone();
+        let staged = inner.sysroot.load().iter().any(|deployment| deployment.staged);
+        inner.rpm_ostreed.power_off().await;
+        match failure {
+            Some(text) if finalizes && staged => {
+                *inner.finalize_failure.lock().unwrap() = None;
+                let _ = inner.sysroot.drop_staged();
+                std::fs::write(self.root().join(STAMP), text).expect("room on /boot");
+            }
+            _ if finalizes => {
+                inner.sysroot.finalize().expect("a deployment that can be finalized");
+            }
+            _ => {}
+        }
+        inner.boot.fetch_add(1, Ordering::SeqCst);
+        inner.on.store(false, Ordering::SeqCst);
+        inner.options.events.emit(Event::Down);
+        inner.down.store(true, Ordering::SeqCst);
+    }
+
+    /// Power is gone this instant: nothing is finalized, what was staged is lost. May be called from a listener;
+    /// [`Machine::power_on`] waits until everything is dead.
+    pub fn power_cut(&self) {
+        let inner = self.inner.clone();
+        if !inner.on.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        inner.boot.fetch_add(1, Ordering::SeqCst);
+        inner.wanted.store(false, Ordering::SeqCst);
+        self.kill_agent();
+        let this = self.clone();
+        inner.runtime.clone().spawn(async move {
+            inner.rpm_ostreed.power_off().await;
+            this.supervised().await;
+            inner.options.events.emit(Event::Down);
+            inner.down.store(true, Ordering::SeqCst);
+        });
+    }
+
+    /// Kills the agent now with `SIGKILL`; it is restarted as the unit says. May be called from a listener.
+    pub fn kill_agent(&self) {
+        self.signal_agent(Signal::SIGKILL);
+    }
+
+    /// Sends the agent (its process group) a signal. May be called from a listener.
+    pub fn signal_agent(&self, signal: Signal) {
+        self.inner.signal(signal);
+    }
+
+    /// The agent's process id.
+    #[must_use]
+    pub fn agent_pid(&self) -> Option<u32> {
+        u32::try_from(self.inner.pid.load(Ordering::SeqCst)).ok().filter(|pid| *pid != 0)
+    }
+
+    /// Starts the agent unless it is started.
+    pub fn start_agent(&self) {
+        let inner = &self.inner;
+        inner.wanted.store(true, Ordering::SeqCst);
+        let mut supervisor = inner.supervisor.lock().unwrap();
+        let running = supervisor.as_ref().is_some_and(|task| !task.is_finished());
+        if !running {
+            *supervisor = Some(inner.runtime.spawn(supervise(Arc::downgrade(inner))));
+        }
+    }
+
+    /// Stops the agent as systemd does and waits until it is gone.
+    pub async fn stop_agent(&self) {
+        self.inner.wanted.store(false, Ordering::SeqCst);
+        self.signal_agent(Signal::SIGTERM);
+        if tokio::time::timeout(STOP_TIMEOUT, self.supervised()).await.is_err() {
+            self.kill_agent();
+            self.supervised().await;
+        }
+    }
+
+    /// Waits until no agent runs and none is about to.
+    async fn supervised(&self) {
+        loop {
+            let running =
+                self.inner.supervisor.lock().unwrap().as_ref().is_some_and(|task| !task.is_finished());
+            if !running {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Another program or other arguments from the next start of the agent on.
+    pub fn set_agent(&self, agent: AgentCommand) {
+        *self.inner.agent.lock().unwrap() = agent;
+    }
+
+    /// The next finalization fails with this text: the old deployment boots and ostree-boot-complete.service fails.
+    pub fn fail_finalize(&self, text: &str) {
+        *self.inner.finalize_failure.lock().unwrap() = Some(text.to_owned());
+    }
+
+    /// The next boot runs the second boot entry, as boot counting or a human at the console does.
+    pub fn fall_back(&self) {
+        self.inner.fall_back.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether kubelet.service fails on the boots from now on.
+    pub fn kubelet_fails(&self, fails: bool) {
+        self.inner.kubelet_fails.store(fails, Ordering::SeqCst);
+    }
+
+    /// Every deployment on the disk: staged first, then in boot order.
+    #[must_use]
+    pub fn deployments(&self) -> Vec<Deployment> {
+        self.inner.sysroot.load()
+    }
+
+    /// The booted deployment.
+    #[must_use]
+    pub fn booted(&self) -> Option<Deployment> {
+        self.deployments().into_iter().find(|deployment| deployment.booted)
+    }
+
+    /// The root of the machine's file tree.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.inner.sysroot.root().to_owned()
+    }
+
+    /// The address of its system bus.
+    #[must_use]
+    pub fn bus_address(&self) -> String {
+        self.inner.bus.address()
+    }
+
+    /// The boot id.
+    #[must_use]
+    pub fn boot_id(&self) -> String {
+        let path = self.root().join("proc/sys/kernel/random/boot_id");
+        std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+    }
+
+    /// Whether power is on.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.inner.on.load(Ordering::SeqCst)
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn sysroot(&self) -> Arc<Sysroot> {
+        self.inner.sysroot.clone()
+    }
+
+    /// The rpm-ostree daemon.
+    #[must_use]
+    pub fn rpm_ostreed(&self) -> RpmOstreed {
+        self.inner.rpm_ostreed.clone()
+    }
+
+    /// The service manager.
+    #[must_use]
+    pub fn systemd(&self) -> Systemd {
+        self.inner.systemd.clone()
+    }
+
+    /// The login manager.
+    #[must_use]
+    pub fn logind(&self) -> Logind {
+        self.inner.logind.clone()
+    }
+
+    /// Somebody runs `rpm-ostree rebase` by hand, to its end.
+    pub async fn human_stage(&self, reference: &str) -> anyhow::Result<()> {
+        self.inner.rpm_ostreed.human_stage(reference).await
+    }
+}
+
+impl Inner {
+    fn signal(&self, signal: Signal) {
+        let pid = self.pid.load(Ordering::SeqCst);
+        if pid > 0 {
+            let _ = killpg(Pid::from_raw(pid), signal);
+        }
+    }
+
+    fn spawn_agent(&self) -> std::io::Result<tokio::process::Child> {
+        let agent = self.agent.lock().unwrap().clone();
+        let mut command = tokio::process::Command::new(&agent.program);
+        command
+            .args(&agent.args)
+            .env("DBUS_SYSTEM_BUS_ADDRESS", self.bus.address())
+            .env("NOTIFY_SOCKET", self.options.dir.join("notify.sock"))
+            .env("REBASE_AGENT_ROOT", self.sysroot.root())
+            .env_remove("WATCHDOG_PID")
+            .env_remove("WATCHDOG_USEC")
+            .envs(agent.env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        if let Some(watchdog) = self.options.watchdog {
+            command.env("WATCHDOG_USEC", watchdog.as_micros().to_string());
+        }
+        command.spawn()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGKILL);
+    }
+}
+
+/// Runs the agent and restarts it while it is wanted.
+async fn supervise(weak: Weak<Inner>) {
+    loop {
+        let Some(inner) = weak.upgrade() else { return };
+        if !inner.wanted.load(Ordering::SeqCst) || !inner.on.load(Ordering::SeqCst) {
+            break;
+        }
+        let mut child = match inner.spawn_agent() {
+            Ok(child) => child,
+            Err(error) => {
+                inner.options.events.emit(Event::AgentLine(format!("cannot start: {error}")));
+                inner.systemd.fail(AGENT, "exit-code");
+                return;
+            }
+        };
+        let pid = child.id().unwrap_or_default();
+        *inner.last_ping.lock().unwrap() = Instant::now();
+        inner.pid.store(i32::try_from(pid).unwrap_or_default(), Ordering::SeqCst);
+        inner.systemd.update(AGENT, |unit| {
+            "activating".clone_into(&mut unit.active);
+            "start".clone_into(&mut unit.sub);
+            "success".clone_into(&mut unit.result);
+            unit.status_text.clear();
+            unit.main_pid = pid;
+        });
+        inner.options.events.emit(Event::AgentStarted { pid });
+        // A stop that came before the process id was known.
+        if !inner.wanted.load(Ordering::SeqCst) {
+            inner.signal(Signal::SIGTERM);
+        }
+        let (watchdog, restart, events) =
+            (inner.options.watchdog, inner.options.restart_delay, inner.options.events.clone());
+        drop(inner);
+        let lines = child.stderr.take().map(|stderr| {
+            let events = events.clone();
+            tokio::spawn(async move {
+                let mut lines = BufReader::new(stderr).lines();
+                while let Ok(Some(line)) = lines.next_line().await {
+                    events.emit(Event::AgentLine(line));
+                }
+            })
+        });
+        let mut missed = false;
+        let status = loop {
+            let tick = watchdog.map_or(Duration::from_millis(200), |limit| limit / 4);
+            match tokio::time::timeout(tick, child.wait()).await {
+                Ok(status) => break status,
+                Err(_) => {
+                    let Some(inner) = weak.upgrade() else { return };
+                    let silent = inner.last_ping.lock().unwrap().elapsed();
+                    if watchdog.is_some_and(|limit| silent > limit) && !missed {
+                        missed = true;
+                        inner.signal(Signal::SIGABRT);
+                    }
+                }
+            }
+        };
+        // The unit's whole control group goes with its main process.
+        let group = i32::try_from(pid).unwrap_or_default();
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        if let Some(lines) = lines {
+            let _ = tokio::time::timeout(Duration::from_millis(500), lines).await;
+        }
+        let status = status.expect("a child can be waited for");
+        let code = status.code().unwrap_or_else(|| -status.signal().unwrap_or_default());
+        let Some(inner) = weak.upgrade() else { return };
+        inner.pid.store(0, Ordering::SeqCst);
+        let wanted = inner.wanted.load(Ordering::SeqCst);
+        inner.systemd.update(AGENT, |unit| {
+            let result = match code {
+                0 => "success",
+                _ if missed => "watchdog",
+                code if code < 0 => "signal",
+                _ => "exit-code",
+            };
+            result.clone_into(&mut unit.result);
+            unit.exec_main_status = code.abs();
+            unit.main_pid = 0;
+            let (active, sub) = if wanted { ("activating", "auto-restart") } else { ("inactive", "dead") };
+            active.clone_into(&mut unit.active);
+            sub.clone_into(&mut unit.sub);
+        });
+        inner.options.events.emit(Event::AgentExited { code });
+        drop(inner);
+        if wanted {
+            tokio::time::sleep(restart).await;
+        }
+    }
+}
+
+/// Reads what the agent tells its service manager.
+async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
+    let mut buffer = vec![0; 65_536];
+    loop {
+        let received = tokio::time::timeout(Duration::from_millis(500), socket.recv(&mut buffer)).await;
+        let Some(inner) = weak.upgrade() else { return };
+        let Ok(Ok(size)) = received else { continue };
+        let text = String::from_utf8_lossy(&buffer[..size]).into_owned();
+        for line in text.lines() {
+            match line.split_once('=') {
+                Some(("READY", "1")) => {
+                    inner.systemd.set(AGENT, "active", "running");
+                    inner.options.events.emit(Event::AgentReady);
+                }
+                Some(("STATUS", status)) => {
+                    inner.systemd.update(AGENT, |unit| status.clone_into(&mut unit.status_text));
+                    inner.options.events.emit(Event::AgentStatus(status.to_owned()));
+                }
+                Some(("WATCHDOG", "1")) => *inner.last_ping.lock().unwrap() = Instant::now(),
+                Some(("WATCHDOG", "trigger")) => inner.signal(Signal::SIGABRT),
+                Some(("STOPPING", "1")) => inner.systemd.set(AGENT, "deactivating", "stop-sigterm"),
+                _ => {}
+            }
+        }
+    }
 }

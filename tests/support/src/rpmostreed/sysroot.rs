@@ -1,0 +1,628 @@
+//! The ostree side of the machine, kept on disk: deployments, their boot order, the staged one, the image store.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+
+use super::pull::Image;
+use crate::bus::{Dict, variant};
+
+/// One deployment as rpm-ostree would describe it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Deployment {
+    /// The stateroot.
+    pub osname: String,
+    /// The ostree checksum.
+    pub checksum: String,
+    /// Counts deployments of the same checksum.
+    pub serial: i32,
+    /// Whether the machine runs it.
+    pub booted: bool,
+    /// Whether it waits for the finalizer.
+    pub staged: bool,
+    /// Whether its finalization is locked.
+    pub locked: bool,
+    /// Whether it was pinned by an administrator.
+    pub pinned: bool,
+    /// `container-image-reference`.
+    pub reference: String,
+    /// Manifest digest of the instance.
+    pub digest: String,
+    /// The image's version label.
+    pub version: Option<String>,
+    /// Seconds since the epoch.
+    pub timestamp: u64,
+    /// The manifest.
+    pub manifest: String,
+    /// The image configuration.
+    pub config: String,
+    /// Kernel arguments without `ostree=`.
+    pub kernel_arguments: Vec<String>,
+    /// Layered packages.
+    pub requested_packages: Vec<String>,
+}
+
+impl Deployment {
+    /// `<osname>-<checksum>.<serial>`.
+    #[must_use]
+    pub fn id(&self) -> String {
+        format!("{}-{}.{}", self.osname, self.checksum, self.serial)
+    }
+
+    fn key(&self) -> String {
+        format!("{}.{}", self.checksum, self.serial)
+    }
+
+    /// The kernel command line of its boot loader entry.
+    #[must_use]
+    pub fn options(&self) -> String {
+        let mut words = self.kernel_arguments.clone();
+        words.push(format!("ostree=/ostree/boot.1/{}/{}/{}", self.osname, self.checksum, self.serial));
+        words.join(" ")
+    }
+
+    /// The dictionary of the `Deployments` property.
+    pub(crate) fn dict(&self) -> Dict {
+        let mut meta: BTreeMap<String, zbus::Variant<'static>> = BTreeMap::new();
+        for (key, value) in [
+            ("ostree.manifest-digest", &self.digest),
+            ("ostree.manifest", &self.manifest),
+            ("ostree.container.image-config", &self.config),
+        ] {
+            meta.insert(key.to_owned(), zbus::Variant::from(value.clone()));
+        }
+        let mut dict = Dict::new();
+        let mut put = |key: &str, value: zbus::OwnedVariant| dict.insert(key.to_owned(), value);
+        put("id", variant(self.id()));
+        put("osname", variant(self.osname.clone()));
+        put("checksum", variant(self.checksum.clone()));
+        put("serial", variant(self.serial));
+        put("booted", variant(self.booted));
+        put("staged", variant(self.staged));
+        put("pinned", variant(self.pinned));
+        put("unlocked", variant("none"));
+        if let Some(version) = &self.version {
+            put("version", variant(version.clone()));
+        }
+        put("timestamp", variant(self.timestamp));
+        put("container-image-reference", variant(self.reference.clone()));
+        put("container-image-reference-digest", variant(self.digest.clone()));
+        put("base-commit-meta", variant(meta));
+        put("requested-packages", variant(self.requested_packages.clone()));
+        put("packages", variant(self.requested_packages.clone()));
+        if !self.requested_packages.is_empty() {
+            put("base-checksum", variant(sha256_hex(self.checksum.as_bytes())));
+            put("base-timestamp", variant(self.timestamp));
+        }
+        dict
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    digest: String,
+    version: Option<String>,
+    timestamp: u64,
+    manifest: String,
+    config: String,
+    kernel_arguments: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Marker {
+    key: String,
+    locked: bool,
+}
+
+/// SHA-256 in hexadecimal.
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+    openssl::sha::sha256(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The tree that stands for the machine's disk and memory file systems.
+#[derive(Debug)]
+pub struct Sysroot {
+    root: PathBuf,
+    osname: String,
+    locked: AtomicBool,
+}
+
+impl Sysroot {
+    /// Lays out an empty tree at `root`.
+    pub fn create(root: &Path, osname: &str) -> anyhow::Result<Self> {
+        for dir in ["boot/loader/entries", "boot/ostree", "ostree/repo/images", "run/ostree", "etc", "sysroot"] {
+            fs::create_dir_all(root.join(dir))?;
+        }
+        let this =
+            Self { root: root.to_owned(), osname: osname.to_owned(), locked: AtomicBool::new(false) };
+        fs::create_dir_all(this.deploy_dir())?;
+        fs::create_dir_all(root.join("ostree/boot.1").join(osname))?;
+        let link = root.join("sysroot/ostree");
+        if fs::symlink_metadata(&link).is_err() {
+            std::os::unix::fs::symlink("../ostree", link)?;
+        }
+        Ok(this)
+    }
+
+    /// The root of the tree.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The stateroot's name.
+    #[must_use]
+    pub fn osname(&self) -> &str {
+        &self.osname
+    }
+
+    /// Takes or gives back the lock that `ostree admin` and bootc hold while they work.
+    pub fn set_locked(&self, locked: bool) {
+        self.locked.store(locked, Ordering::SeqCst);
+    }
+
+    /// Whether another tool holds the lock.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.locked.load(Ordering::SeqCst)
+    }
+
+    fn deploy_dir(&self) -> PathBuf {
+        self.root.join("ostree/deploy").join(&self.osname).join("deploy")
+    }
+
+    fn marker_path(&self) -> PathBuf {
+        self.root.join("run/ostree/staged-deployment")
+    }
+
+    pub(crate) fn images_dir(&self) -> PathBuf {
+        self.root.join("ostree/repo/images")
+    }
+
+    /// Every deployment: staged first, then in boot order.
+    #[must_use]
+    pub fn load(&self) -> Vec<Deployment> {
+        let booted = self.booted_key();
+        let mut list = Vec::new();
+        if let Some(marker) = self.marker()
+            && let Ok(mut deployment) = self.read(&marker.key)
+        {
+            deployment.staged = true;
+            deployment.locked = marker.locked;
+            list.push(deployment);
+        }
+        for key in self.boot_order() {
+            if let Ok(mut deployment) = self.read(&key) {
+                deployment.booted = booted.as_deref() == Some(key.as_str());
+                list.push(deployment);
+            }
+        }
+        list
+    }
+
+    fn marker(&self) -> Option<Marker> {
+        serde_json::from_slice(&fs::read(self.marker_path()).ok()?).ok()
+    }
+
+    fn key_of_command_line(line: &str) -> Option<String> {
+        let path = line.split_whitespace().find_map(|word| word.strip_prefix("ostree=/ostree/boot.1/"))?;
+        let mut parts = path.split('/').skip(1);
+        Some(format!("{}.{}", parts.next()?, parts.next()?))
+    }
+
+    fn booted_key(&self) -> Option<String> {
+        if !self.root.join("run/ostree-booted").exists() {
+            return None;
+        }
+        Self::key_of_command_line(&fs::read_to_string(self.root.join("proc/cmdline")).ok()?)
+    }
+
+    fn boot_order(&self) -> Vec<String> {
+        let mut entries: Vec<(u32, String)> = Vec::new();
+        for entry in fs::read_dir(self.root.join("boot/loader/entries")).expect("a boot directory") {
+            let Ok(text) = fs::read_to_string(entry.expect("a directory entry").path()) else { continue };
+            let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            if let (Some(version), Some(options)) = (field("version "), field("options "))
+                && let (Ok(version), Some(key)) = (version.parse(), Self::key_of_command_line(options))
+            {
+                entries.push((version, key));
+            }
+        }
+        entries.sort_by(|a, b| b.0.cmp(&a.0));
+        entries.into_iter().map(|(_, key)| key).collect()
+    }
+
+    fn read(&self, key: &str) -> anyhow::Result<Deployment> {
+        let dir = self.deploy_dir();
+        let record: Record = serde_json::from_slice(&fs::read(dir.join(format!("{key}.json")))?)?;
+        let origin = fs::read_to_string(dir.join(format!("{key}.origin")))?;
+        let field = |name: &str| origin.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let (checksum, serial) = key.split_once('.').context("a key without a serial")?;
+        Ok(Deployment {
+            osname: self.osname.clone(),
+            checksum: checksum.to_owned(),
+            serial: serial.parse()?,
+            booted: false,
+            staged: false,
+            locked: false,
+            pinned: field("pinned") == Some("true"),
+            reference: field("container-image-reference").unwrap_or_default().to_owned(),
+            digest: record.digest,
+            version: record.version,
+            timestamp: record.timestamp,
+            manifest: record.manifest,
+            config: record.config,
+            kernel_arguments: record.kernel_arguments,
+            requested_packages: field("requested")
+                .map(|list| list.split(';').filter(|name| !name.is_empty()).map(str::to_owned).collect())
+                .unwrap_or_default(),
+        })
+    }
+
+    fn write_origin(&self, deployment: &Deployment) -> anyhow::Result<()> {
+        let mut text = format!("[origin]\ncontainer-image-reference={}\n", deployment.reference);
+        if !deployment.requested_packages.is_empty() {
+            text.push_str(&format!("\n[packages]\nrequested={};\n", deployment.requested_packages.join(";")));
+        }
+        if deployment.pinned {
+            text.push_str("\n[libostree-transient]\npinned=true\n");
+        }
+        fs::write(self.deploy_dir().join(format!("{}.origin", deployment.key())), text)?;
+        Ok(())
+    }
+
+    /// Checks an image out as a deployment that nothing refers to yet.
+    fn check_out(&self, image: &Image, kernel_arguments: &[String]) -> anyhow::Result<Deployment> {
+        let checksum = sha256_hex(format!("commit of {}", image.digest).as_bytes());
+        let mut serial = 0;
+        while self.deploy_dir().join(format!("{checksum}.{serial}")).exists() {
+            serial += 1;
+        }
+        let deployment = Deployment {
+            osname: self.osname.clone(),
+            checksum,
+            serial,
+            booted: false,
+            staged: false,
+            locked: false,
+            pinned: false,
+            reference: image.reference.clone(),
+            digest: image.digest.clone(),
+            version: image.version.clone(),
+            timestamp: image.timestamp,
+            manifest: image.manifest.clone(),
+            config: image.config.clone(),
+            kernel_arguments: kernel_arguments.to_vec(),
+            requested_packages: Vec::new(),
+        };
+        let tree = self.deploy_dir().join(deployment.key());
+        fs::create_dir_all(&tree)?;
+        for (path, compressed) in &image.layers {
+            unpack(path, *compressed, &tree).with_context(|| format!("Unpacking {}", path.display()))?;
+        }
+        let defaults = tree.join("usr/etc");
+        if defaults.is_dir() {
+            copy_tree(&defaults, &tree.join("etc"))?;
+        }
+        self.write_origin(&deployment)?;
+        let record = Record {
+            digest: deployment.digest.clone(),
+            version: deployment.version.clone(),
+            timestamp: deployment.timestamp,
+            manifest: deployment.manifest.clone(),
+            config: deployment.config.clone(),
+            kernel_arguments: deployment.kernel_arguments.clone(),
+        };
+        fs::write(
+            self.deploy_dir().join(format!("{}.json", deployment.key())),
+            serde_json::to_vec_pretty(&record)?,
+        )?;
+        Ok(deployment)
+    }
+
+    /// Stages an image; an unpinned staged deployment is discarded.
+    pub(crate) fn stage(&self, image: &Image, kernel_arguments: &[String], locked: bool) -> anyhow::Result<Deployment> {
+        self.drop_staged()?;
+        let mut deployment = self.check_out(image, kernel_arguments)?;
+        let marker = Marker { key: deployment.key(), locked };
+        let path = self.marker_path();
+        let temporary = path.with_extension("tmp");
+        fs::write(&temporary, serde_json::to_vec(&marker)?)?;
+        fs::rename(temporary, path)?;
+        self.touch()?;
+        deployment.staged = true;
+        deployment.locked = locked;
+        Ok(deployment)
+    }
+
+    /// Deploys an image as the only one, as an installer does.
+    pub(crate) fn install(&self, image: &Image, kernel_arguments: &[String]) -> anyhow::Result<Deployment> {
+        let deployment = self.check_out(image, kernel_arguments)?;
+        self.write_boot_order(&[deployment.clone()])?;
+        Ok(deployment)
+    }
+
+    fn write_boot_order(&self, order: &[Deployment]) -> anyhow::Result<()> {
+        let entries = self.root.join("boot/loader/entries");
+        let old: Vec<PathBuf> =
+            fs::read_dir(&entries)?.filter_map(Result::ok).map(|entry| entry.path()).collect();
+        for path in old {
+            fs::remove_file(path)?;
+        }
+        for (index, deployment) in order.iter().enumerate() {
+            let version = order.len() - index;
+            let title = deployment.version.clone().unwrap_or_else(|| deployment.checksum.clone());
+            fs::write(
+                entries.join(format!("ostree-{version}.conf")),
+                format!(
+                    "title {} {title} (ostree:{index})\nversion {version}\noptions {}\nlinux /ostree/{}/vmlinuz\n",
+                    deployment.osname,
+                    deployment.options(),
+                    deployment.checksum,
+                ),
+            )?;
+            let link = self.root.join("ostree/boot.1").join(&deployment.osname).join(&deployment.checksum);
+            fs::create_dir_all(&link)?;
+            let link = link.join(deployment.serial.to_string());
+            if fs::symlink_metadata(&link).is_err() {
+                let target = format!("../../../deploy/{}/deploy/{}", deployment.osname, deployment.key());
+                std::os::unix::fs::symlink(target, link)?;
+            }
+        }
+        self.collect()?;
+        self.touch()
+    }
+
+    /// Deletes every deployment that nothing refers to.
+    fn collect(&self) -> anyhow::Result<()> {
+        let mut live = self.boot_order();
+        live.extend(self.marker().map(|marker| marker.key));
+        for entry in fs::read_dir(self.deploy_dir())? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if live.iter().any(|key| name == *key || name.starts_with(&format!("{key}."))) {
+                continue;
+            }
+            if path.is_dir() {
+                fs::remove_dir_all(&path)?;
+            } else {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes imported images that no deployment's origin names; says how many.
+    pub(crate) fn prune_images(&self) -> anyhow::Result<usize> {
+        let live: Vec<String> = self.load().iter().map(|deployment| super::pull::store_key(&deployment.reference)).collect();
+        let mut pruned = 0;
+        for entry in fs::read_dir(self.images_dir())? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !live.contains(&name) {
+                fs::remove_dir_all(&path)?;
+                pruned += 1;
+            }
+        }
+        Ok(pruned)
+    }
+
+    /// Changes the modification time of the deployment directory, which is how a change is noticed from outside.
+    pub fn touch(&self) -> anyhow::Result<()> {
+        let directory = fs::File::open(self.root.join("ostree/deploy"))?;
+        let old = directory.metadata()?.modified()?;
+        let now = SystemTime::now();
+        directory.set_modified(if now > old { now } else { old + Duration::from_nanos(1) })?;
+        Ok(())
+    }
+
+    /// Drops the staged deployment; says whether there was one.
+    pub fn drop_staged(&self) -> anyhow::Result<bool> {
+        let existed = self.marker().is_some();
+        let _ = fs::remove_file(self.marker_path());
+        self.collect()?;
+        if existed {
+            self.touch()?;
+        }
+        Ok(existed)
+    }
+
+    fn in_boot_order(&self) -> Vec<Deployment> {
+        self.load().into_iter().filter(|deployment| !deployment.staged).collect()
+    }
+
+    /// Drops what is to be booted next but does not run: the staged deployment or a finalized one before the booted.
+    pub(crate) fn drop_pending(&self) -> anyhow::Result<bool> {
+        let mut changed = self.drop_staged()?;
+        let order = self.in_boot_order();
+        if let Some(booted) = order.iter().position(|deployment| deployment.booted)
+            && order[..booted].iter().any(|deployment| !deployment.pinned)
+        {
+            let kept: Vec<Deployment> = order
+                .iter()
+                .enumerate()
+                .filter(|(index, deployment)| *index >= booted || deployment.pinned)
+                .map(|(_, deployment)| deployment.clone())
+                .collect();
+            self.write_boot_order(&kept)?;
+            changed = true;
+        }
+        Ok(changed)
+    }
+
+    /// Drops unpinned deployments after the booted one.
+    pub(crate) fn drop_rollback(&self) -> anyhow::Result<bool> {
+        let order = self.in_boot_order();
+        let Some(booted) = order.iter().position(|deployment| deployment.booted) else { return Ok(false) };
+        let kept: Vec<Deployment> = order
+            .iter()
+            .enumerate()
+            .filter(|(index, deployment)| *index <= booted || deployment.pinned)
+            .map(|(_, deployment)| deployment.clone())
+            .collect();
+        if kept.len() == order.len() {
+            return Ok(false);
+        }
+        self.write_boot_order(&kept)?;
+        Ok(true)
+    }
+
+    /// Makes the rollback deployment the first one, at once.
+    pub(crate) fn roll_back(&self) -> anyhow::Result<()> {
+        let mut order = self.in_boot_order();
+        if self.marker().is_some() {
+            bail!("Staged deployment (remove with cleanup -p)");
+        }
+        if order.len() < 2 {
+            bail!("No rollback deployment found");
+        }
+        order.swap(0, 1);
+        self.write_boot_order(&order)
+    }
+
+    /// What the finalizer does at shutdown: the staged deployment becomes the first to boot, the booted one the
+    /// rollback. A locked one is not finalized.
+    pub fn finalize(&self) -> anyhow::Result<Option<Deployment>> {
+        let list = self.load();
+        let Some(staged) = list.iter().find(|deployment| deployment.staged).cloned() else { return Ok(None) };
+        if staged.locked {
+            return Ok(None);
+        }
+        fs::remove_file(self.marker_path())?;
+        let mut order = vec![staged.clone()];
+        order.extend(
+            list.into_iter().filter(|deployment| !deployment.staged && (deployment.booted || deployment.pinned)),
+        );
+        self.write_boot_order(&order)?;
+        Ok(Some(staged))
+    }
+
+    /// What the boot loader and the initramfs do: `index` of the boot order runs from now on. `/run` is empty then.
+    pub(crate) fn boot(&self, index: usize) -> anyhow::Result<Deployment> {
+        let run = self.root.join("run");
+        let _ = fs::remove_dir_all(&run);
+        fs::create_dir_all(run.join("ostree"))?;
+        let order = self.in_boot_order();
+        let deployment = order.get(index).or(order.first()).context("nothing to boot")?.clone();
+        fs::create_dir_all(self.root.join("proc/sys/kernel/random"))?;
+        fs::write(
+            self.root.join("proc/cmdline"),
+            format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", deployment.checksum, deployment.options()),
+        )?;
+        fs::write(run.join("ostree-booted"), "")?;
+        let usr = self.root.join("usr");
+        let _ = fs::remove_file(&usr);
+        std::os::unix::fs::symlink(
+            format!("ostree/deploy/{}/deploy/{}/usr", deployment.osname, deployment.key()),
+            usr,
+        )?;
+        self.collect()?;
+        Ok(Deployment { booted: true, ..deployment })
+    }
+
+    /// Layers packages on the booted deployment.
+    pub fn layer_packages(&self, packages: &[&str]) -> anyhow::Result<()> {
+        let mut booted = self.load().into_iter().find(|deployment| deployment.booted).context("not booted")?;
+        booted.requested_packages = packages.iter().map(|&name| name.to_owned()).collect();
+        self.write_origin(&booted)?;
+        self.touch()
+    }
+
+    /// Pins or unpins the deployment at `index` of [`Sysroot::load`].
+    pub fn pin(&self, index: usize, pinned: bool) -> anyhow::Result<()> {
+        let mut deployment = self.load().get(index).context("no such deployment")?.clone();
+        deployment.pinned = pinned;
+        self.write_origin(&deployment)?;
+        self.touch()
+    }
+
+    /// Where a deployment's files are.
+    #[must_use]
+    pub fn tree(&self, deployment: &Deployment) -> PathBuf {
+        self.deploy_dir().join(deployment.key())
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else if kind.is_symlink() {
+            let _ = fs::remove_file(&target);
+            std::os::unix::fs::symlink(fs::read_link(entry.path())?, target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Applies one layer, `/etc` going to `/usr/etc` as in an ostree commit.
+fn unpack(layer: &Path, compressed: bool, tree: &Path) -> anyhow::Result<()> {
+    let file = fs::File::open(layer)?;
+    let reader: Box<dyn std::io::Read> =
+        if compressed { Box::new(flate2::read::MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let mut archive = tar::Archive::new(reader);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        let mut path: PathBuf = path.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
+        if path.as_os_str().is_empty() {
+            continue;
+        }
+        if path.starts_with("etc") {
+            path = Path::new("usr").join(path);
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = tree.join(&path);
+        let parent = target.parent().context("no parent")?;
+        if let Some(removed) = name.strip_prefix(".wh.") {
+            if removed == ".wh..opq" {
+                let _ = fs::remove_dir_all(parent);
+                fs::create_dir_all(parent)?;
+            } else {
+                let removed = parent.join(removed);
+                if fs::remove_file(&removed).is_err() {
+                    let _ = fs::remove_dir_all(&removed);
+                }
+            }
+            continue;
+        }
+        fs::create_dir_all(parent)?;
+        match entry.header().entry_type() {
+            tar::EntryType::Directory => fs::create_dir_all(&target)?,
+            tar::EntryType::Regular | tar::EntryType::Continuous => {
+                let _ = fs::remove_file(&target);
+                let mut content = Vec::new();
+                entry.read_to_end(&mut content)?;
+                fs::write(&target, content)?;
+            }
+            tar::EntryType::Symlink => {
+                let _ = fs::remove_file(&target);
+                std::os::unix::fs::symlink(entry.link_name()?.context("a link without target")?, &target)?;
+            }
+            tar::EntryType::Link => {
+                let source: PathBuf = entry.link_name()?.context("a link without target")?.into_owned();
+                let mut source: PathBuf =
+                    source.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
+                if source.starts_with("etc") {
+                    source = Path::new("usr").join(source);
+                }
+                let _ = fs::remove_file(&target);
+                fs::hard_link(tree.join(source), &target)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
