@@ -125,13 +125,7 @@ where
     B: serde::Serialize + DynamicType,
 {
     connection
-        .call_method(
-            Some("org.freedesktop.DBus"),
-            "/org/freedesktop/DBus",
-            Some("org.freedesktop.DBus"),
-            method,
-            body,
-        )
+        .call_method(Some("org.freedesktop.DBus"), "/org/freedesktop/DBus", Some("org.freedesktop.DBus"), method, body)
         .await
 }
 
@@ -241,6 +235,10 @@ pub(crate) trait Service: Send + Sync + 'static {
     fn at(&self, path: &str) -> Vec<Interface>;
     /// Answers a call that is not of a standard interface.
     fn call(self: &Arc<Self>, connection: &Connection, call: &Call) -> impl Future<Output = Answer> + Send;
+    /// Whether the service leaves instead of answering this call.
+    fn leaves(self: &Arc<Self>) -> impl Future<Output = bool> + Send {
+        async { false }
+    }
     /// Hears a signal.
     fn signal(self: &Arc<Self>, message: &Message) -> impl Future<Output = ()> + Send {
         let _ = message;
@@ -259,6 +257,9 @@ pub(crate) async fn serve<S: Service>(mut stream: MessageStream, service: Arc<S>
                 continue;
             }
             _ => continue,
+        }
+        if service.leaves().await {
+            return;
         }
         let call = Call::new(message);
         let answer = match standard(&*service, &call) {

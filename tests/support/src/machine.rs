@@ -240,10 +240,10 @@ impl Machine {
                 }
             }
         });
-        inner.options.events.emit(Event::Booted {
-            boot_id: boot_id.trim().to_owned(),
-            reference: deployment.reference,
-        });
+        inner
+            .options
+            .events
+            .emit(Event::Booted { boot_id: boot_id.trim().to_owned(), reference: deployment.reference });
         if inner.on.load(Ordering::SeqCst) {
             self.start_agent();
         }
@@ -347,8 +347,7 @@ impl Machine {
     /// Waits until no agent runs and none is about to.
     async fn supervised(&self) {
         loop {
-            let running =
-                self.inner.supervisor.lock().unwrap().as_ref().is_some_and(|task| !task.is_finished());
+            let running = self.inner.supervisor.lock().unwrap().as_ref().is_some_and(|task| !task.is_finished());
             if !running {
                 return;
             }
@@ -594,5 +593,161 @@ async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rpmostreed::tests::{Layouts, reference};
+
+    struct Lab {
+        _dir: tempfile::TempDir,
+        machine: Machine,
+        events: tokio::sync::broadcast::Receiver<Event>,
+        old: String,
+        new: String,
+    }
+
+    impl Lab {
+        async fn new(script: &str, change: impl FnOnce(&mut MachineOptions)) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let layouts = Layouts::new(dir.path());
+            let (old, new) = (layouts.image("1", true), layouts.image("2", true));
+            let agent = AgentCommand {
+                program: "/bin/sh".into(),
+                args: vec!["-c".to_owned(), script.to_owned()],
+                env: vec![("GREETING".to_owned(), "hello".to_owned())],
+            };
+            let events = Events::new();
+            let receiver = events.subscribe();
+            let mut options = MachineOptions::new(dir.path(), layouts.engine(), events, agent);
+            change(&mut options);
+            let machine = Machine::new(options).await.unwrap();
+            machine.install(&reference(&old)).await.unwrap();
+            Self { _dir: dir, machine, events: receiver, old, new }
+        }
+
+        async fn see(&mut self, wanted: impl Fn(&Event) -> bool) -> Event {
+            tokio::time::timeout(Duration::from_secs(20), async {
+                loop {
+                    let event = self.events.recv().await.unwrap();
+                    if wanted(&event) {
+                        return event;
+                    }
+                }
+            })
+            .await
+            .unwrap()
+        }
+    }
+
+    const SLEEPER: &str = "echo \"$GREETING\" >&2; exec sleep 1000";
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_reboot_finalizes() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        let machine = lab.machine.clone();
+        machine.power_on().await.unwrap();
+        let first = machine.boot_id();
+        assert_eq!(machine.booted().unwrap().digest, lab.old);
+        lab.see(|event| *event == Event::AgentLine("hello".to_owned())).await;
+        machine.human_stage(&reference(&lab.new)).await.unwrap();
+        machine.logind().reboot().await;
+        lab.see(|event| *event == Event::AgentExited { code: -15 }).await;
+        lab.see(|event| *event == Event::Down).await;
+        lab.see(|event| matches!(event, Event::Booted { .. })).await;
+        lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        assert_ne!(machine.boot_id(), first);
+        let deployments = machine.deployments();
+        assert_eq!(deployments[0].digest, lab.new);
+        assert!(deployments[0].booted && !deployments[0].staged);
+        assert_eq!(deployments[1].digest, lab.old);
+        assert!(!machine.logind().preparing_for_shutdown());
+        let command_line = std::fs::read_to_string(machine.root().join("proc/cmdline")).unwrap();
+        assert!(command_line.contains("console=ttyS0 ostree=/ostree/boot.1/rhcos/"), "{command_line}");
+        assert_eq!(std::fs::read_to_string(machine.root().join("usr/lib/version")).unwrap(), "2");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_is_staged_is_lost_without_a_finalizer() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        let machine = lab.machine.clone();
+        machine.power_on().await.unwrap();
+        // OCPBUGS-51150.
+        machine.rpm_ostreed().finalizer_stays_inactive(true);
+        machine.human_stage(&reference(&lab.new)).await.unwrap();
+        assert_eq!(machine.systemd().unit(FINALIZER).unwrap().active, "inactive");
+        machine.logind().reboot().await;
+        lab.see(|event| *event == Event::Down).await;
+        lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        assert_eq!(machine.deployments().len(), 1);
+        assert_eq!(machine.booted().unwrap().digest, lab.old);
+        // Started by hand it finalizes, but the boot loader may still fall back.
+        machine.human_stage(&reference(&lab.new)).await.unwrap();
+        machine.systemd().activate(FINALIZER).await.unwrap();
+        machine.fall_back();
+        machine.logind().reboot().await;
+        lab.see(|event| *event == Event::Down).await;
+        lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        let deployments = machine.deployments();
+        assert_eq!(deployments[0].digest, lab.new);
+        assert!(!deployments[0].booted && deployments[1].booted);
+        // A power cut loses what is staged.
+        machine.rpm_ostreed().finalizer_stays_inactive(false);
+        let other = machine.deployments().len();
+        machine.power_cut();
+        machine.power_on().await.unwrap();
+        assert_eq!(machine.deployments().len(), other);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_failed_finalization_is_told_after_the_boot() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        let machine = lab.machine.clone();
+        machine.power_on().await.unwrap();
+        machine.human_stage(&reference(&lab.new)).await.unwrap();
+        machine.fail_finalize("Installing kernel: regfile copy: No space left on device");
+        machine.logind().reboot().await;
+        lab.see(|event| *event == Event::Down).await;
+        lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        assert_eq!(machine.booted().unwrap().digest, lab.old);
+        let unit = machine.systemd().unit(BOOT_COMPLETE).unwrap();
+        assert_eq!((unit.active.as_str(), unit.result.as_str()), ("failed", "exit-code"));
+        let machine = lab.machine.clone();
+        let mut seen = false;
+        for _ in 0..200 {
+            seen |= machine.systemd().unit(KUBELET).unwrap().active == "active";
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(seen);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_agent_is_supervised() {
+        let mut lab = Lab::new(SLEEPER, |options| options.watchdog = Some(Duration::from_millis(200))).await;
+        let machine = lab.machine.clone();
+        // Killed from inside a listener.
+        let killer = machine.clone();
+        let once = AtomicBool::new(true);
+        machine.inner.options.events.listen(move |event| {
+            if matches!(event, Event::AgentLine(_)) && once.swap(false, Ordering::SeqCst) {
+                killer.kill_agent();
+            }
+        });
+        machine.power_on().await.unwrap();
+        lab.see(|event| *event == Event::AgentExited { code: -9 }).await;
+        lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        // It never pings.
+        lab.see(|event| *event == Event::AgentExited { code: -6 }).await;
+        assert_eq!(machine.systemd().unit(AGENT).unwrap().result, "watchdog");
+        machine.stop_agent().await;
+        assert_eq!(machine.agent_pid(), None);
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let path = machine.inner.options.dir.join("notify.sock");
+        socket.send_to(b"READY=1\nSTATUS=watching", path).unwrap();
+        lab.see(|event| *event == Event::AgentReady).await;
+        lab.see(|event| *event == Event::AgentStatus("watching".to_owned())).await;
+        assert_eq!(machine.systemd().unit(AGENT).unwrap().status_text, "watching");
     }
 }

@@ -632,9 +632,7 @@ impl Inner {
             changed |= done.map_err(|error| format!("{error:#}"))?;
         }
         let pruned = self.sysroot.prune_images().map_err(|error| error.to_string())?;
-        transaction
-            .message(if changed { "Deployments changed" } else { "Deployments unchanged." })
-            .await;
+        transaction.message(if changed { "Deployments changed" } else { "Deployments unchanged." }).await;
         if pruned > 0 {
             transaction.message(&format!("Pruned images: {pruned} (layers: {pruned})")).await;
         }
@@ -844,11 +842,12 @@ impl Service for Inner {
         Vec::new()
     }
 
+    async fn leaves(self: &Arc<Self>) -> bool {
+        let asked = std::mem::take(&mut self.faults.lock().unwrap().exit_on_call);
+        asked && self.idle_exit().await
+    }
+
     async fn call(self: &Arc<Self>, _connection: &Connection, call: &Call) -> Answer {
-        if std::mem::take(&mut self.faults.lock().unwrap().exit_on_call) {
-            self.idle_exit().await;
-            return Ok(None);
-        }
         if call.path == SYSROOT_PATH {
             self.call_sysroot(call).await
         } else if call.path == self.os_path() {
@@ -874,5 +873,436 @@ impl Service for Inner {
         {
             active.abandon().await;
         }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::bus::Bus;
+
+    /// Images in OCI layouts, and a script that plays skopeo with them.
+    pub(crate) struct Layouts {
+        dir: PathBuf,
+    }
+
+    fn write_blob(layout: &Path, content: &[u8]) -> (String, usize) {
+        let digest = sysroot::sha256_hex(content);
+        let dir = layout.join("blobs/sha256");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join(&digest), content).unwrap();
+        (format!("sha256:{digest}"), content.len())
+    }
+
+    impl Layouts {
+        pub(crate) fn new(dir: &Path) -> Self {
+            std::fs::create_dir_all(dir.join("layouts")).unwrap();
+            Self { dir: dir.to_owned() }
+        }
+
+        /// An image with one file; gives its digest.
+        pub(crate) fn image(&self, version: &str, bootable: bool) -> String {
+            let layout = self.dir.join("building");
+            let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+            for (path, content) in [("etc/version", version), ("usr/lib/version", version)] {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(content.len() as u64);
+                header.set_mode(0o644);
+                archive.append_data(&mut header, path, content.as_bytes()).unwrap();
+            }
+            let layer = archive.into_inner().unwrap().finish().unwrap();
+            let (layer, layer_size) = write_blob(&layout, &layer);
+            let architecture = if std::env::consts::ARCH == "aarch64" { "arm64" } else { "amd64" };
+            let mut labels = serde_json::json!({ "org.opencontainers.image.version": version });
+            if bootable {
+                labels["ostree.bootable"] = "true".into();
+            }
+            let config = serde_json::json!({
+                "architecture": architecture,
+                "os": "linux",
+                "created": "2026-01-01T00:00:00Z",
+                "config": { "Labels": labels },
+            });
+            let (config, config_size) = write_blob(&layout, config.to_string().as_bytes());
+            let manifest = serde_json::json!({
+                "schemaVersion": 2,
+                "config": { "digest": config, "size": config_size },
+                "layers": [{ "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": layer, "size": layer_size }],
+            });
+            let (manifest, _) = write_blob(&layout, manifest.to_string().as_bytes());
+            let index = serde_json::json!({ "schemaVersion": 2, "manifests": [{ "digest": manifest }] });
+            std::fs::write(layout.join("index.json"), index.to_string()).unwrap();
+            std::fs::rename(&layout, self.dir.join("layouts").join(&manifest)).unwrap();
+            manifest
+        }
+
+        pub(crate) fn engine(&self) -> Engine {
+            use std::os::unix::fs::PermissionsExt as _;
+            let skopeo = self.dir.join("skopeo");
+            let script = format!(
+                "#!/bin/sh\nfor last; do from=\"$to\"; to=\"$last\"; done\nto=\"${{to#oci:}}\"; to=\"${{to%:x}}\"\n\
+                 layout=\"{}/${{from#*@}}\"\n[ -d \"$layout\" ] || {{ echo 'time=\"x\" level=fatal msg=\"reading manifest in \
+                 q.io: manifest unknown\"' >&2; exit 1; }}\ncp -r \"$layout\" \"$to\"\n",
+                self.dir.join("layouts").display()
+            );
+            std::fs::write(&skopeo, script).unwrap();
+            std::fs::set_permissions(&skopeo, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let policy = self.dir.join("policy.json");
+            std::fs::write(&policy, r#"{"default":[{"type":"reject"}]}"#).unwrap();
+            Engine { skopeo, policy, registries_d: self.dir.clone(), cert_dir: self.dir.clone() }
+        }
+    }
+
+    pub(crate) fn reference(digest: &str) -> String {
+        format!("ostree-image-signed:docker://q.io/os/node@{digest}")
+    }
+
+    struct Host {
+        _dir: tempfile::TempDir,
+        bus: Bus,
+        systemd: Systemd,
+        daemon: RpmOstreed,
+        layouts: Layouts,
+        events: tokio::sync::broadcast::Receiver<Event>,
+        booted: String,
+    }
+
+    impl Host {
+        async fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let layouts = Layouts::new(dir.path());
+            let booted = layouts.image("1", true);
+            let bus = Bus::start(dir.path()).unwrap();
+            bus.activatable(NAME, UNIT).unwrap();
+            bus.reload().await.unwrap();
+            let events = Events::new();
+            let receiver = events.subscribe();
+            let systemd = Systemd::start(&bus, events.clone()).await.unwrap();
+            let sysroot = Arc::new(Sysroot::create(&dir.path().join("root"), "fedora-coreos").unwrap());
+            let engine = layouts.engine();
+            let daemon =
+                RpmOstreed::new(bus.address(), dir.path(), events, sysroot.clone(), engine.clone(), systemd.clone());
+            let arguments = ["rw".to_owned(), "quiet".to_owned()];
+            daemon.install(&engine, &reference(&booted), &arguments).await.unwrap();
+            sysroot.boot(0).unwrap();
+            Self { _dir: dir, bus, systemd, daemon, layouts, events: receiver, booted }
+        }
+
+        fn load(&self) -> Vec<Deployment> {
+            self.daemon.inner.sysroot.load()
+        }
+    }
+
+    async fn get(client: &Connection, path: &str, interface: &str, name: &str) -> zbus::Result<OwnedVariant> {
+        let reply = client
+            .call_method(Some(NAME), path, Some("org.freedesktop.DBus.Properties"), "Get", &(interface, name))
+            .await?;
+        let (value,): (OwnedVariant,) = reply.body().deserialize()?;
+        Ok(value)
+    }
+
+    const OS_PATH: &str = "/org/projectatomic/rpmostree1/fedora_coreos";
+
+    async fn rebase_titled(client: &Connection, reference: &str, title: &str) -> zbus::Result<String> {
+        // In a fixed order: two spellings of a dictionary are different requests.
+        let options: BTreeMap<&str, OwnedVariant> = BTreeMap::from([
+            ("initiating-command-line", variant(title)),
+            // The wrong type: ignored.
+            ("download-only", variant("true")),
+        ]);
+        let none: Vec<&str> = Vec::new();
+        let reply = client.call_method(Some(NAME), OS_PATH, Some(OS), "Rebase", &(options, reference, none)).await?;
+        let (address,): (String,) = reply.body().deserialize()?;
+        Ok(address)
+    }
+
+    async fn rebase(client: &Connection, reference: &str) -> zbus::Result<String> {
+        rebase_titled(client, reference, "test").await
+    }
+
+    async fn peer(address: &str) -> (Connection, MessageStream) {
+        let peer = zbus::connection::Builder::address(address).p2p().build().await.unwrap();
+        let stream = MessageStream::from(&peer);
+        (peer, stream)
+    }
+
+    async fn start(peer: &Connection) -> bool {
+        let reply = peer.call_method(None::<&str>, "/", Some(transaction::INTERFACE), "Start", &()).await.unwrap();
+        reply.body().deserialize::<(bool,)>().unwrap().0
+    }
+
+    async fn finished(stream: &mut MessageStream) -> Option<(bool, String)> {
+        tokio::time::timeout(Duration::from_secs(10), async {
+            while let Some(Ok(message)) = bus::next(stream).await {
+                if message.header().member().is_some_and(|member| member.as_str() == "Finished") {
+                    return Some(message.body().deserialize().unwrap());
+                }
+            }
+            None
+        })
+        .await
+        .unwrap()
+    }
+
+    async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+        for _ in 0..1000 {
+            if condition() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("never: {what}");
+    }
+
+    #[tokio::test]
+    async fn rebase_stages() {
+        let mut host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        // Activation through systemd.
+        let booted = get(&client, SYSROOT_PATH, SYSROOT, "Booted").await.unwrap();
+        assert_eq!(zbus::OwnedObjectPath::try_from(booted).unwrap().as_str(), OS_PATH);
+        assert_eq!(host.systemd.unit(UNIT).unwrap().active, "active");
+        let address = rebase(&client, &reference(&target)).await.unwrap();
+        let (peer, mut stream) = peer(&address).await;
+        assert!(start(&peer).await);
+        assert_eq!(finished(&mut stream).await.unwrap(), (true, String::new()));
+        assert_eq!(host.daemon.active_transaction().as_deref(), Some("test"), "active until the client leaves");
+        peer.close().await.unwrap();
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        let list = get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap();
+        assert_eq!(list.value_signature().to_string(), "aa{sv}");
+        let list: Vec<Dict> = list.try_into().unwrap();
+        assert_eq!(list.len(), 2);
+        assert_eq!(lookup_bool(&list[0], "staged"), Some(true));
+        assert_eq!(lookup_str(&list[0], "container-image-reference-digest").unwrap(), target);
+        assert_eq!(lookup_str(&list[1], "container-image-reference-digest").unwrap(), host.booted);
+        assert_eq!(lookup_bool(&list[1], "booted"), Some(true));
+        let meta: Dict = list[0]["base-commit-meta"].clone().try_into().unwrap();
+        assert_eq!(lookup_str(&meta, "ostree.manifest-digest").unwrap(), target);
+        assert_eq!(host.systemd.unit(FINALIZER).unwrap().active, "active");
+        let staged = &host.load()[0];
+        assert_eq!(staged.kernel_arguments, ["rw", "quiet"]);
+        let tree = host.daemon.inner.sysroot.tree(staged);
+        assert_eq!(std::fs::read_to_string(tree.join("usr/etc/version")).unwrap(), "2");
+        let mut seen = Vec::new();
+        while let Ok(event) = host.events.try_recv() {
+            seen.push(event);
+        }
+        let position = |wanted: fn(&Event) -> bool| seen.iter().position(wanted).unwrap();
+        assert!(
+            position(|event| matches!(event, Event::Staged { .. }))
+                < position(|event| matches!(event, Event::TransactionFinished { .. }))
+        );
+    }
+
+    #[tokio::test]
+    async fn interfaces_are_typed_like_the_original() {
+        let host = Host::new().await;
+        let client = host.bus.connect().await;
+        host.daemon.start().await.unwrap();
+        for (path, wanted) in [
+            (
+                SYSROOT_PATH,
+                &[
+                    r#"<property name="ActiveTransaction" type="(sss)" access="read"/>"#,
+                    r#"<property name="ActiveTransactionPath" type="s" access="read"/>"#,
+                    r#"<property name="Booted" type="o" access="read"/>"#,
+                    r#"<property name="Deployments" type="aa{sv}" access="read"/>"#,
+                    r#"<method name="RegisterClient"><arg name="options" type="a{sv}" direction="in"/></method>"#,
+                ][..],
+            ),
+            (
+                OS_PATH,
+                &[
+                    r#"<property name="BootedDeployment" type="a{sv}" access="read"/>"#,
+                    r#"<property name="RollbackDeployment" type="a{sv}" access="read"/>"#,
+                    r#"<method name="Rebase"><arg name="options" type="a{sv}" direction="in"/><arg name="refspec" type="s""#,
+                ][..],
+            ),
+        ] {
+            let reply = client
+                .call_method(Some(NAME), path, Some("org.freedesktop.DBus.Introspectable"), "Introspect", &())
+                .await
+                .unwrap();
+            let (xml,): (String,) = reply.body().deserialize().unwrap();
+            for line in wanted {
+                assert!(xml.contains(line), "{line} is not in {xml}");
+            }
+        }
+        let reply =
+            client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &("", false)).await.unwrap();
+        let (config,): (Dict,) = reply.body().deserialize().unwrap();
+        assert!(lookup_str(&config, "options").unwrap().starts_with("rw quiet ostree=/ostree/boot.1/fedora-coreos/"));
+    }
+
+    #[tokio::test]
+    async fn equal_references_and_bad_images_fail() {
+        let host = Host::new().await;
+        let client = host.bus.connect().await;
+        let unbootable = host.layouts.image("3", false);
+        for (reference, text) in [
+            (reference(&host.booted), "Old and new refs are equal: ostree-image-signed:docker://q.io/os/node@"),
+            (reference(&format!("sha256:{}", "0".repeat(64))), "OpenImage: reading manifest in q.io: manifest unknown"),
+            (reference(&unbootable), "does not have ostree.bootable label"),
+        ] {
+            let address = rebase(&client, &reference).await.unwrap();
+            let (peer, mut stream) = peer(&address).await;
+            start(&peer).await;
+            let (success, error) = finished(&mut stream).await.unwrap();
+            assert!(!success && error.contains(text), "{error}");
+            peer.close().await.unwrap();
+            until("idle", || host.daemon.active_transaction().is_none()).await;
+        }
+        assert_eq!(host.load().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_same_request_joins_and_another_is_busy() {
+        let host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let (one, two) = (host.bus.connect().await, host.bus.connect().await);
+        let address = rebase(&one, &reference(&target)).await.unwrap();
+        assert_eq!(rebase(&two, &reference(&target)).await.unwrap(), address);
+        let error = rebase_titled(&two, &reference(&target), "other").await.unwrap_err();
+        let zbus::Error::MethodError(name, text, _) = error else { panic!("{error}") };
+        assert_eq!(name.as_str(), BUSY);
+        assert!(text.unwrap().starts_with("Transaction in progress: test"));
+        // Attached, and told again when late.
+        host.daemon.hang_at("Importing");
+        let (first, mut first_stream) = peer(&address).await;
+        let (second, mut second_stream) = peer(&address).await;
+        assert!(start(&first).await);
+        assert!(!start(&second).await);
+        until("hanging", || host.daemon.is_hanging()).await;
+        host.daemon.release();
+        assert!(finished(&mut first_stream).await.unwrap().0);
+        assert!(finished(&mut second_stream).await.unwrap().0);
+        let (late, mut late_stream) = peer(&address).await;
+        assert!(!start(&late).await);
+        assert!(finished(&mut late_stream).await.unwrap().0);
+    }
+
+    #[tokio::test]
+    async fn cancel_and_force_close() {
+        let host = Host::new().await;
+        host.daemon.set_force_close(Duration::from_millis(100));
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        host.daemon.hang_at("Importing");
+        let address = rebase(&client, &reference(&target)).await.unwrap();
+        let (peer, mut stream) = peer(&address).await;
+        start(&peer).await;
+        until("hanging", || host.daemon.is_hanging()).await;
+        peer.call_method(None::<&str>, "/", Some(transaction::INTERFACE), "Cancel", &()).await.unwrap();
+        assert_eq!(finished(&mut stream).await.unwrap(), (false, "Operation was cancelled".to_owned()));
+        peer.closed().await;
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        assert_eq!(host.load().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_vanishes_before_start_cancels() {
+        let host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        rebase(&client, &reference(&target)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(host.daemon.active_transaction().is_some(), "never started is active for ever");
+        client.close().await.unwrap();
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+    }
+
+    #[tokio::test]
+    async fn a_crash_cuts_the_client_off_and_activation_brings_it_back() {
+        let host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        host.daemon.crash_at("Importing");
+        let address = rebase(&client, &reference(&target)).await.unwrap();
+        let (peer, mut stream) = peer(&address).await;
+        start(&peer).await;
+        assert_eq!(finished(&mut stream).await, None);
+        until("failed", || host.systemd.unit(UNIT).unwrap().active == "failed").await;
+        until("gone", || !host.daemon.is_running()).await;
+        get(&client, SYSROOT_PATH, SYSROOT, "Path").await.unwrap();
+        assert!(host.daemon.idle_exit().await);
+        host.daemon.start().await.unwrap();
+        host.daemon.idle_exit_on_next_call();
+        let error = get(&client, SYSROOT_PATH, SYSROOT, "Path").await.unwrap_err();
+        assert!(
+            matches!(&error, zbus::Error::FDO(error) if matches!(**error, zbus::fdo::Error::NoReply(_))),
+            "{error}"
+        );
+        run_transaction(&rebase(&client, &reference(&target)).await.unwrap()).await.unwrap();
+        assert!(host.load()[0].staged);
+    }
+
+    #[tokio::test]
+    async fn foreign_lost_and_layered() {
+        let host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        let foreign = host.daemon.foreign("upgrade").await.unwrap();
+        let error = rebase(&client, &reference(&target)).await.unwrap_err().to_string();
+        assert!(error.contains("Transaction in progress: upgrade"), "{error}");
+        foreign.finish();
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        host.daemon.lose_reply();
+        let lost = tokio::time::timeout(Duration::from_millis(100), rebase(&client, &reference(&target))).await;
+        assert!(lost.is_err());
+        run_transaction(&host.daemon.active_transaction_path().unwrap()).await.unwrap();
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        host.daemon.inner.sysroot.drop_staged().unwrap();
+        host.daemon.inner.sysroot.layer_packages(&["vim"]).unwrap();
+        let list: Vec<Dict> = {
+            client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), "Reload", &()).await.unwrap();
+            get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap().try_into().unwrap()
+        };
+        assert_eq!(Vec::<String>::try_from(list[0]["requested-packages"].clone()).unwrap(), ["vim"]);
+    }
+
+    #[tokio::test]
+    async fn kernel_arguments_cleanup_and_strangers() {
+        let host = Host::new().await;
+        let client = host.bus.connect().await;
+        let options: HashMap<&str, OwnedVariant> = HashMap::new();
+        let reply = client
+            .call_method(
+                Some(NAME),
+                OS_PATH,
+                Some(OS),
+                "KernelArgs",
+                &("rw quiet ostree=/x", vec!["nosmt"], Vec::<&str>::new(), vec!["quiet"], options),
+            )
+            .await
+            .unwrap();
+        let (address,): (String,) = reply.body().deserialize().unwrap();
+        run_transaction(&address).await.unwrap();
+        let staged = host.load()[0].clone();
+        assert!(staged.staged);
+        assert_eq!(staged.serial, 1);
+        assert_eq!(staged.kernel_arguments, ["rw", "nosmt"]);
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        let reply =
+            client.call_method(Some(NAME), OS_PATH, Some(OS), "Cleanup", &(vec!["pending-deploy"],)).await.unwrap();
+        let (address,): (String,) = reply.body().deserialize().unwrap();
+        run_transaction(&address).await.unwrap();
+        assert_eq!(host.load().len(), 1);
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        // Behind the daemon's back: known after a reload only.
+        let target = host.layouts.image("2", true);
+        host.daemon.stage_behind(&reference(&target)).await.unwrap();
+        let count = async || -> usize {
+            let list = get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap();
+            Vec::<Dict>::try_from(list).unwrap().len()
+        };
+        assert_eq!(count().await, 1);
+        client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), "Reload", &()).await.unwrap();
+        assert_eq!(count().await, 2);
+        host.daemon.human_stage(&reference(&host.layouts.image("4", true))).await.unwrap();
+        assert_eq!(host.load()[0].version.as_deref(), Some("4"));
     }
 }

@@ -419,7 +419,10 @@ impl Service for Inner {
             "Subscribe" => {
                 let new = self.subscribers.lock().unwrap().insert(call.sender.clone());
                 if !new {
-                    return Err(Failure::new("org.freedesktop.systemd1.AlreadySubscribed", "Client is already subscribed."));
+                    return Err(Failure::new(
+                        "org.freedesktop.systemd1.AlreadySubscribed",
+                        "Client is already subscribed.",
+                    ));
                 }
                 call.reply(&())
             }
@@ -442,7 +445,9 @@ impl Service for Inner {
             }
             "StartUnit" | "StopUnit" => {
                 let (name, mode): (String, String) = body.deserialize()?;
-                if !["replace", "fail", "isolate", "ignore-dependencies", "ignore-requirements"].contains(&mode.as_str()) {
+                if !["replace", "fail", "isolate", "ignore-dependencies", "ignore-requirements"]
+                    .contains(&mode.as_str())
+                {
                     return Err(Failure::new(
                         "org.freedesktop.DBus.Error.InvalidArgs",
                         format!("Job mode {mode} invalid"),

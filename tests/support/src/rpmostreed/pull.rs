@@ -23,9 +23,8 @@ pub(crate) struct Reference {
 impl Reference {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let invalid = || format!("Invalid refspec {text}");
-        let registry = |rest: &str| {
-            rest.strip_prefix("docker://").or_else(|| rest.strip_prefix("registry:")).map(str::to_owned)
-        };
+        let registry =
+            |rest: &str| rest.strip_prefix("docker://").or_else(|| rest.strip_prefix("registry:")).map(str::to_owned);
         let (signed, name) = if let Some(rest) = text.strip_prefix("ostree-image-signed:") {
             (true, registry(rest).ok_or_else(invalid)?)
         } else if let Some(rest) = text.strip_prefix("ostree-unverified-registry:") {
@@ -115,9 +114,8 @@ impl Image {
             layer_digests.push(digest);
             size += layer.get("size").and_then(Value::as_u64).unwrap_or_default();
         }
-        let label = |key: &str| {
-            parsed_config.get("config")?.get("Labels")?.get(key).and_then(Value::as_str).map(str::to_owned)
-        };
+        let label =
+            |key: &str| parsed_config.get("config")?.get("Labels")?.get(key).and_then(Value::as_str).map(str::to_owned);
         if label("ostree.bootable").is_none() {
             return Err("Preparing import: Target image does not have ostree.bootable label".to_owned());
         }
@@ -259,7 +257,8 @@ mod tests {
 
     #[test]
     fn references() {
-        let spellings = ["ostree-unverified-image:docker://q.io/a/b@sha256:00", "ostree-unverified-registry:q.io/a/b@sha256:00"];
+        let spellings =
+            ["ostree-unverified-image:docker://q.io/a/b@sha256:00", "ostree-unverified-registry:q.io/a/b@sha256:00"];
         for spelling in spellings {
             assert_eq!(Reference::parse(spelling).unwrap().canonical(), spellings[1]);
         }

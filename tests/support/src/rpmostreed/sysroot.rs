@@ -139,8 +139,7 @@ impl Sysroot {
         for dir in ["boot/loader/entries", "boot/ostree", "ostree/repo/images", "run/ostree", "etc", "sysroot"] {
             fs::create_dir_all(root.join(dir))?;
         }
-        let this =
-            Self { root: root.to_owned(), osname: osname.to_owned(), locked: AtomicBool::new(false) };
+        let this = Self { root: root.to_owned(), osname: osname.to_owned(), locked: AtomicBool::new(false) };
         fs::create_dir_all(this.deploy_dir())?;
         fs::create_dir_all(root.join("ostree/boot.1").join(osname))?;
         let link = root.join("sysroot/ostree");
@@ -319,10 +318,7 @@ impl Sysroot {
             config: deployment.config.clone(),
             kernel_arguments: deployment.kernel_arguments.clone(),
         };
-        fs::write(
-            self.deploy_dir().join(format!("{}.json", deployment.key())),
-            serde_json::to_vec_pretty(&record)?,
-        )?;
+        fs::write(self.deploy_dir().join(format!("{}.json", deployment.key())), serde_json::to_vec_pretty(&record)?)?;
         Ok(deployment)
     }
 
@@ -350,8 +346,7 @@ impl Sysroot {
 
     fn write_boot_order(&self, order: &[Deployment]) -> anyhow::Result<()> {
         let entries = self.root.join("boot/loader/entries");
-        let old: Vec<PathBuf> =
-            fs::read_dir(&entries)?.filter_map(Result::ok).map(|entry| entry.path()).collect();
+        let old: Vec<PathBuf> = fs::read_dir(&entries)?.filter_map(Result::ok).map(|entry| entry.path()).collect();
         for path in old {
             fs::remove_file(path)?;
         }
@@ -400,7 +395,8 @@ impl Sysroot {
 
     /// Deletes imported images that no deployment's origin names; says how many.
     pub(crate) fn prune_images(&self) -> anyhow::Result<usize> {
-        let live: Vec<String> = self.load().iter().map(|deployment| super::pull::store_key(&deployment.reference)).collect();
+        let live: Vec<String> =
+            self.load().iter().map(|deployment| super::pull::store_key(&deployment.reference)).collect();
         let mut pruned = 0;
         for entry in fs::read_dir(self.images_dir())? {
             let path = entry?.path();

@@ -156,9 +156,7 @@ impl Transaction {
             Ok(()) => (true, String::new()),
             Err(text) => (false, text.clone()),
         };
-        daemon
-            .events
-            .emit(Event::TransactionFinished { title: self.title.clone(), error: outcome.err() });
+        daemon.events.emit(Event::TransactionFinished { title: self.title.clone(), error: outcome.err() });
         *self.phase.lock().unwrap() = Phase::Finished(success, text.clone());
         self.signal("Finished", &(success, text)).await;
         let (this, patience) = (self.clone(), daemon.force_close_after());
