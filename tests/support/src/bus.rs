@@ -17,7 +17,7 @@ use zbus::export::futures_core::Stream;
 use zbus::message::{Flags, Message, Type};
 use zbus::{Connection, DynamicType, MessageStream, OwnedVariant, Variant};
 
-/// A running `dbus-daemon`. It is killed when this is dropped.
+/// A running `dbus-daemon`. It is killed when this is dropped, and with this process.
 #[derive(Debug)]
 pub struct Bus {
     child: Child,
@@ -62,10 +62,12 @@ impl Bus {
             ),
         )?;
         // The bus asks systemd to activate a service, as on a real node.
-        let mut child = Command::new("dbus-daemon")
+        // The shell holds a pipe whose other end is ours: the daemon does not outlive this process, however it ends.
+        let mut child = Command::new("sh")
+            .args(["-c", "dbus-daemon \"$@\" & exec >&-; read -r line; kill $!; wait", "bus"])
             .arg(format!("--config-file={}", config.display()))
             .args(["--nofork", "--nopidfile", "--print-address=1", "--systemd-activation"])
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -73,7 +75,7 @@ impl Bus {
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("no pipe")?).read_line(&mut line)?;
         if line.trim().is_empty() {
-            let _ = child.kill();
+            drop(child.stdin.take());
             let _ = child.wait();
             bail!("dbus-daemon refused {}", config.display());
         }
@@ -109,7 +111,7 @@ impl Bus {
 
 impl Drop for Bus {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        drop(self.child.stdin.take());
         let _ = self.child.wait();
     }
 }

@@ -750,4 +750,45 @@ mod tests {
         lab.see(|event| *event == Event::AgentStatus("watching".to_owned())).await;
         assert_eq!(machine.systemd().unit(AGENT).unwrap().status_text, "watching");
     }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn power_may_fail_at_any_event() {
+        for point in ["Importing", "Staging deployment"] {
+            let mut lab = Lab::new(SLEEPER, |_| {}).await;
+            let machine = lab.machine.clone();
+            let plug = machine.clone();
+            machine.inner.options.events.listen(move |event| {
+                if matches!(event, Event::TransactionMessage(text) if text.contains(point)) {
+                    plug.power_cut();
+                }
+            });
+            machine.power_on().await.unwrap();
+            machine.human_stage(&reference(&lab.new)).await.unwrap_err();
+            lab.see(|event| *event == Event::Down).await;
+            assert!(!machine.is_on() && machine.agent_pid().is_none());
+            machine.power_on().await.unwrap();
+            assert_eq!(machine.deployments().len(), 1);
+            assert_eq!(machine.booted().unwrap().digest, lab.old);
+            lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn nothing_is_left_of_a_dropped_machine() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        lab.machine.power_on().await.unwrap();
+        let Event::AgentStarted { pid } = lab.see(|event| matches!(event, Event::AgentStarted { .. })).await else {
+            unreachable!()
+        };
+        let address = lab.machine.bus_address();
+        drop(lab.machine);
+        let alive = || std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+        for _ in 0..400 {
+            if !alive() && crate::bus::connect(&address).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("agent {pid} or the bus is left");
+    }
 }

@@ -52,6 +52,8 @@ pub(crate) enum Work {
 #[derive(Default)]
 struct Faults {
     fail: Option<String>,
+    fail_all: Option<String>,
+    start_delay: Duration,
     no_change: bool,
     hang: Option<String>,
     crash: Option<String>,
@@ -158,6 +160,16 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().fail = Some(text.into());
     }
 
+    /// Every started transaction fails with `text`; `None` ends that.
+    pub fn fail_all(&self, text: Option<&str>) {
+        self.inner.faults.lock().unwrap().fail_all = text.map(str::to_owned);
+    }
+
+    /// How long the daemon loads the sysroot before it takes its name.
+    pub fn set_start_delay(&self, delay: Duration) {
+        self.inner.faults.lock().unwrap().start_delay = delay;
+    }
+
     /// The next started transaction succeeds without doing anything.
     pub fn no_change_next(&self) {
         self.inner.faults.lock().unwrap().no_change = true;
@@ -201,7 +213,7 @@ impl RpmOstreed {
     }
 
     /// The daemon exits for idleness: name released, calls under way are lost. Not during a transaction, when it says
-    /// `false`.
+    /// `false`; registered clients are no obstacle, as if an administrator had stopped the unit.
     pub async fn idle_exit(&self) -> bool {
         self.inner.idle_exit().await
     }
@@ -326,6 +338,8 @@ impl Inner {
             return Ok(());
         }
         let failed = |_| "exit-code".to_owned();
+        let delay = self.faults.lock().unwrap().start_delay;
+        tokio::time::sleep(delay).await;
         let connection = bus::connect(&self.address).await.map_err(failed)?;
         {
             let mut state = self.state.lock().unwrap();
@@ -512,7 +526,8 @@ impl Inner {
         if !matches!(work, Work::Foreign(_)) {
             let (fail, no_change) = {
                 let mut faults = self.faults.lock().unwrap();
-                (faults.fail.take(), std::mem::take(&mut faults.no_change))
+                let fail = faults.fail.take().or_else(|| faults.fail_all.clone());
+                (fail, std::mem::take(&mut faults.no_change))
             };
             if let Some(text) = fail {
                 return Err(text);

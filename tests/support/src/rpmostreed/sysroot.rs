@@ -233,7 +233,7 @@ impl Sysroot {
                 entries.push((version, key));
             }
         }
-        entries.sort_by(|a, b| b.0.cmp(&a.0));
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.0));
         entries.into_iter().map(|(_, key)| key).collect()
     }
 
@@ -340,7 +340,7 @@ impl Sysroot {
     /// Deploys an image as the only one, as an installer does.
     pub(crate) fn install(&self, image: &Image, kernel_arguments: &[String]) -> anyhow::Result<Deployment> {
         let deployment = self.check_out(image, kernel_arguments)?;
-        self.write_boot_order(&[deployment.clone()])?;
+        self.write_boot_order(std::slice::from_ref(&deployment))?;
         Ok(deployment)
     }
 
