@@ -256,16 +256,17 @@ impl Machine {
         if self.inner.boot.load(Ordering::SeqCst) != boot || !self.inner.on.load(Ordering::SeqCst) {
             return;
         }
-        self.shut_down().await;
-        self.power_on().await.expect("a machine that booted once boots again");
+        if self.shut_down().await {
+            self.power_on().await.expect("a machine that booted once boots again");
+        }
     }
 
-    /// Shuts down in an orderly way and stays off.
-    pub async fn shut_down(&self) {
+    /// Shuts down in an orderly way and stays off; says `false` when power was cut meanwhile.
+    pub async fn shut_down(&self) -> bool {
         let inner = &self.inner;
         self.stop_agent().await;
         if !inner.on.load(Ordering::SeqCst) {
-            return;
+            return false;
         }
         let finalizes = inner.systemd.unit(FINALIZER).is_some_and(|unit| unit.active == "active");
         let failure = inner.finalize_failure.lock().unwrap().clone();
@@ -277,15 +278,18 @@ impl Machine {
                 let _ = inner.sysroot.drop_staged();
                 std::fs::write(self.root().join(STAMP), text).expect("room on /boot");
             }
-            _ if finalizes => {
-                inner.sysroot.finalize().expect("a deployment that can be finalized");
-            }
+            // It fails only when there is no power any more.
+            _ if finalizes && inner.sysroot.finalize().is_err() => return false,
             _ => {}
         }
+        inner.sysroot.cut_power();
+        if !inner.on.swap(false, Ordering::SeqCst) {
+            return false;
+        }
         inner.boot.fetch_add(1, Ordering::SeqCst);
-        inner.on.store(false, Ordering::SeqCst);
         inner.options.events.emit(Event::Down);
         inner.down.store(true, Ordering::SeqCst);
+        true
     }
 
     /// Power is gone this instant: nothing is finalized, what was staged is lost. May be called from a listener;
@@ -295,6 +299,7 @@ impl Machine {
         if !inner.on.swap(false, Ordering::SeqCst) {
             return;
         }
+        inner.sysroot.cut_power();
         inner.boot.fetch_add(1, Ordering::SeqCst);
         inner.wanted.store(false, Ordering::SeqCst);
         self.kill_agent();
@@ -771,6 +776,28 @@ mod tests {
             assert_eq!(machine.booted().unwrap().digest, lab.old);
             lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn power_may_fail_during_shutdown() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        let machine = lab.machine.clone();
+        machine.power_on().await.unwrap();
+        lab.see(|event| matches!(event, Event::AgentLine(_))).await;
+        machine.human_stage(&reference(&lab.new)).await.unwrap();
+        let plug = machine.clone();
+        machine.inner.options.events.listen(move |event| {
+            if matches!(event, Event::AgentExited { .. }) {
+                plug.power_cut();
+            }
+        });
+        machine.logind().reboot().await;
+        lab.see(|event| *event == Event::Down).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!machine.is_on(), "nobody presses the button");
+        machine.power_on().await.unwrap();
+        assert_eq!(machine.booted().unwrap().digest, lab.old);
+        assert_eq!(machine.deployments().len(), 1);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

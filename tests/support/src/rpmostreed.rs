@@ -383,6 +383,10 @@ impl Inner {
         true
     }
 
+    pub(crate) fn has_power(&self) -> bool {
+        self.sysroot.is_powered()
+    }
+
     pub(crate) fn force_close_after(&self) -> Duration {
         *self.force_close.lock().unwrap()
     }
@@ -446,6 +450,9 @@ impl Inner {
             let crash = faults.crash.take_if(|wanted| text.contains(wanted.as_str())).is_some();
             (faults.hang.take_if(|wanted| text.contains(wanted.as_str())).is_some(), crash)
         };
+        if !self.has_power() {
+            std::future::pending::<()>().await;
+        }
         if crash {
             let this = self.clone();
             tokio::spawn(async move { this.crash().await });
@@ -1319,5 +1326,32 @@ pub(crate) mod tests {
         assert_eq!(count().await, 2);
         host.daemon.human_stage(&reference(&host.layouts.image("4", true))).await.unwrap();
         assert_eq!(host.load()[0].version.as_deref(), Some("4"));
+    }
+
+    #[tokio::test]
+    async fn the_policy_file_decides_which_prefix_works() {
+        let host = Host::new().await;
+        let client = host.bus.connect().await;
+        let target = host.layouts.image("2", true);
+        let engine = host.layouts.engine();
+        std::fs::write(&engine.policy, r#"{"default":[{"type":"insecureAcceptAnything"}]}"#).unwrap();
+        let error = run_transaction(&rebase(&client, &reference(&target)).await.unwrap()).await.unwrap_err();
+        assert!(error.to_string().contains("specifies a default of `insecureAcceptAnything`"), "{error}");
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        let unverified = format!("ostree-unverified-image:docker://q.io/os/node@{target}");
+        run_transaction(&rebase(&client, &unverified).await.unwrap()).await.unwrap();
+        assert_eq!(host.load()[0].reference, format!("ostree-unverified-registry:q.io/os/node@{target}"));
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        // Imported already: neither registry nor policy is asked again.
+        std::fs::write(&engine.skopeo, "#!/bin/sh\nexit 1\n").unwrap();
+        std::fs::write(&engine.policy, r#"{"default":[{"type":"reject"}]}"#).unwrap();
+        run_transaction(&rebase(&client, &reference(&target)).await.unwrap()).await.unwrap();
+        assert_eq!(host.load()[0].reference, reference(&target));
+        until("idle", || host.daemon.active_transaction().is_none()).await;
+        let long = "x".repeat(100_000);
+        host.daemon.fail_next(long.clone());
+        let unverified = format!("ostree-unverified-registry:q.io/os/node@{target}");
+        let error = run_transaction(&rebase(&client, &unverified).await.unwrap()).await.unwrap_err();
+        assert_eq!(error.to_string(), long);
     }
 }

@@ -1,9 +1,12 @@
 //! Container images into the sysroot: the reference grammar, the real pull with skopeo, the image store.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -170,6 +173,8 @@ pub(crate) async fn say(transaction: Option<&Arc<Transaction>>, message: &str) {
     }
 }
 
+static DOWNLOADS: AtomicU64 = AtomicU64::new(0);
+
 /// Gets `reference` into the image store, as `origin` (the reference itself unless a revision was asked for).
 pub(crate) async fn pull(
     engine: &Engine,
@@ -188,8 +193,8 @@ pub(crate) async fn pull(
     let layout = sysroot.images_dir().join(store_key(&canonical));
     // An imported digest is never asked for again: no network, and no signature check either.
     if !(reference.name.contains("@sha256:") && layout.join("index.json").exists()) {
-        let temporary = sysroot.images_dir().join("incoming");
-        let _ = fs::remove_dir_all(&temporary);
+        let number = DOWNLOADS.fetch_add(1, Ordering::SeqCst);
+        let temporary = sysroot.images_dir().join(format!("incoming-{number}"));
         copy(engine, sysroot, &reference.name, &temporary).await.map_err(|error| {
             format!("Creating importer: failed to invoke method OpenImage: failed to invoke method OpenImage: {error}")
         })?;
@@ -227,12 +232,17 @@ async fn copy(engine: &Engine, sysroot: &Sysroot, name: &str, layout: &Path) -> 
         None => command.arg("--src-no-creds"),
     };
     command.arg(format!("docker://{name}")).arg(format!("oci:{}:x", layout.display()));
-    let output = command
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .map_err(|error| format!("spawning {}: {error}", engine.skopeo.display()))?;
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let output = loop {
+        match command.output().await {
+            // A script that was just written may still be open in a child that another thread is about to start.
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            other => break other,
+        }
+    };
+    let output = output.map_err(|error| format!("spawning {}: {error}", engine.skopeo.display()))?;
     if output.status.success() {
         return Ok(());
     }

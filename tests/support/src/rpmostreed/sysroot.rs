@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
@@ -131,6 +132,8 @@ pub struct Sysroot {
     root: PathBuf,
     osname: String,
     locked: AtomicBool,
+    powered: AtomicBool,
+    disk: Mutex<()>,
 }
 
 impl Sysroot {
@@ -139,7 +142,13 @@ impl Sysroot {
         for dir in ["boot/loader/entries", "boot/ostree", "ostree/repo/images", "run/ostree", "etc", "sysroot"] {
             fs::create_dir_all(root.join(dir))?;
         }
-        let this = Self { root: root.to_owned(), osname: osname.to_owned(), locked: AtomicBool::new(false) };
+        let this = Self {
+            root: root.to_owned(),
+            osname: osname.to_owned(),
+            locked: AtomicBool::new(false),
+            powered: AtomicBool::new(false),
+            disk: Mutex::default(),
+        };
         fs::create_dir_all(this.deploy_dir())?;
         fs::create_dir_all(root.join("ostree/boot.1").join(osname))?;
         let link = root.join("sysroot/ostree");
@@ -184,9 +193,37 @@ impl Sysroot {
         self.root.join("ostree/repo/images")
     }
 
+    /// Nothing reaches the disk any more until the next boot.
+    pub(crate) fn cut_power(&self) {
+        self.powered.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether the machine runs.
+    pub(crate) fn is_powered(&self) -> bool {
+        self.powered.load(Ordering::SeqCst)
+    }
+
+    fn disk(&self) -> MutexGuard<'_, ()> {
+        self.disk.lock().unwrap()
+    }
+
+    /// The disk of a machine that runs.
+    fn live_disk(&self) -> anyhow::Result<MutexGuard<'_, ()>> {
+        let guard = self.disk();
+        if !self.is_powered() {
+            bail!("the machine is off");
+        }
+        Ok(guard)
+    }
+
     /// Every deployment: staged first, then in boot order.
     #[must_use]
     pub fn load(&self) -> Vec<Deployment> {
+        let _disk = self.disk();
+        self.scan()
+    }
+
+    fn scan(&self) -> Vec<Deployment> {
         let booted = self.booted_key();
         let mut list = Vec::new();
         if let Some(marker) = self.marker()
@@ -324,8 +361,12 @@ impl Sysroot {
 
     /// Stages an image; an unpinned staged deployment is discarded.
     pub(crate) fn stage(&self, image: &Image, kernel_arguments: &[String], locked: bool) -> anyhow::Result<Deployment> {
-        self.drop_staged()?;
+        let _disk = self.live_disk()?;
+        self.discard_staged()?;
         let mut deployment = self.check_out(image, kernel_arguments)?;
+        if !self.is_powered() {
+            bail!("the machine is off");
+        }
         let marker = Marker { key: deployment.key(), locked };
         let path = self.marker_path();
         let temporary = path.with_extension("tmp");
@@ -339,6 +380,7 @@ impl Sysroot {
 
     /// Deploys an image as the only one, as an installer does.
     pub(crate) fn install(&self, image: &Image, kernel_arguments: &[String]) -> anyhow::Result<Deployment> {
+        let _disk = self.disk();
         let deployment = self.check_out(image, kernel_arguments)?;
         self.write_boot_order(std::slice::from_ref(&deployment))?;
         Ok(deployment)
@@ -395,15 +437,17 @@ impl Sysroot {
 
     /// Deletes imported images that no deployment's origin names; says how many.
     pub(crate) fn prune_images(&self) -> anyhow::Result<usize> {
+        let _disk = self.live_disk()?;
         let live: Vec<String> =
-            self.load().iter().map(|deployment| super::pull::store_key(&deployment.reference)).collect();
+            self.scan().iter().map(|deployment| super::pull::store_key(&deployment.reference)).collect();
         let mut pruned = 0;
         for entry in fs::read_dir(self.images_dir())? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if !live.contains(&name) {
-                fs::remove_dir_all(&path)?;
-                pruned += 1;
+                // A killed download may still write for a moment.
+                let _ = fs::remove_dir_all(&path);
+                pruned += usize::from(!name.starts_with("incoming"));
             }
         }
         Ok(pruned)
@@ -420,6 +464,11 @@ impl Sysroot {
 
     /// Drops the staged deployment; says whether there was one.
     pub fn drop_staged(&self) -> anyhow::Result<bool> {
+        let _disk = self.live_disk()?;
+        self.discard_staged()
+    }
+
+    fn discard_staged(&self) -> anyhow::Result<bool> {
         let existed = self.marker().is_some();
         let _ = fs::remove_file(self.marker_path());
         self.collect()?;
@@ -430,12 +479,13 @@ impl Sysroot {
     }
 
     fn in_boot_order(&self) -> Vec<Deployment> {
-        self.load().into_iter().filter(|deployment| !deployment.staged).collect()
+        self.scan().into_iter().filter(|deployment| !deployment.staged).collect()
     }
 
     /// Drops what is to be booted next but does not run: the staged deployment or a finalized one before the booted.
     pub(crate) fn drop_pending(&self) -> anyhow::Result<bool> {
-        let mut changed = self.drop_staged()?;
+        let _disk = self.live_disk()?;
+        let mut changed = self.discard_staged()?;
         let order = self.in_boot_order();
         if let Some(booted) = order.iter().position(|deployment| deployment.booted)
             && order[..booted].iter().any(|deployment| !deployment.pinned)
@@ -454,6 +504,7 @@ impl Sysroot {
 
     /// Drops unpinned deployments after the booted one.
     pub(crate) fn drop_rollback(&self) -> anyhow::Result<bool> {
+        let _disk = self.live_disk()?;
         let order = self.in_boot_order();
         let Some(booted) = order.iter().position(|deployment| deployment.booted) else { return Ok(false) };
         let kept: Vec<Deployment> = order
@@ -471,6 +522,7 @@ impl Sysroot {
 
     /// Makes the rollback deployment the first one, at once.
     pub(crate) fn roll_back(&self) -> anyhow::Result<()> {
+        let _disk = self.live_disk()?;
         let mut order = self.in_boot_order();
         if self.marker().is_some() {
             bail!("Staged deployment (remove with cleanup -p)");
@@ -485,7 +537,8 @@ impl Sysroot {
     /// What the finalizer does at shutdown: the staged deployment becomes the first to boot, the booted one the
     /// rollback. A locked one is not finalized.
     pub fn finalize(&self) -> anyhow::Result<Option<Deployment>> {
-        let list = self.load();
+        let _disk = self.live_disk()?;
+        let list = self.scan();
         let Some(staged) = list.iter().find(|deployment| deployment.staged).cloned() else { return Ok(None) };
         if staged.locked {
             return Ok(None);
@@ -501,6 +554,8 @@ impl Sysroot {
 
     /// What the boot loader and the initramfs do: `index` of the boot order runs from now on. `/run` is empty then.
     pub(crate) fn boot(&self, index: usize) -> anyhow::Result<Deployment> {
+        let _disk = self.disk();
+        self.powered.store(true, Ordering::SeqCst);
         let run = self.root.join("run");
         let _ = fs::remove_dir_all(&run);
         fs::create_dir_all(run.join("ostree"))?;
@@ -524,7 +579,8 @@ impl Sysroot {
 
     /// Layers packages on the booted deployment.
     pub fn layer_packages(&self, packages: &[&str]) -> anyhow::Result<()> {
-        let mut booted = self.load().into_iter().find(|deployment| deployment.booted).context("not booted")?;
+        let _disk = self.disk();
+        let mut booted = self.scan().into_iter().find(|deployment| deployment.booted).context("not booted")?;
         booted.requested_packages = packages.iter().map(|&name| name.to_owned()).collect();
         self.write_origin(&booted)?;
         self.touch()
@@ -532,7 +588,8 @@ impl Sysroot {
 
     /// Pins or unpins the deployment at `index` of [`Sysroot::load`].
     pub fn pin(&self, index: usize, pinned: bool) -> anyhow::Result<()> {
-        let mut deployment = self.load().get(index).context("no such deployment")?.clone();
+        let _disk = self.disk();
+        let mut deployment = self.scan().get(index).context("no such deployment")?.clone();
         deployment.pinned = pinned;
         self.write_origin(&deployment)?;
         self.touch()

@@ -149,6 +149,9 @@ impl Transaction {
 
     async fn finish(self: &Arc<Self>, outcome: Result<(), String>) {
         let Some(daemon) = self.daemon.upgrade() else { return };
+        if !daemon.has_power() {
+            return;
+        }
         if outcome.is_ok() {
             daemon.refresh().await;
         }
