@@ -102,7 +102,7 @@ impl Root {
     #[must_use]
     pub fn boot_free(&self) -> Option<u64> {
         let stat = statvfs(&self.join("boot")).ok()?;
-        u64::from(stat.blocks_available()).checked_mul(stat.fragment_size())
+        stat.blocks_available().checked_mul(stat.fragment_size())
     }
 
     /// Bytes of the running kernel and its initramfs.

@@ -511,7 +511,7 @@ mod tests {
     #[test]
     fn the_digest_and_label_come_from_the_metadata() {
         let digest = format!("sha256:{}", "ab".repeat(32));
-        let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
+        let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"history":[],
             "config":{"Labels":{"machineconfig":"rendered-worker-1"}}}"#;
         let metadata: HashMap<String, Variant<'static>> = HashMap::from([
             ("ostree.manifest-digest".to_owned(), Variant::from(digest.clone())),
