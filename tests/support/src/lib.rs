@@ -18,3 +18,4 @@ pub mod rpmostreed;
 pub mod sign;
 pub mod systemd;
 pub mod tools;
+pub mod world;

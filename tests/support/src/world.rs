@@ -1,0 +1,287 @@
+//! One node and everything around it, on embedded defaults: the demo's stage, and that of the tests that run the
+//! whole agent.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::apiserver::{ApiServer, Store};
+use crate::events::{Event, Events};
+use crate::image::{ImageSpec, Pushed};
+use crate::machine::{AgentCommand, Engine, Machine, MachineOptions};
+use crate::mcc::{self, Delays, DrainController, PREFIX, PoolController, PoolSpec};
+use crate::pki::{Pki, rotate_client_pem, write_kubeconfig};
+use crate::policy::{Policy, RegistriesD, Requirement};
+use crate::registry::{Registry, ServerTls};
+use crate::sign::{KeyKind, Signer, sign};
+use crate::tools;
+
+/// The node's name.
+pub const NODE: &str = "worker-0";
+/// Repository of the OS images.
+pub const REPOSITORY: &str = "example/os";
+/// Longest wait for anything that the agent or a double does; an update takes a few seconds.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// How the world differs from its defaults.
+#[derive(Debug)]
+pub struct WorldOptions {
+    /// The agent's program.
+    pub agent: PathBuf,
+    /// `controlPlaneTopology`.
+    pub topology: String,
+    /// Variables for the agent, over the world's own.
+    pub env: Vec<(String, String)>,
+    /// `policy.json` of the node; the default is OpenShift's own with one scope that demands a signature.
+    pub policy: Option<Policy>,
+    /// The program that the agent verifies with; the pull always has the enforcing one.
+    pub agent_skopeo: Option<PathBuf>,
+    /// Changes to the machine.
+    pub machine: fn(&mut MachineOptions),
+}
+
+impl WorldOptions {
+    /// The defaults, for this agent.
+    #[must_use]
+    pub fn new(agent: &Path) -> Self {
+        Self {
+            agent: agent.to_owned(),
+            topology: "HighlyAvailable".to_owned(),
+            env: Vec::new(),
+            policy: None,
+            agent_skopeo: None,
+            machine: |_| {},
+        }
+    }
+}
+
+/// Everything, alive until dropped.
+pub struct World {
+    /// What happens.
+    pub events: Events,
+    /// Who signs certificates.
+    pub pki: Pki,
+    /// The API server.
+    pub api: ApiServer,
+    /// The pool's half of MCC.
+    pub pool: PoolController,
+    /// The drain controller's half of MCC.
+    pub drains: DrainController,
+    /// A real registry.
+    pub registry: Registry,
+    /// The key that the node's policy names.
+    pub signer: Signer,
+    /// The node.
+    pub machine: Machine,
+    /// The image that the node was installed with, built from `rendered-worker-1`, signed.
+    pub installed: Pushed,
+    /// How the agent is started.
+    pub agent: AgentCommand,
+    directory: TempDir,
+}
+
+impl World {
+    /// Builds everything; the machine is installed and off.
+    pub async fn new(options: WorldOptions) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("rebase-").tempdir()?;
+        let path = directory.path().to_owned();
+        let events = Events::new();
+        let pki = Pki::new();
+
+        let (cert_pem, key_pem) = pki.server(&[]);
+        let tls = ServerTls { cert_pem, key_pem, ca_pem: pki.ca_pem() };
+        let registry = Registry::start(&path.join("registry"), tls).await?;
+        let signer = Signer::generate(KeyKind::P256);
+        let key = path.join("os.pub");
+        signer.write_public(&key)?;
+        let scope = format!("{}/example", registry.host());
+        let policy = path.join("containers/policy.json");
+        let stock = || Policy::accept_by_default().scope(&scope, [Requirement::sigstore_key_path(&key)]);
+        options.policy.unwrap_or_else(stock).write(&policy)?;
+        let registries_d = path.join("containers/registries.d");
+        RegistriesD::new().attachments(&scope, true).write(&registries_d.join("os.yaml"))?;
+        let skopeo = tools::skopeo()?;
+        let engine =
+            Engine { skopeo: skopeo.clone(), policy: policy.clone(), registries_d, cert_dir: registry.cert_dir() };
+
+        let api = ApiServer::start(&pki, events.clone())?;
+        let store = api.store();
+        store.create_node(NODE, &[]);
+        let kubelet = path.join("kubelet");
+        let pem = rotate_client_pem(&kubelet.join("pki"), &pki.kubelet_pem(NODE));
+        write_kubeconfig(&kubelet.join("kubeconfig"), &api.url(), &pki.ca_pem(), &pem);
+
+        let text = |path: &Path| path.display().to_string();
+        let mut env: Vec<(String, String)> = [
+            ("KUBECONFIG", text(&kubelet.join("kubeconfig"))),
+            ("POLICY", text(&engine.policy)),
+            ("REGISTRIES_D", text(&engine.registries_d)),
+            ("SKOPEO", text(options.agent_skopeo.as_deref().unwrap_or(&skopeo))),
+            ("CERT_DIR", text(&engine.cert_dir)),
+            ("SIGNATURE_GRACE", "2".to_owned()),
+            ("UPTIME_FLOOR", "60".to_owned()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (format!("REBASE_AGENT_{name}"), value))
+        .collect();
+        env.extend(options.env);
+        let agent = AgentCommand { program: options.agent, args: vec!["run".to_owned()], env };
+        let mut machine = MachineOptions::new(&path, engine, events.clone(), agent.clone());
+        machine.watchdog = Some(Duration::from_secs(20));
+        (options.machine)(&mut machine);
+        let machine = Machine::new(machine).await?;
+
+        let spec = PoolSpec { topology: options.topology, ..PoolSpec::worker(&[NODE]) };
+        let pool = PoolController::start(store.clone(), spec);
+        let drains =
+            DrainController::start(store.clone(), Delays { evict: Duration::from_millis(300), ..Delays::short() });
+        let installed = push(&registry, "1", &ImageSpec::new("1").rendered_config("rendered-worker-1")).await?;
+        sign(&registry, &installed.digest, &installed.repo, &format!("{}:1", installed.repository()), &signer).await?;
+        machine.install(&format!("ostree-unverified-registry:{}", installed.pullspec())).await?;
+        write_first_boot(&machine.root(), "rendered-worker-1", &installed.pullspec())?;
+        tokio::spawn(report_ready(events.subscribe(), store));
+        Ok(Self { events, pki, api, pool, drains, registry, signer, machine, installed, agent, directory })
+    }
+
+    /// The API server's objects.
+    #[must_use]
+    pub fn store(&self) -> Store {
+        self.api.store()
+    }
+
+    /// Where everything of this world lives.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A freshly built, unsigned image for `rendered-worker-<version>`.
+    pub async fn unsigned(&self, version: &str) -> anyhow::Result<Pushed> {
+        let spec = ImageSpec::new(version).rendered_config(&format!("rendered-worker-{version}"));
+        push(&self.registry, version, &spec).await
+    }
+
+    /// The same, signed with the key that the policy names.
+    pub async fn signed(&self, version: &str) -> anyhow::Result<Pushed> {
+        let image = self.unsigned(version).await?;
+        self.sign(&image, version).await?;
+        Ok(image)
+    }
+
+    /// Signs `image` as its tag.
+    pub async fn sign(&self, image: &Pushed, tag: &str) -> anyhow::Result<()> {
+        sign(&self.registry, &image.digest, &image.repo, &format!("{}:{tag}", image.repository()), &self.signer).await
+    }
+
+    /// Gives the pool a new target.
+    pub fn target(&self, version: &str, image: &Pushed) {
+        self.pool.set_target(&format!("rendered-worker-{version}"), image.pullspec().as_str());
+    }
+
+    /// An annotation of the node, MCO's prefix left out.
+    #[must_use]
+    pub fn annotation(&self, key: &str) -> Option<String> {
+        let node = self.store().node(NODE)?;
+        mcc::annotation(&node, key).map(str::to_owned)
+    }
+
+    /// Waits until the Node is as wanted; the error shows how it was instead.
+    pub async fn wait(&self, what: &str, predicate: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+        match self.store().wait_for(NODE, DEADLINE, predicate).await {
+            Ok(node) => Ok(node),
+            Err(error) => {
+                let annotations = self.store().node(NODE).map(|node| node["metadata"]["annotations"].clone());
+                Err(error).with_context(|| format!("{what} did not happen; the Node has {annotations:#?}"))
+            }
+        }
+    }
+
+    /// Waits until the node says that it is Done on `image`.
+    pub async fn wait_done(&self, image: &Pushed) -> anyhow::Result<()> {
+        let pullspec = image.pullspec();
+        let done =
+            |node: &Value| mcc::is_node_done(node) && mcc::annotation(node, "currentImage") == Some(pullspec.as_str());
+        self.wait(&format!("Done on {}", image.digest), done).await.map(|_| ())
+    }
+
+    /// Waits until `reason` starts with this word.
+    pub async fn wait_reason(&self, word: &str) -> anyhow::Result<String> {
+        let starts = |node: &Value| mcc::annotation(node, "reason").is_some_and(|reason| reason.starts_with(word));
+        let node = self.wait(&format!("the reason {word}"), starts).await?;
+        Ok(mcc::annotation(&node, "reason").unwrap_or_default().to_owned())
+    }
+
+    /// Waits for the first event that `choose` takes, from `queue`.
+    pub async fn wait_event<T>(
+        queue: &mut tokio::sync::broadcast::Receiver<Event>,
+        what: &str,
+        choose: impl Fn(&Event) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let wait = async {
+            loop {
+                match queue.recv().await {
+                    Ok(event) => {
+                        if let Some(chosen) = choose(&event) {
+                            return Ok(chosen);
+                        }
+                    }
+                    Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => bail!("nobody tells any more"),
+                }
+            }
+        };
+        tokio::time::timeout(DEADLINE, wait).await.with_context(|| format!("{what} did not happen"))?
+    }
+
+    /// Runs a command of the agent beside the service, with its environment: exit code, standard output and error.
+    pub async fn command(&self, args: &[&str]) -> anyhow::Result<(i32, String, String)> {
+        let mut command = tokio::process::Command::new(&self.agent.program);
+        command.args(args).envs(self.agent.env.iter().cloned());
+        command
+            .env("DBUS_SYSTEM_BUS_ADDRESS", self.machine.bus_address())
+            .env("REBASE_AGENT_ROOT", self.machine.root());
+        let output = tools::run(command, DEADLINE).await?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok((output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr)))
+    }
+}
+
+async fn push(registry: &Registry, tag: &str, spec: &ImageSpec) -> anyhow::Result<Pushed> {
+    registry.push(REPOSITORY, tag, spec).await
+}
+
+/// What MCS has Ignition write, facts of the installer.
+fn write_first_boot(root: &Path, config: &str, image: &str) -> anyhow::Result<()> {
+    let pairs = [
+        ("currentConfig", config),
+        ("desiredConfig", config),
+        ("firstPivotConfig", config),
+        ("currentImage", image),
+        ("desiredImage", image),
+        ("state", "Done"),
+    ];
+    let annotations: Value = pairs.iter().map(|(key, value)| (format!("{PREFIX}{key}"), Value::from(*value))).collect();
+    let directory = root.join("etc/machine-config-daemon");
+    std::fs::create_dir_all(&directory)?;
+    std::fs::write(directory.join("node-annotations.json"), annotations.to_string())?;
+    Ok(())
+}
+
+/// The kubelet's part: the Node is Ready while the machine is up.
+async fn report_ready(mut queue: tokio::sync::broadcast::Receiver<Event>, store: Store) {
+    loop {
+        match queue.recv().await {
+            Ok(Event::Down) => store.set_ready(NODE, false),
+            Ok(Event::Booted { boot_id, .. }) => {
+                store.set_boot_id(NODE, &boot_id);
+                store.set_ready(NODE, true);
+            }
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
