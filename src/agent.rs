@@ -61,6 +61,17 @@ pub struct Settings {
     pub poll: Duration,
 }
 
+/// How far to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Look {
+    /// Kernel, systemd, logind.
+    Machine,
+    /// The deployments, too.
+    Host,
+    /// And the whole Node: what a reboot needs.
+    Everything,
+}
+
 struct Task {
     running: Running,
     handle: JoinHandle<()>,
@@ -79,7 +90,12 @@ struct Agent {
     /// What has been asked at least once.
     seen: (bool, bool),
     task: Option<Task>,
-    reading: bool,
+    /// A look is under way.
+    looking: bool,
+    /// Another was asked for meanwhile: what is under way may not see what happened since.
+    again: Option<Look>,
+    /// The deployments are known to have changed and not read yet: nothing is decided on the old ones.
+    stale: bool,
     patching: bool,
     /// The readings are of now: a reboot may follow from them.
     confirmed: bool,
@@ -122,7 +138,7 @@ pub async fn run(neighbours: Neighbours, settings: Settings) -> std::io::Result<
     let (told, mut node) = mpsc::channel(QUEUE);
     let following = tokio::spawn(follow(neighbours.api.clone(), settings.poll, told));
     let mut agent = Agent::new(neighbours, settings, events);
-    agent.look(true, false);
+    agent.look(Look::Host);
     let mut ready = false;
     loop {
         agent.ping(watchdog.is_some());
@@ -178,7 +194,9 @@ impl Agent {
             },
             seen: (false, false),
             task: None,
-            reading: false,
+            looking: false,
+            again: None,
+            stale: false,
             patching: false,
             confirmed: false,
             cluster_failures: 0,
@@ -213,18 +231,17 @@ impl Agent {
 
     // --- observe --------------------------------------------------------------------------------------------------
 
-    /// Reads the machine, and the deployments if they may have changed; for a reboot, everything.
-    fn look(&mut self, deployments: bool, confirm: bool) {
-        if self.reading {
+    fn look(&mut self, how: Look) {
+        if self.looking {
+            self.again = self.again.max(Some(how));
             return;
         }
-        self.reading = true;
+        self.looking = true;
         let (neighbours, events) = (self.neighbours.clone(), self.events.clone());
         tokio::spawn(async move {
-            let node = async { if confirm { Some(neighbours.api.full().await) } else { None } };
-            let host = async {
-                if deployments || confirm { Some(observe::deployments(&neighbours.host).await) } else { None }
-            };
+            let node = async { if how == Look::Everything { Some(neighbours.api.full().await) } else { None } };
+            let host =
+                async { if how >= Look::Host { Some(observe::deployments(&neighbours.host).await) } else { None } };
             let (node, host, machine) = tokio::join!(node, host, observe::machine(&neighbours.host));
             let _ = events.send(Event::Looked(Box::new(Readings { node, host, machine }))).await;
         });
@@ -243,7 +260,8 @@ impl Agent {
         let unknown = self.observed.host.known().is_none();
         let busy = self.observed.host.known().is_some_and(|host| host.transaction.is_some());
         if deployments_changed || (!self.is_idle() && self.task.is_none()) {
-            self.look(deployments_changed || unknown || busy, false);
+            let host = deployments_changed || unknown || busy;
+            self.look(if host { Look::Host } else { Look::Machine });
         }
         self.step();
     }
@@ -256,7 +274,7 @@ impl Agent {
                 }
             }
             Event::Looked(readings) => {
-                self.reading = false;
+                self.looking = false;
                 self.confirmed = matches!(readings.node, Some(Ok(_)));
                 match readings.node {
                     Some(Ok(node)) => {
@@ -269,10 +287,15 @@ impl Agent {
                 }
                 if let Some(host) = readings.host {
                     self.seen.1 = true;
+                    self.stale = false;
                     self.observed.host = host;
                     self.stamps.deployments = self.neighbours.host.root().deployments_stamp();
                 }
                 self.observed.machine = readings.machine;
+                if let Some(how) = self.again.take() {
+                    self.stale |= how >= Look::Host;
+                    self.look(how);
+                }
             }
             Event::Patched(told, patch) => {
                 self.patching = false;
@@ -311,7 +334,7 @@ impl Agent {
                 self.observed.cluster = facts;
                 self.node = Some(node);
                 if retargeted {
-                    self.look(true, false);
+                    self.look(Look::Host);
                 }
                 changed || first
             }
@@ -337,8 +360,8 @@ impl Agent {
         if self.seen != (true, true) && self.began.elapsed() < FIRST_PASS {
             return;
         }
-        // What is being written decides what is true next.
-        if self.patching {
+        // What is being written, or was just done, decides what is true next.
+        if self.patching || self.stale {
             return;
         }
         let now = self.now();
@@ -380,13 +403,13 @@ impl Agent {
             Action::AbortTask => self.abort(),
             Action::ConfirmDrain => {
                 if Instant::now() >= self.cluster_after {
-                    self.look(true, true);
+                    self.look(Look::Everything);
                 } else {
                     self.wake = self.wake.min(self.cluster_after);
                 }
             }
             // Everything is looked at once more, and only what is decided on that look is done.
-            Action::Reboot { .. } if !self.confirmed => self.look(true, true),
+            Action::Reboot { .. } if !self.confirmed => self.look(Look::Everything),
             action => {
                 let desired = self.desired().map(|image| image.to_string()).unwrap_or_default();
                 if self.task.is_none()
@@ -464,8 +487,11 @@ impl Agent {
             }
             Err(_) if asked_to_stop => {}
             Err(fault) => {
-                let reason = fault.reason;
-                tracing::warn!(message_id = id::FAILED, rebase_agent_reason = reason.as_str(), "{}", fault.message);
+                let reason = fault.reason.as_str();
+                // Of every other step, the decision that follows says the same.
+                if matches!(running.step, Step::UpdateBootloader | Step::CancelTransaction) {
+                    tracing::warn!(message_id = id::FAILED, rebase_agent_reason = reason, "{}", fault.message);
+                }
                 if running.step == Step::UpdateBootloader {
                     // As the MCD: an old boot loader is reported and does not keep the node from its update.
                     self.memory.bootloader_updated_for = self.desired();
@@ -475,7 +501,8 @@ impl Agent {
             }
         }
         if running.step != Step::Verify {
-            self.look(true, false);
+            self.stale = true;
+            self.look(Look::Host);
         }
     }
 
@@ -497,7 +524,9 @@ impl Agent {
     // --- telling people ---------------------------------------------------------------------------------------------
 
     fn say(&self, decision: &Decision) {
-        let same = |last: &Decision| last.reason == decision.reason && last.message == decision.message;
+        let same = |last: &Decision| {
+            (last.reason, &last.message, last.state) == (decision.reason, &decision.message, decision.state)
+        };
         if self.last.as_ref().is_some_and(same) {
             return;
         }
@@ -529,13 +558,17 @@ impl Agent {
     }
 }
 
+/// The reason is left out: the decision was logged with the same words.
 fn log_report(patch: &Patch) {
     let changes: Vec<String> = patch
         .iter()
+        .map(|(key, value)| (key.rsplit_once('/').map_or(key.as_str(), |(_, key)| key), value))
+        .filter(|(key, _)| *key != "reason")
         .map(|(key, value)| {
-            let key = key.rsplit_once('/').map_or(key.as_str(), |(_, key)| key);
-            format!("{key}={}", value.as_deref().map_or("(removed)".to_owned(), |value| printable(value, 120)))
+            format!("{key}={}", value.as_deref().map_or("(removed)".to_owned(), |value| printable(value, 200)))
         })
         .collect();
-    tracing::info!(message_id = id::REPORTED, "told the cluster: {}", changes.join(", "));
+    if !changes.is_empty() {
+        tracing::info!(message_id = id::REPORTED, "told the cluster: {}", changes.join(", "));
+    }
 }

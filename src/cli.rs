@@ -270,7 +270,10 @@ impl Status {
             status => format!("{}; {status}", self.service.active),
         };
         line(&mut out, "Service", &service);
-        line(&mut out, "Rule", &rule(&self.decision));
+        // The service has seen more than a command that just came; its own word goes, unless it is another.
+        if !self.service.status.starts_with(self.decision.reason.as_str()) {
+            line(&mut out, "Rule", &rule(&self.decision));
+        }
         out
     }
 

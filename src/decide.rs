@@ -36,6 +36,8 @@ const CONFIG_AHEAD_WORKING: u64 = 30 * MINUTE;
 const CONFIG_AHEAD_DEGRADED: u64 = 5 * MINUTE;
 /// Boots of one image after which it is given up.
 const MAX_BOOTS: u32 = 2;
+/// How soon the kubelet's unit is looked at again while it starts.
+const HEALTH_POLL: u64 = 2 * SECOND;
 /// How soon daemons without a signal to wait for are asked again while an update is under way.
 const SOON: u64 = 10 * SECOND;
 /// Head room on `/boot` beyond the kernel itself, in bytes.
@@ -433,7 +435,7 @@ impl<'a> Rules<'a> {
             return rule("13", Reason::HealthPending, "waiting for kubelet.service to become active")
                 .state(NodeState::Working)
                 .clock(Clock::Health, subject)
-                .wake(SOON);
+                .wake(HEALTH_POLL);
         }
         let message = "kubelet.service did not become active in this image, so the node stays cordoned; see \
                        `journalctl -u kubelet`. `rpm-ostree rollback` and a reboot go back, and set the pool back first";
@@ -444,7 +446,7 @@ impl<'a> Rules<'a> {
     fn uncordon_and_settle(&self, wanted: &Wanted<'_>) -> Decision {
         let value = format!("uncordon-{}", wanted.config);
         if self.node.desired_drain.as_deref() != Some(value.as_str()) {
-            return rule("14", Reason::UncordonPending, "runs the desired image; asking for the uncordon")
+            return rule("14", Reason::UncordonPending, "waiting for the drain controller to uncordon the node")
                 .state(NodeState::Working)
                 .clock(Clock::Uncordon, value.clone())
                 .doing(Action::RequestUncordon { value });
@@ -776,10 +778,8 @@ impl<'a> Rules<'a> {
         }
         match self.node.schedulable {
             Some(false) => None,
-            None => Some(
-                pending(Reason::DrainPending, format!("{image} is staged; making sure that the node is drained"))
-                    .doing(Action::ConfirmDrain),
-            ),
+            // Part of the reboot already; the cluster is told when it is certain.
+            None => Some(rebooting(wanted).doing(Action::ConfirmDrain)),
             Some(true) => {
                 let message = "somebody uncordoned the node after it was drained; it is uncordoned for good, then \
                                drained again";
@@ -819,6 +819,10 @@ impl<'a> Rules<'a> {
             }
         }
     }
+}
+
+fn rebooting(wanted: &Wanted<'_>) -> Decision {
+    rule("25", Reason::Rebooting, format!("rebooting into {}", wanted.image.digest().short()))
 }
 
 /// Failures that waiting does not mend.
