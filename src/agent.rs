@@ -524,26 +524,22 @@ impl Agent {
     // --- telling people ---------------------------------------------------------------------------------------------
 
     fn say(&self, decision: &Decision) {
-        let same = |last: &Decision| {
-            (last.reason, &last.message, last.state) == (decision.reason, &decision.message, decision.state)
-        };
+        let refuses = |of: &Decision| matches!(of.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
+        let words = |of: &Decision| (of.reason, of.message.clone(), refuses(of));
+        let same = |last: &Decision| words(last) == words(decision);
         if self.last.as_ref().is_some_and(same) {
             return;
         }
         let (reason, rule, message) = (decision.reason.as_str(), &decision.rule, &decision.message);
-        match decision.state {
-            Some(NodeState::Degraded | NodeState::Unreconcilable) => tracing::warn!(
-                message_id = id::REFUSED,
-                rebase_agent_reason = reason,
-                rebase_agent_rule = %rule,
-                "{reason}: {message}"
-            ),
-            _ => tracing::info!(
-                message_id = if decision.reason == Reason::Done { id::DONE } else { id::DECIDED },
-                rebase_agent_reason = reason,
-                rebase_agent_rule = %rule,
-                "{reason}: {message}"
-            ),
+        let message_id = match decision.reason {
+            _ if refuses(decision) => id::REFUSED,
+            Reason::Done => id::DONE,
+            _ => id::DECIDED,
+        };
+        if refuses(decision) {
+            tracing::warn!(message_id, rebase_agent_reason = reason, rebase_agent_rule = %rule, "{reason}: {message}");
+        } else {
+            tracing::info!(message_id, rebase_agent_reason = reason, rebase_agent_rule = %rule, "{reason}: {message}");
         }
     }
 
