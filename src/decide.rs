@@ -269,7 +269,14 @@ impl<'a> Rules<'a> {
             if reference::parse(image).is_ok_and(|image| is_image(booted, &image, None))
                 && value("currentConfig").is_some()
             {
-                return publish(KEYS.iter().filter_map(|key| Some((*key, value(key)?.clone()))).collect());
+                // What MCC has already decided stays.
+                let decided = |key: &str| match key {
+                    "desiredConfig" => self.node.desired_config.is_some(),
+                    "desiredImage" => self.node.desired_image.is_some(),
+                    _ => false,
+                };
+                let keys = KEYS.iter().filter(|key| !decided(key));
+                return publish(keys.filter_map(|key| Some((*key, value(key)?.clone()))).collect());
             }
         }
         let name = booted.reference.as_deref().map(reference::name_of);
