@@ -1,0 +1,172 @@
+//! What operators get besides the program: the unit as reviewed and as systemd reads it, and a README that leaves out
+//! no word of the agent's.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
+#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use rebase_agent::journal::id;
+use rebase_agent::model::Reason;
+
+const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent");
+
+/// The unit, directive by directive. Whoever changes one says so here too.
+const UNIT: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Follow the pool's desired OS image"),
+    ("Unit", "ConditionPathExists", "/run/ostree-booted"),
+    ("Unit", "Wants", "network-online.target"),
+    ("Unit", "After", "network-online.target kubelet.service ostree-finalize-staged.service"),
+    ("Unit", "StartLimitIntervalSec", "0"),
+    ("Service", "Type", "notify"),
+    ("Service", "ExecStart", "/usr/bin/rebase-agent run"),
+    ("Service", "EnvironmentFile", "-/etc/mco/proxy.env"),
+    ("Service", "WatchdogSec", "180"),
+    ("Service", "Restart", "always"),
+    ("Service", "RestartSec", "30"),
+    ("Service", "RestartPreventExitStatus", "5"),
+    ("Service", "CapabilityBoundingSet", ""),
+    ("Service", "AmbientCapabilities", ""),
+    ("Service", "NoNewPrivileges", "yes"),
+    ("Service", "LimitCORE", "0"),
+    ("Service", "UMask", "0077"),
+    ("Service", "KeyringMode", "private"),
+    ("Service", "ProtectSystem", "strict"),
+    ("Service", "ReadOnlyPaths", "/run /dev"),
+    ("Service", "ProtectHome", "yes"),
+    ("Service", "PrivateDevices", "yes"),
+    ("Service", "ProtectClock", "yes"),
+    ("Service", "ProtectControlGroups", "yes"),
+    ("Service", "ProtectHostname", "yes"),
+    ("Service", "ProtectKernelLogs", "yes"),
+    ("Service", "ProtectKernelTunables", "yes"),
+    ("Service", "ProtectProc", "invisible"),
+    ("Service", "ProcSubset", "all"),
+    ("Service", "LockPersonality", "yes"),
+    ("Service", "MemoryDenyWriteExecute", "yes"),
+    ("Service", "RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6 AF_NETLINK"),
+    ("Service", "RestrictNamespaces", "yes"),
+    ("Service", "RestrictRealtime", "yes"),
+    ("Service", "RestrictSUIDSGID", "yes"),
+    ("Service", "SystemCallArchitectures", "native"),
+    ("Service", "SystemCallFilter", "@system-service landlock_create_ruleset landlock_add_rule landlock_restrict_self"),
+    ("Service", "SystemCallErrorNumber", "EPERM"),
+    ("Install", "WantedBy", "multi-user.target"),
+];
+
+fn file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(file(path)).unwrap()
+}
+
+fn run(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+/// systemd.syntax(7), as far as our files use it: sections, comments, one directive per line.
+fn directives(text: &str) -> Vec<(String, String, String)> {
+    let mut section = String::new();
+    let mut found = Vec::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', ';'])) {
+        assert!(!line.ends_with('\\'), "a continued line: {line}");
+        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            name.clone_into(&mut section);
+        } else {
+            let (key, value) = line.split_once('=').unwrap_or_else(|| panic!("no directive: {line}"));
+            found.push((section.clone(), key.trim().to_owned(), value.trim().to_owned()));
+        }
+    }
+    found
+}
+
+#[test]
+fn the_unit_is_the_reviewed_one() {
+    let unit = directives(&read("systemd/rebase-agent.service"));
+    let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
+    for directive in UNIT {
+        assert!(unit.contains(directive), "missing or changed: {directive:?}");
+    }
+    for directive in &unit {
+        assert!(UNIT.contains(directive), "new or changed: {directive:?}");
+    }
+    let keys: BTreeSet<_> = unit.iter().map(|(section, key, _)| (section, key)).collect();
+    assert_eq!(keys.len(), unit.len(), "a directive is given twice");
+}
+
+#[test]
+fn systemd_accepts_the_unit() {
+    if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
+        eprintln!("systemd-analyze is not installed; the unit was not verified by systemd");
+        return;
+    }
+    // The program is not where a node has it.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("rebase-agent.service");
+    let unit = read("systemd/rebase-agent.service");
+    assert_eq!(unit.matches("/usr/bin/rebase-agent").count(), 1);
+    std::fs::write(&path, unit.replace("/usr/bin/rebase-agent", AGENT)).unwrap();
+    let verify = run(Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).arg(&path));
+    let said = String::from_utf8_lossy(&verify.stderr);
+    // Other units of this machine may have their own troubles.
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("rebase-agent")).collect();
+    assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
+}
+
+#[test]
+fn the_command_in_the_unit_is_one_of_the_agent() {
+    let unit = read("systemd/rebase-agent.service");
+    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/rebase-agent ")).unwrap();
+    let help = run(Command::new(AGENT).args(command.split(' ')).arg("--help"));
+    assert!(help.status.success(), "{}", String::from_utf8_lossy(&help.stderr));
+}
+
+#[test]
+fn preset_and_tmpfiles_name_what_exists() {
+    let lines = |path: &str| -> Vec<String> {
+        read(path).lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+    };
+    assert_eq!(lines("systemd/80-rebase-agent.preset"), ["enable rebase-agent.service"]);
+    // The first of the places where ostree's pull looks.
+    assert_eq!(lines("systemd/10-ostree-auth.conf"), ["L /run/ostree/auth.json - - - - /var/lib/kubelet/config.json"]);
+    for entry in std::fs::read_dir(file("systemd")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(read("README.md").contains(&name), "README.md does not name systemd/{name}");
+    }
+}
+
+#[test]
+fn the_readme_names_every_option() {
+    let mut named = BTreeSet::new();
+    for command in ["run", "status", "explain", "verify"] {
+        let help = run(Command::new(AGENT).args([command, "--help"]));
+        let help = String::from_utf8(help.stdout).unwrap();
+        let words = help.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-'));
+        named.extend(words.filter(|w| w.starts_with("REBASE_AGENT_") || w.starts_with("--")).map(str::to_owned));
+    }
+    assert!(named.iter().filter(|word| word.starts_with("REBASE_AGENT_")).count() >= 11, "{named:?}");
+    let readme = read("README.md");
+    for word in named.iter().filter(|word| !["--help", "--version", "--"].contains(&word.as_str())) {
+        assert!(readme.contains(&format!("`{word}")), "README.md does not explain {word}");
+    }
+}
+
+#[test]
+fn the_readme_names_every_reason_and_message() {
+    let readme = read("README.md");
+    for reason in Reason::ALL {
+        let row = format!("| `{reason}` |");
+        assert_eq!(readme.matches(&row).count(), 1, "README.md should have one row for {reason}");
+    }
+    for (name, id) in id::ALL {
+        assert_eq!(
+            readme.matches(&format!("| {id} |")).count(),
+            1,
+            "README.md should explain the message id of {name}"
+        );
+    }
+    assert!(readme.lines().count() < 400, "README.md is to be read, not searched");
+}
