@@ -1,0 +1,137 @@
+//! Rows 10 to 15: the desired image runs. Pure.
+
+use super::{MINUTE, Rules, SECOND, SOON, UNCORDON_PATIENCE, Wanted, rule};
+use crate::model::{Action, Clock, Decision, Deployment, NodeState, Reason, Step, UnitState, printable};
+use crate::schedule::Backoff;
+
+/// How long the kubelet may take to become active.
+const HEALTH_PATIENCE: u64 = 10 * MINUTE;
+/// How soon the kubelet's unit is looked at again while it starts.
+const HEALTH_POLL: u64 = 2 * SECOND;
+/// `Working` for so long lets a rebuild start; a Degraded pool refuses to build.
+const CONFIG_AHEAD_WORKING: u64 = 30 * MINUTE;
+/// `Degraded` for so long lets MCC retarget; in an update it frees the slot.
+const CONFIG_AHEAD_DEGRADED: u64 = 5 * MINUTE;
+
+impl Rules<'_> {
+    pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
+        let node = self.node;
+        if node.state.as_deref() == Some(NodeState::Done.as_str())
+            && node.current_config == node.desired_config
+            && node.current_image == node.desired_image
+        {
+            return self.done(wanted);
+        }
+        if let Some(decision) = self.config_ahead("11", wanted, booted.rendered_config.as_deref()) {
+            return decision;
+        }
+        if let Some(missing) =
+            booted.wanted_arguments.iter().flatten().find(|argument| !self.machine.command_line.contains(argument))
+        {
+            let message = format!(
+                "the kernel runs without `{}`, which {} demands; set it with `rpm-ostree kargs --append-if-missing` \
+                 and reboot, or take it out of the config",
+                printable(missing, 200),
+                printable(wanted.config, 253)
+            );
+            return self.refuse("12", Reason::KernelArgumentMissing, message);
+        }
+        if self.machine.kubelet != UnitState::Active {
+            return self.unhealthy(wanted);
+        }
+        self.uncordon_and_settle(wanted)
+    }
+
+    /// Row 10. The booted image's trust is looked at in the background; whatever it is, it cannot be undone.
+    fn done(&self, wanted: &Wanted<'_>) -> Decision {
+        let subject = wanted.image.to_string();
+        let asleep = |trust: &str| {
+            rule("10", Reason::Done, format!("runs {} for {}; {trust}", wanted.image.digest().short(), wanted.config))
+        };
+        if wanted.facts.is_some() {
+            return asleep("its signature was verified");
+        }
+        if self.observed.running.is_some() {
+            return asleep("its signature is being verified");
+        }
+        match self.failure(Step::Verify, &subject) {
+            None => asleep("its signature is being verified").doing(Action::Verify { image: wanted.image.clone() }),
+            Some(failure) => {
+                let decision = asleep(&format!("its signature is not verified: {}", failure.fault.reason));
+                match self.due_in(failure, Backoff::REFUSAL) {
+                    0 => decision.doing(Action::Verify { image: wanted.image.clone() }),
+                    due => decision.wake(due),
+                }
+            }
+        }
+    }
+
+    /// Rows 11 and 18: MCC reuses an image for a change of files only, which an agent that writes none cannot apply.
+    pub(super) fn config_ahead(&self, name: &str, wanted: &Wanted<'_>, label: Option<&str>) -> Option<Decision> {
+        let built_from = label.filter(|label| *label != wanted.config)?;
+        if self.limits.accept_config_ahead {
+            return None;
+        }
+        let subject = format!("{} {}", wanted.image, wanted.config);
+        let waited = self.waited(Clock::ConfigAhead, &subject);
+        let phase = waited.checked_rem(CONFIG_AHEAD_WORKING + CONFIG_AHEAD_DEGRADED).unwrap_or(0);
+        let (state, left) = match CONFIG_AHEAD_WORKING.checked_sub(phase) {
+            Some(left) if left > 0 => (NodeState::Working, left),
+            _ => (NodeState::Degraded, (CONFIG_AHEAD_WORKING + CONFIG_AHEAD_DEGRADED).saturating_sub(phase)),
+        };
+        let message = format!(
+            "the image was built from {} and the pool wants {}: it changes files only and nobody rebuilt. Annotate the \
+             pool's MachineOSConfig with machineconfiguration.openshift.io/rebuild",
+            printable(built_from, 253),
+            printable(wanted.config, 253)
+        );
+        let decision = rule(name, Reason::ConfigAheadOfImage, message).state(state).wake(left);
+        Some(Decision { unsticks: true, ..self.rest(decision) }.clock(Clock::ConfigAhead, subject))
+    }
+
+    /// Row 13: the one refusal that keeps the node cordoned.
+    fn unhealthy(&self, wanted: &Wanted<'_>) -> Decision {
+        let subject = wanted.image.to_string();
+        let waited = self.waited(Clock::Health, &subject);
+        if waited < HEALTH_PATIENCE {
+            return rule("13", Reason::HealthPending, "waiting for kubelet.service to become active")
+                .state(NodeState::Working)
+                .clock(Clock::Health, subject)
+                .wake(HEALTH_POLL);
+        }
+        let message = "kubelet.service did not become active in this image, so the node stays cordoned; see \
+                       `journalctl -u kubelet`. `rpm-ostree rollback` and a reboot go back, and set the pool back first";
+        rule("13", Reason::HealthFailed, message).state(NodeState::Degraded).clock(Clock::Health, subject).wake(SOON)
+    }
+
+    /// Rows 14 and 15. MCD asks for the uncordon on every update, on single-replica clusters too.
+    fn uncordon_and_settle(&self, wanted: &Wanted<'_>) -> Decision {
+        let value = format!("uncordon-{}", wanted.config);
+        if self.node.desired_drain.as_deref() != Some(value.as_str()) {
+            return rule("14", Reason::UncordonPending, "waiting for the drain controller to uncordon the node")
+                .state(NodeState::Working)
+                .clock(Clock::Uncordon, value.clone())
+                .doing(Action::RequestUncordon { value });
+        }
+        if self.node.last_applied_drain.as_deref() != Some(value.as_str()) {
+            return self.uncordon_pending("14", value);
+        }
+        rule("15", Reason::Settling, "runs the desired image; reporting it")
+            .state(NodeState::Done)
+            .doing(Action::Settle)
+    }
+
+    pub(super) fn uncordon_pending(&self, name: &str, value: String) -> Decision {
+        let waited = self.waited(Clock::Uncordon, &value);
+        let decision = if waited < UNCORDON_PATIENCE {
+            rule(name, Reason::UncordonPending, "waiting for the drain controller to uncordon the node")
+                .state(NodeState::Working)
+                .wake(UNCORDON_PATIENCE.saturating_sub(waited))
+        } else {
+            let message = "the drain controller has not uncordoned the node; see the machine-config-controller's log. \
+                           The request stands";
+            rule(name, Reason::UncordonLate, message).state(NodeState::Degraded)
+        };
+        decision.clock(Clock::Uncordon, value)
+    }
+}

@@ -1,0 +1,330 @@
+//! Rows 16 to 25: on the way to the desired image. Pure.
+
+use super::{MINUTE, Rules, SOON, TRANSIENT_PATIENCE, Wanted, rule};
+use crate::model::{
+    Action, Attempt, Clock, Decision, Deployment, Failure, ImageFacts, NodeState, Reason, Step, UnitState, printable,
+};
+use crate::report::{ATTEMPT, HOLD};
+
+/// MCD's own limit for the drain.
+const DRAIN_PATIENCE: u64 = 60 * MINUTE;
+/// How long somebody else's transaction is merely waited for.
+const TRANSACTION_PATIENCE: u64 = 30 * MINUTE;
+/// Boots of one image after which it is given up.
+const MAX_BOOTS: u32 = 2;
+/// Head room on `/boot` beyond the kernel itself, in bytes.
+const BOOT_MARGIN: u64 = 1 << 20;
+
+impl<'a> Rules<'a> {
+    pub(super) fn travelling(&self, wanted: &Wanted<'_>) -> Decision {
+        if let Some(decision) = self.given_up(wanted) {
+            return decision;
+        }
+        let facts = match self.verified(wanted) {
+            Ok(facts) => facts,
+            Err(decision) => return *decision,
+        };
+        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| {
+            match self.host.staged().filter(|staged| self.is_wanted(staged, wanted)) {
+                None => self.stage(wanted),
+                Some(staged) => self
+                    .kernel_arguments(wanted, staged)
+                    .or_else(|| self.hindrance(wanted))
+                    .or_else(|| self.drain(wanted))
+                    .unwrap_or_else(|| self.reboot(wanted)),
+            }
+        })
+    }
+
+    /// Row 16.
+    fn given_up(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let attempt = self.node.attempt.as_ref()?;
+        if attempt.image != wanted.image || attempt.boot_id == self.machine.boot_id {
+            return None;
+        }
+        let finalized = self.host.deployments.iter().any(|d| !d.booted && !d.staged && self.is_wanted(d, wanted));
+        let cause = if self.machine.finalize_failed {
+            ". The previous boot could not finalize it: see `journalctl -b -1 -u ostree-finalize-staged`"
+        } else {
+            ""
+        };
+        let out = format!("set another image, or delete the annotation {ATTEMPT} to try again");
+        let image = wanted.image.digest().short();
+        if finalized {
+            let message = format!("{image} was booted and the host went back to the image before it{cause}; {out}");
+            return Some(self.refuse("16", Reason::RolledBack, message));
+        }
+        (attempt.count >= MAX_BOOTS).then(|| {
+            let message = format!("{image} did not come up in {MAX_BOOTS} boots{cause}; {out}");
+            self.refuse("16", Reason::NeverCameUp, message)
+        })
+    }
+
+    /// Row 17.
+    fn verified(&self, wanted: &Wanted<'a>) -> Result<&'a ImageFacts, Box<Decision>> {
+        if let Some(facts) = wanted.facts {
+            return Ok(facts);
+        }
+        let subject = wanted.image.to_string();
+        let verifying = || {
+            rule("17", Reason::Verifying, format!("verifying the signature of {}", wanted.image.digest().short()))
+                .state(NodeState::Working)
+        };
+        if self.running(Step::Verify, &subject) {
+            // Looking again must not turn a failure that is being looked at back into a new beginning.
+            return Err(Box::new(match self.failure(Step::Verify, &subject) {
+                Some(failure) => self.unverified(failure),
+                None => verifying(),
+            }));
+        }
+        Err(Box::new(match self.failure(Step::Verify, &subject) {
+            None => verifying().doing(Action::Verify { image: wanted.image.clone() }),
+            Some(failure) => {
+                self.when_due(self.unverified(failure), failure, Action::Verify { image: wanted.image.clone() })
+            }
+        }))
+    }
+
+    fn unverified(&self, failure: &Failure) -> Decision {
+        let awaited = matches!(failure.fault.reason, Reason::SignatureMissing | Reason::ManifestMissing);
+        let patience = if awaited { self.limits.signature_grace } else { TRANSIENT_PATIENCE };
+        self.rest_if_refused(self.failed("17", failure, patience))
+    }
+
+    /// Row 18.
+    fn unfit(&self, wanted: &Wanted<'_>, facts: &ImageFacts) -> Option<Decision> {
+        let image = wanted.image.digest().short();
+        if facts.architecture != self.machine.architecture {
+            let message = format!(
+                "{image} is built for {} and this machine is {}; build the pool's image for it",
+                printable(&facts.architecture, 50),
+                self.machine.architecture
+            );
+            return Some(self.refuse("18", Reason::WrongArchitecture, message));
+        }
+        if !facts.bootable {
+            let message = format!(
+                "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc"
+            );
+            return Some(self.refuse("18", Reason::NotBootable, message));
+        }
+        self.config_ahead("18", wanted, facts.rendered_config.as_deref())
+    }
+
+    /// Row 19, as far as it is not obsolete.
+    fn transaction(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let subject = wanted.image.to_string();
+        if let Some(running) = &self.observed.running {
+            let (reason, message) = match running.step {
+                Step::Stage => (Reason::Staging, self.staging(wanted)),
+                Step::KernelArguments => (Reason::KernelArguments, "applying kernel arguments".to_owned()),
+                Step::StartFinalizer => (Reason::Finalizer, "starting the finalizer".to_owned()),
+                Step::UpdateBootloader => (Reason::Rebooting, "updating the boot loader before the reboot".to_owned()),
+                Step::Reboot => (Reason::Rebooting, format!("rebooting into {}", wanted.image.digest().short())),
+                Step::Verify | Step::DropStaged | Step::CancelTransaction => {
+                    (Reason::HostBusy, "finishing what was begun".to_owned())
+                }
+            };
+            return Some(rule("19", reason, message).state(NodeState::Working));
+        }
+        let active = self.host.transaction.as_ref()?;
+        if active.ours.is_some() {
+            // Row 19 of an earlier run of the agent: staging attaches to it.
+            return Some(
+                rule("19", Reason::Staging, self.staging(wanted))
+                    .state(NodeState::Working)
+                    .doing(Action::Stage { image: wanted.image.clone() }),
+            );
+        }
+        let waited = self.waited(Clock::ForeignTransaction, &subject);
+        let message = if waited < TRANSACTION_PATIENCE {
+            format!("waiting for the transaction `{}` to end", active.title)
+        } else {
+            format!(
+                "the transaction `{}` of {} has blocked the update for over 30 min; see `rpm-ostree status`, end it \
+                 with `rpm-ostree cancel`",
+                active.title, active.client
+            )
+        };
+        Some(
+            rule("19", Reason::ForeignTransaction, message)
+                .state(NodeState::Working)
+                .clock(Clock::ForeignTransaction, subject)
+                .wake(SOON),
+        )
+    }
+
+    fn staging(&self, wanted: &Wanted<'_>) -> String {
+        format!("staging {} while workloads run", wanted.image.digest().short())
+    }
+
+    /// Rows 20 and 21.
+    fn stage(&self, wanted: &Wanted<'_>) -> Decision {
+        if self.host.booted().is_some_and(|booted| booted.layered) {
+            let message = "packages are layered on this host by hand, and a rebase would drag them along; remove them \
+                           with `rpm-ostree reset`, or put them into the image";
+            return self.refuse("20", Reason::LayeredPackages, message);
+        }
+        if let (Some(free), Some(needed)) = (self.machine.boot_free, self.machine.boot_needed) {
+            // The rollback's kernel makes room at finalization (libostree 2023.7 and later).
+            let reclaimable = self.host.rollback().filter(|rollback| !rollback.pinned).map_or(0, |_| needed);
+            if free.saturating_add(reclaimable) < needed.saturating_add(BOOT_MARGIN) {
+                let message = format!(
+                    "/boot has {} MiB free and another kernel needs {}; remove deployments with `rpm-ostree cleanup -r`",
+                    free >> 20,
+                    needed >> 20
+                );
+                return self.refuse("20", Reason::BootFull, message);
+            }
+        }
+        let stage = Action::Stage { image: wanted.image.clone() };
+        match self.failure(Step::Stage, &wanted.image.to_string()) {
+            None => rule("21", Reason::Staging, self.staging(wanted)).state(NodeState::Working).doing(stage),
+            Some(failure) => {
+                let decision = self.rest_if_refused(self.failed("21", failure, TRANSIENT_PATIENCE));
+                self.when_due(decision, failure, stage)
+            }
+        }
+    }
+
+    /// Row 22.
+    fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
+        let (demanded, actual) = (staged.wanted_arguments.as_ref()?, staged.arguments.as_ref()?);
+        let append: Vec<String> = demanded.iter().filter(|argument| !actual.contains(argument)).cloned().collect();
+        // What the running image's config demanded and the new one does not.
+        let before = self.host.booted().and_then(|booted| booted.wanted_arguments.as_deref()).unwrap_or_default();
+        let delete: Vec<String> = before
+            .iter()
+            .filter(|argument| !demanded.contains(argument) && actual.contains(argument))
+            .cloned()
+            .collect();
+        if append.is_empty() && delete.is_empty() {
+            return None;
+        }
+        let subject = wanted.image.to_string();
+        let action = Action::SetKernelArguments { append, delete };
+        match self.failure(Step::KernelArguments, &subject) {
+            None => {
+                let message = format!("giving the staged image the kernel arguments of {}", wanted.config);
+                Some(rule("22", Reason::KernelArguments, message).state(NodeState::Working).doing(action))
+            }
+            Some(failure) => {
+                let decision = self.rest_if_refused(self.failed("22", failure, TRANSIENT_PATIENCE));
+                Some(self.when_due(decision, failure, action))
+            }
+        }
+    }
+
+    /// Row 23: everything that may hold up the reboot holds it up before the drain.
+    fn hindrance(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let working = |reason, message: String| rule("23", reason, message).state(NodeState::Working);
+        let image = wanted.image.digest().short();
+        if let Some(why) = &self.node.hold {
+            let message =
+                format!("{image} is staged and held: {}. Remove the annotation {HOLD} to go on", printable(why, 200));
+            return Some(working(Reason::Held, message));
+        }
+        if let Some(inhibitor) = self.machine.inhibitors.first() {
+            let message = format!(
+                "{image} is staged; `{}` inhibits the shutdown: {}. See `systemd-inhibit --list`",
+                inhibitor.who, inhibitor.why
+            );
+            return Some(working(Reason::Inhibited, message).wake(SOON));
+        }
+        if let Some(left) = self.limits.uptime_floor.checked_sub(self.machine.uptime).filter(|left| *left > 0) {
+            let minutes = self.limits.uptime_floor / MINUTE;
+            let message = format!("{image} is staged; no reboot before the machine has been up {minutes} min");
+            return Some(working(Reason::UptimeFloor, message).wake(left));
+        }
+        match self.machine.finalizer {
+            UnitState::Active => None,
+            _ => {
+                let decision =
+                    working(Reason::Finalizer, format!("{image} is staged; starting its finalizer")).wake(SOON);
+                Some(match self.failure(Step::StartFinalizer, "") {
+                    None => decision.doing(Action::StartFinalizer),
+                    Some(failure) => {
+                        self.when_due(self.failed("23", failure, TRANSIENT_PATIENCE), failure, Action::StartFinalizer)
+                    }
+                })
+            }
+        }
+    }
+
+    /// Row 24.
+    fn drain(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        // The workloads of a single node have nowhere to go.
+        if self.node.topology.as_deref() == Some("SingleReplica") {
+            return None;
+        }
+        let value = format!("drain-{}", wanted.config);
+        let image = wanted.image.digest().short();
+        let (desired, applied) = (self.node.desired_drain.as_deref(), self.node.last_applied_drain.as_deref());
+        let pending = |reason, message: String| {
+            rule("24", reason, message).state(NodeState::Working).clock(Clock::Drain, value.clone())
+        };
+        if desired != Some(value.as_str()) {
+            // The controller compares strings: a drain asked for before the uncordon is acknowledged would count as done.
+            if let Some(uncordon) =
+                desired.filter(|desired| desired.starts_with("uncordon-") && applied != Some(*desired))
+            {
+                return Some(self.uncordon_pending("24", uncordon.to_owned()));
+            }
+            let message = format!("{image} is staged; waiting for the drain controller to drain the node");
+            return Some(pending(Reason::DrainPending, message).doing(Action::RequestDrain { value: value.clone() }));
+        }
+        if applied != Some(value.as_str()) {
+            let waited = self.waited(Clock::Drain, &value);
+            return Some(if waited < DRAIN_PATIENCE {
+                let message = format!("{image} is staged; waiting for the drain controller to drain the node");
+                pending(Reason::DrainPending, message).wake(DRAIN_PATIENCE.saturating_sub(waited))
+            } else {
+                let message = "the drain has taken over an hour; look for a PodDisruptionBudget that allows no \
+                               eviction: `oc adm drain --dry-run`, and the machine-config-controller's log. The \
+                               request stands";
+                pending(Reason::DrainStuck, message.to_owned()).state(NodeState::Degraded)
+            });
+        }
+        match self.node.schedulable {
+            Some(false) => None,
+            // Part of the reboot already; the cluster is told when it is certain.
+            None => Some(rebooting(wanted).doing(Action::ConfirmDrain)),
+            Some(true) => {
+                let message = "somebody uncordoned the node after it was drained; it is uncordoned for good, then \
+                               drained again";
+                Some(
+                    pending(Reason::UncordonedByOther, message.to_owned())
+                        .doing(Action::RequestUncordon { value: format!("uncordon-{}", wanted.config) }),
+                )
+            }
+        }
+    }
+
+    /// Row 25.
+    fn reboot(&self, wanted: &Wanted<'_>) -> Decision {
+        let image = wanted.image.clone();
+        let decision = rule("25", Reason::Rebooting, format!("rebooting into {}", image.digest().short()))
+            .state(NodeState::Working);
+        let updates_bootloader = self.machine.bootloader_update != UnitState::Absent;
+        if updates_bootloader && self.memory.bootloader_updated_for.as_ref() != Some(&image) {
+            return decision.doing(Action::UpdateBootloader);
+        }
+        let boot_id = self.machine.boot_id.clone();
+        let earlier = self.node.attempt.as_ref().filter(|attempt| attempt.image == image);
+        if earlier.is_none_or(|attempt| attempt.boot_id != boot_id) {
+            let count = earlier.map_or(0, |attempt| attempt.count).saturating_add(1);
+            let unknown = self.node.attempt.as_ref().map(|attempt| attempt.unknown.clone()).unwrap_or_default();
+            return decision.doing(Action::RecordAttempt { attempt: Attempt { image, boot_id, count, unknown } });
+        }
+        match self.failure(Step::Reboot, &image.to_string()) {
+            None => decision.doing(Action::Reboot { image }),
+            Some(failure) => {
+                self.when_due(self.failed("25", failure, TRANSIENT_PATIENCE), failure, Action::Reboot { image })
+            }
+        }
+    }
+}
+
+fn rebooting(wanted: &Wanted<'_>) -> Decision {
+    rule("25", Reason::Rebooting, format!("rebooting into {}", wanted.image.digest().short()))
+}
