@@ -27,7 +27,7 @@ use serde_json::{Map, Value, json};
 /// What a refusal must contain one of: something that somebody can do.
 const WAYS_OUT: &[&str] = &[
     "`",
-    "nnotate ",
+    "annotat",
     "delete ",
     "set ",
     "remove ",
@@ -39,7 +39,7 @@ const WAYS_OUT: &[&str] = &[
     "give ",
     "push ",
     "free ",
-    "Take ",
+    "take ",
 ];
 
 /// Longest message, in characters: `systemctl status`, annotations and Events all show it whole.
@@ -208,7 +208,7 @@ fn sound(decision: &Decision, says: &[String]) -> Result<(), String> {
         return Err(format!("the message is too long or not one line: {message}"));
     }
     let refuses = matches!(decision.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
-    if refuses && !WAYS_OUT.iter().any(|way| message.contains(way)) {
+    if refuses && !WAYS_OUT.iter().any(|way| message.to_lowercase().contains(way)) {
         return Err(format!("the message names no way out: {message}"));
     }
     match says.iter().find(|part| !message.contains(*part)) {

@@ -1,0 +1,1226 @@
+//! What no decision may ever do, and what every run must come to.
+//!
+//! Two ways to look: random situations, of which most never happen, and a small world that the loop really lives in
+//! (drain controller, host, registry, operators, power cuts), walked breadth-first within budgets and at random beyond.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests; what is generated is well formed"
+)]
+
+use std::cell::RefCell;
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::sync::Mutex;
+
+use proptest::prelude::*;
+use rebase_agent::act;
+use rebase_agent::decide::decide;
+use rebase_agent::host::is_image;
+use rebase_agent::model::{
+    Action, Attempt, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts, Inhibitor,
+    Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading, Reason,
+    Running, Since, Step, Transaction, UnitState,
+};
+use rebase_agent::report::{ATTEMPT, MCO, Patch, report};
+use rebase_agent::schedule::Backoff;
+
+const MINUTE: u64 = 60_000;
+
+fn digest(letter: char) -> Digest {
+    Digest::parse(&format!("sha256:{}", letter.to_string().repeat(64))).unwrap()
+}
+
+thread_local! {
+    /// Parsing a reference is the slowest thing here, and there are only a handful.
+    static PARSED: RefCell<HashMap<String, Option<PinnedImage>>> = RefCell::default();
+}
+
+fn parsed(text: &str) -> Option<PinnedImage> {
+    PARSED.with_borrow_mut(|known| match known.get(text) {
+        Some(image) => image.clone(),
+        None => {
+            let image = PinnedImage::try_from(text.to_owned()).ok();
+            known.insert(text.to_owned(), image.clone());
+            image
+        }
+    })
+}
+
+fn image(letter: char) -> PinnedImage {
+    parsed(&format!("registry.example.com/os@{}", digest(letter))).unwrap()
+}
+
+fn facts(letter: char, config: &str) -> ImageFacts {
+    ImageFacts {
+        image: image(letter),
+        instance: digest(letter),
+        architecture: "amd64".into(),
+        bootable: true,
+        rendered_config: Some(config.into()),
+        size: 1,
+        vouched_by: "docker \"registry.example.com\"".into(),
+    }
+}
+
+fn fault(reason: Reason, retryable: bool) -> Fault {
+    Fault { reason, message: format!("it went wrong ({reason}); see `journalctl`"), retryable }
+}
+
+fn apply(patch: &Patch, node: &mut NodeFacts) {
+    for (key, value) in patch {
+        let value = value.clone();
+        if key == ATTEMPT {
+            node.attempt = value.map(|text| serde_json::from_str(&text).expect("an attempt that can be read back"));
+            continue;
+        }
+        match key.strip_prefix(MCO).expect("one of MCO's annotations") {
+            "state" => node.state = value,
+            "reason" => node.reason = value,
+            "desiredDrain" => node.desired_drain = value,
+            "currentConfig" => node.current_config = value,
+            "currentImage" => node.current_image = value,
+            "desiredConfig" => node.desired_config = value,
+            "desiredImage" => node.desired_image = value,
+            odd => panic!("{odd} is not ours to write"),
+        }
+    }
+}
+
+// --- what holds for every decision --------------------------------------------------------------------------------
+
+/// The first law that `decision` breaks.
+fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision: &Decision) -> Result<(), String> {
+    let law = |holds: bool, law: &str| if holds { Ok(()) } else { Err(law.to_owned()) };
+    let message = &decision.message;
+    law(!message.chars().any(char::is_control) && message.chars().count() <= 900, "a message is one short line")?;
+    law(matches!(seen.cluster, Reading::Known(_)) || decision.action == Action::Nothing, "nothing without the Node")?;
+    let refuses = matches!(decision.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
+    law(!refuses || names_a_way_out(message), "a refusal names a way out")?;
+    let (Reading::Known(node), Reading::Known(host), Reading::Known(machine)) =
+        (&seen.cluster, &seen.host, &seen.machine)
+    else {
+        return law(decision.action == Action::Nothing, "nothing is done to a host that cannot be read");
+    };
+    if machine.shutting_down {
+        return law(decision.action == Action::Nothing && decision.state.is_none(), "nothing at shutdown");
+    }
+    let wanted = node.desired_image.as_deref().and_then(parsed);
+    let config = node.desired_config.as_deref().unwrap_or_default();
+    let proof = wanted.as_ref().and_then(|image| memory.verified.get(image));
+    let is = |deployment: &Deployment| wanted.as_ref().is_some_and(|image| is_image(deployment, image, proof));
+    let booted = host.booted().is_some_and(is);
+    let staged_other = host.staged().is_some_and(|staged| !is(staged));
+    let fit = proof.is_some_and(|facts| facts.architecture == machine.architecture && facts.bootable);
+    let idle = seen.running.is_none();
+    match &decision.action {
+        Action::Reboot { image } => {
+            let staged = host.staged().ok_or("a reboot needs something staged")?;
+            law(is(staged) && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
+            law(fit, "a reboot goes into an image that this process verified")?;
+            if let Some(demanded) = &staged.wanted_arguments {
+                let there = staged.arguments.as_deref().unwrap_or_default();
+                law(demanded.iter().all(|argument| there.contains(argument)), "a reboot has its kernel arguments")?;
+            }
+            let drain = Some(format!("drain-{config}"));
+            let drained =
+                node.desired_drain == drain && node.last_applied_drain == drain && node.schedulable == Some(false);
+            law(drained || node.topology.as_deref() == Some("SingleReplica"), "a reboot is of a drained node")?;
+            let counted = node.attempt.as_ref().is_some_and(|a| a.image == *image && a.boot_id == machine.boot_id);
+            law(counted, "a reboot is counted before")?;
+            law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what reboots")?;
+            law(machine.uptime >= limits.uptime_floor, "no reboot before the floor")?;
+            law(machine.finalizer == UnitState::Active, "a reboot has its finalizer")?;
+            law(idle && host.transaction.is_none(), "a reboot interrupts nothing")?;
+        }
+        Action::Stage { image } => {
+            law(wanted.as_ref() == Some(image) && fit && !booted, "only a verified, desired, fitting image is staged")?;
+            law(idle, "one task at a time")?;
+        }
+        Action::SetKernelArguments { .. } => {
+            law(fit && host.staged().is_some_and(is), "only the verified, desired image is changed")?;
+        }
+        Action::Verify { image } => law(wanted.as_ref() == Some(image), "only the desired image is verified")?,
+        Action::DropStaged { checksum } => {
+            law(staged_other && host.staged().unwrap().checksum == *checksum, "only what is not desired is dropped")?;
+            law(host.transaction.is_none(), "nothing is dropped under a transaction")?;
+        }
+        Action::CancelTransaction => {
+            let ours = host.transaction.as_ref().and_then(|transaction| transaction.ours.as_ref());
+            law(ours.is_some_and(|ours| wanted.as_ref().is_some_and(|w| w.digest() != ours)), "only ours, obsolete")?;
+        }
+        Action::AbortTask => law(!idle, "there is something to abort")?,
+        Action::RequestDrain { value } => {
+            law(host.staged().is_some_and(is) && fit, "no drain before the image is verified and staged")?;
+            law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what is drained")?;
+            law(value.strip_prefix("drain-") == Some(config), "a drain is for the desired config")?;
+        }
+        Action::RequestUncordon { value } => {
+            law(value.starts_with("uncordon-"), "an uncordon is called so")?;
+            law(node.desired_drain.as_ref() != Some(value), "an uncordon is asked for once")?;
+        }
+        Action::RecordAttempt { attempt } => {
+            law(attempt.count <= 2 && attempt.boot_id == machine.boot_id, "two boots per image")?;
+            law(host.staged().is_some_and(is) && fit && node.hold.is_none(), "what is counted is about to happen")?;
+        }
+        Action::Settle => {
+            law(booted && !staged_other, "Done is what is booted, and nothing else is staged")?;
+            let drain = node.desired_drain.as_deref().unwrap_or_default();
+            law(drain.starts_with("uncordon-"), "Done comes after the uncordon")?;
+            law(node.desired_drain == node.last_applied_drain, "Done comes after the uncordon's acknowledgement")?;
+            law(machine.kubelet == UnitState::Active, "Done is healthy")?;
+        }
+        Action::Publish { .. } => law(node.current_config.is_none(), "only a new node is published")?,
+        Action::Nothing | Action::StartFinalizer | Action::ConfirmDrain | Action::UpdateBootloader => {}
+    }
+    law(decision.state != Some(NodeState::Done) || decision.action == Action::Settle, "Done is said by settling only")?;
+    // What failed just now is not begun again at once.
+    if let (true, Some((step, subject))) =
+        (idle, act::step(&decision.action, &wanted.map(|image| image.to_string()).unwrap_or_default()))
+        && let Some(failure) = memory.failures.get(&step).filter(|failure| failure.subject == subject)
+    {
+        let pauses = failure.last.saturating_add(1_000) <= now.mono || host.transaction.is_some();
+        law(pauses, "a failure is followed by a pause")?;
+    }
+    Ok(())
+}
+
+fn names_a_way_out(message: &str) -> bool {
+    let message = message.to_lowercase();
+    ["`", "annotat", "delete ", "set ", "remove ", "build ", "sign ", "correct ", "see ", "hand it back", "give "]
+        .iter()
+        .any(|way| message.contains(way))
+}
+
+// --- (a) random situations ----------------------------------------------------------------------------------------
+
+/// Choices, mostly the first of each list: situations close to one where something happens.
+struct Tape<'a>(std::slice::Iter<'a, u8>);
+
+impl Tape<'_> {
+    fn pick<T: Clone>(&mut self, choices: &[T]) -> T {
+        let byte = usize::from(self.0.next().copied().unwrap_or_default());
+        let index = if byte < 200 || choices.len() == 1 { 0 } else { 1 + (byte - 200) % (choices.len() - 1) };
+        choices[index].clone()
+    }
+
+    fn even<T: Clone>(&mut self, choices: &[T]) -> T {
+        choices[usize::from(self.0.next().copied().unwrap_or_default()) % choices.len()].clone()
+    }
+
+    fn flag(&mut self) -> bool {
+        self.pick(&[false, true])
+    }
+}
+
+fn deployment(tape: &mut Tape<'_>, letter: char) -> Deployment {
+    let letter = tape.pick(&[letter, 'a', 'b', 'c', 'd']);
+    let arguments = vec!["nosmt".to_owned(), "quiet".to_owned()];
+    Deployment {
+        id: format!("os-{letter}.0"),
+        osname: "os".into(),
+        checksum: letter.to_string(),
+        booted: false,
+        staged: false,
+        pinned: tape.flag(),
+        version: None,
+        reference: tape.pick(&[
+            Some(image(letter).to_string()),
+            None,
+            Some("registry.example.com/os:latest".into()),
+            Some("%%%".into()),
+        ]),
+        digest: tape.pick(&[Some(digest(letter)), None]),
+        layered: tape.flag(),
+        rendered_config: tape.pick(&[Some("r2".into()), Some("r1".into()), None]),
+        wanted_arguments: tape.pick(&[None, Some(arguments.clone()), Some(vec!["nosmt".into()])]),
+        arguments: tape.pick(&[Some(arguments.clone()), Some(vec!["quiet".into()]), Some(vec![])]),
+    }
+}
+
+fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
+    let tape = &mut Tape(bytes.iter());
+    let now = Now { mono: 100 * MINUTE, unix: 1_000 * MINUTE };
+    let arrived = tape.even(&[false, true]);
+    let drains = ["drain-r2", "uncordon-r2", "drain-r1", "uncordon-r1", "nonsense"].map(|text| Some(text.to_owned()));
+    let drains = if arrived {
+        [drains[1].clone(), drains[0].clone(), None]
+    } else {
+        [drains[0].clone(), drains[1].clone(), drains[2].clone()]
+    };
+    let images = [image('b'), image('a'), image('d')].map(|image| Some(image.to_string()));
+    let attempt = Attempt {
+        image: tape.pick(&[image('b'), image('a')]),
+        boot_id: BootId(tape.pick(&["now", "before"]).into()),
+        count: tape.pick(&[1, 2, 3]),
+        unknown: BTreeMap::new(),
+    };
+    let node = NodeFacts {
+        name: "worker-0".into(),
+        desired_config: tape.pick(&[Some("r2".into()), Some("r1".into())]),
+        current_config: tape.pick(&[Some("r1".into()), Some("r2".into()), None]),
+        desired_image: tape.pick(&[images[0].clone(), images[1].clone(), images[2].clone(), None, Some("x:y".into())]),
+        current_image: tape.pick(&[images[1].clone(), images[0].clone(), None]),
+        state: tape.pick(&["Working", "Done", "Degraded", "Unreconcilable", "what"]).to_owned().into(),
+        reason: tape.pick(&[None, Some("Staging: x".into())]),
+        desired_drain: tape.pick(&drains),
+        last_applied_drain: tape.pick(&drains),
+        topology: tape.pick(&[None, Some("SingleReplica".into()), Some("HighlyAvailable".into())]),
+        attempt: tape.pick(&[Some(attempt), None]),
+        hold: tape.pick(&[None, Some(String::new()), Some("because\nI say so".into())]),
+        schedulable: tape.pick(&[Some(false), Some(true), None]),
+        other_writer: tape.pick(&[
+            None,
+            Some(OtherWriter { manager: "machine-config-daemon".into(), unix: now.unix - 1 }),
+            Some(OtherWriter { manager: "machine-config-daemon".into(), unix: 1 }),
+        ]),
+    };
+    let mut booted = deployment(tape, if arrived { 'b' } else { 'a' });
+    booted.booted = true;
+    let mut deployments = vec![booted];
+    if tape.pick(&[!arrived, arrived]) {
+        let mut staged = deployment(tape, 'b');
+        staged.staged = true;
+        deployments.insert(0, staged);
+    }
+    if tape.flag() {
+        deployments.push(deployment(tape, 'b'));
+    }
+    let transaction = |ours| Some(Transaction { title: "t".into(), client: "c".into(), ours });
+    let transactions = [None, transaction(None), transaction(Some(digest('b'))), transaction(Some(digest('c')))];
+    let transaction = if arrived && deployments[0].staged { None } else { tape.pick(&transactions) };
+    let host = HostFacts { deployments, transaction };
+    let machine = MachineFacts {
+        boot_id: BootId("now".into()),
+        uptime: tape.pick(&[10 * MINUTE, MINUTE]),
+        architecture: tape.pick(&["amd64".to_owned(), "arm64".to_owned()]),
+        command_line: tape.pick(&[vec!["nosmt".into(), "quiet".into()], vec![]]),
+        boot_free: tape.pick(&[Some(u64::MAX), Some(0), None]),
+        boot_needed: tape.pick(&[Some(1 << 20), Some(u64::MAX), None]),
+        finalizer: tape.pick(&[UnitState::Active, UnitState::Inactive, UnitState::Failed, UnitState::Absent]),
+        kubelet: tape.pick(&[UnitState::Active, UnitState::Activating, UnitState::Failed]),
+        bootloader_update: tape.pick(&[UnitState::Absent, UnitState::Inactive, UnitState::Failed]),
+        finalize_failed: tape.flag(),
+        inhibitors: tape.pick(&[vec![], vec![Inhibitor { who: "w".into(), why: "y".into() }]]),
+        shutting_down: tape.flag(),
+        first_boot: None,
+    };
+    let steps = [
+        Step::Verify,
+        Step::Stage,
+        Step::DropStaged,
+        Step::CancelTransaction,
+        Step::KernelArguments,
+        Step::StartFinalizer,
+        Step::UpdateBootloader,
+        Step::Reboot,
+    ];
+    let subjects = [
+        image('b').to_string(),
+        image('a').to_string(),
+        "b".into(),
+        "c".into(),
+        String::new(),
+        digest('c').to_string(),
+    ];
+    let running = Running { step: tape.even(&steps), subject: tape.even(&subjects) };
+    let mut memory = Memory::default();
+    if tape.pick(&[true, false]) {
+        let mut known = facts('b', "r2");
+        known.architecture = tape.pick(&["amd64".into(), "arm64".into()]);
+        known.bootable = true;
+        known.rendered_config = tape.pick(&[Some("r2".into()), Some("r1".into()), None]);
+        memory.verified.insert(known.image.clone(), known);
+    }
+    for _ in 0..tape.even(&[0, 0, 1, 2]) {
+        let reasons = [Reason::HostBusy, Reason::SignatureMissing, Reason::SignatureRejected, Reason::DiskFull];
+        let last = now.mono - tape.even(&[1_000, 5_000, 10 * MINUTE]);
+        let failure = Failure {
+            subject: tape.even(&subjects),
+            fault: fault(tape.even(&reasons), tape.even(&[true, false])),
+            first: last - tape.even(&[0, 20 * MINUTE]),
+            last,
+            count: tape.even(&[1, 2, u32::MAX]),
+        };
+        memory.failures.insert(tape.even(&steps), failure);
+    }
+    let clocks = [
+        Clock::HostUnreadable,
+        Clock::Health,
+        Clock::Drain,
+        Clock::Uncordon,
+        Clock::ConfigAhead,
+        Clock::RebootAccepted,
+    ];
+    for _ in 0..tape.even(&[0, 0, 1, 2]) {
+        let subject =
+            tape.even(&[image('b').to_string(), format!("{} r2", image('b')), "drain-r2".into(), String::new()]);
+        // A clock of the future is one that was kept across a bug; it must not hurt either.
+        let mono = tape.even(&[now.mono - 31 * MINUTE, 0, now.mono, u64::MAX]);
+        memory.clocks.insert(tape.even(&clocks), Since { subject, mono });
+    }
+    if tape.flag() {
+        memory.dropped.push("c".into());
+    }
+    let unknown = |tape: &mut Tape<'_>| tape.pick(&[false, false, false, true]);
+    let observed = Observed {
+        cluster: if unknown(tape) {
+            Reading::Unknown(fault(Reason::ClusterUnreachable, true))
+        } else {
+            Reading::Known(node)
+        },
+        host: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable, true)) } else { Reading::Known(host) },
+        machine: if unknown(tape) {
+            Reading::Unknown(fault(Reason::HostUnreachable, true))
+        } else {
+            Reading::Known(machine)
+        },
+        running: tape.pick(&[None, Some(running)]),
+    };
+    let limits = Limits { accept_config_ahead: tape.flag(), ..Limits::default() };
+    (observed, memory, limits, now)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_decision_breaks_a_law(bytes in prop::collection::vec(any::<u8>(), 120)) {
+        let (mut observed, mut memory, limits, now) = situation(&bytes);
+        let decision = decide(&observed, &memory, &limits, now);
+        prop_assert_eq!(&decision, &decide(&observed, &memory, &limits, now));
+        if let Err(law) = broken(&observed, &memory, &limits, now, &decision) {
+            prop_assert!(false, "{}: {:#?}\n{:#?}\n{:#?}", law, decision, observed, memory);
+        }
+        // Telling the cluster comes to an end by itself, and tells nothing twice.
+        for round in 0.. {
+            let decision = decide(&observed, &memory, &limits, now);
+            memory.note(&observed, &decision, now);
+            let Reading::Known(node) = &mut observed.cluster else { break };
+            let patch = report(node, &decision);
+            if patch.is_empty() {
+                break;
+            }
+            let before = node.clone();
+            apply(&patch, node);
+            prop_assert_ne!(&before, &*node, "a patch that changes nothing: {:?} for {:?}", patch, decision);
+            prop_assert!(round < 8, "the Node is written for ever: {:?} for {:?}", patch, decision);
+        }
+    }
+}
+
+// --- (b) a small world ----------------------------------------------------------------------------------------------
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Signature {
+    Good,
+    Missing,
+    Rejected,
+}
+
+/// How B behaves once it is to boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nature {
+    Sound,
+    /// Boots, fails and is rolled back.
+    RollsBack,
+    /// The boot loader never gets it.
+    NeverFinalized,
+    /// Boots; its kubelet never becomes active.
+    Unhealthy,
+}
+
+/// How often the world may still be unkind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Budget {
+    retargets: u8,
+    failures: u8,
+    restarts: u8,
+    uncordons: u8,
+    holds: u8,
+    human_stages: u8,
+    foreign_transactions: u8,
+    power_cuts: u8,
+    orderly_reboots: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Scenario {
+    name: &'static str,
+    signature: Signature,
+    nature: Nature,
+    same_config: bool,
+    single: bool,
+    kernel_arguments: bool,
+    budget: Budget,
+}
+
+const PLAIN: Scenario = Scenario {
+    name: "plain",
+    signature: Signature::Good,
+    nature: Nature::Sound,
+    same_config: false,
+    single: false,
+    kernel_arguments: false,
+    budget: Budget {
+        retargets: 0,
+        failures: 0,
+        restarts: 0,
+        uncordons: 0,
+        holds: 0,
+        human_stages: 0,
+        foreign_transactions: 0,
+        power_cuts: 0,
+        orderly_reboots: 0,
+    },
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Agent,
+    TaskSucceeds,
+    TaskFails,
+    ControllerBegins,
+    ControllerEnds,
+    TransactionEnds,
+    Reboots,
+    Time,
+    LongTime,
+    Retarget,
+    Sign,
+    Hold,
+    Release,
+    Uncordon,
+    Restart,
+    HumanStages,
+    HumanCleansUp,
+    ForeignTransaction,
+    PowerCut,
+    OrderlyReboot,
+}
+
+const EVENTS: &[Event] = &[
+    Event::Agent,
+    Event::TaskSucceeds,
+    Event::TaskFails,
+    Event::ControllerBegins,
+    Event::ControllerEnds,
+    Event::TransactionEnds,
+    Event::Reboots,
+    Event::Time,
+    Event::LongTime,
+    Event::Retarget,
+    Event::Sign,
+    Event::Hold,
+    Event::Release,
+    Event::Uncordon,
+    Event::Restart,
+    Event::HumanStages,
+    Event::ForeignTransaction,
+    Event::PowerCut,
+    Event::OrderlyReboot,
+];
+
+#[derive(Clone)]
+struct World {
+    scenario: Scenario,
+    budget: Budget,
+    signature: Signature,
+    node: NodeFacts,
+    cordoned: bool,
+    host: HostFacts,
+    finalizer: UnitState,
+    arguments: Vec<String>,
+    boot: u32,
+    going_down: bool,
+    now: Now,
+    memory: Memory,
+    task: Option<Running>,
+    task_action: Action,
+    /// Everything is being looked at once more, as before a reboot.
+    confirm: bool,
+    /// The agent has nothing to do until something changes.
+    quiet: bool,
+    wake: u64,
+    last: Option<Decision>,
+    /// Boots of B that the agent asked for while it was desired without interruption.
+    boots: u8,
+    counted_in: Option<u32>,
+}
+
+fn plain(letter: char) -> Deployment {
+    Deployment {
+        id: letter.to_string(),
+        osname: "os".into(),
+        checksum: letter.to_string(),
+        digest: Some(digest(letter)),
+        ..Deployment::default()
+    }
+}
+
+impl World {
+    fn new(scenario: Scenario) -> Self {
+        let node = NodeFacts {
+            desired_config: Some("r1".into()),
+            current_config: Some("r1".into()),
+            desired_image: Some(image('a').to_string()),
+            current_image: Some(image('a').to_string()),
+            state: Some("Done".into()),
+            desired_drain: Some("uncordon-r1".into()),
+            last_applied_drain: Some("uncordon-r1".into()),
+            topology: scenario.single.then(|| "SingleReplica".to_owned()),
+            ..NodeFacts::default()
+        };
+        let mut world = Self {
+            scenario,
+            budget: scenario.budget,
+            signature: scenario.signature,
+            node,
+            cordoned: false,
+            host: HostFacts { deployments: vec![Deployment { booted: true, ..plain('a') }], transaction: None },
+            finalizer: UnitState::Inactive,
+            arguments: Vec::new(),
+            boot: 1,
+            going_down: false,
+            now: Now { mono: MINUTE, unix: MINUTE },
+            memory: Memory::default(),
+            task: None,
+            task_action: Action::Nothing,
+            confirm: false,
+            quiet: false,
+            wake: 0,
+            last: None,
+            boots: 0,
+            counted_in: None,
+        };
+        world.retarget();
+        world
+    }
+
+    fn desired(&self) -> char {
+        if self.node.desired_image.as_deref().is_some_and(|text| text.ends_with('a')) { 'a' } else { 'b' }
+    }
+
+    fn booted(&self) -> char {
+        self.host.booted().unwrap().checksum.chars().next().unwrap()
+    }
+
+    fn retarget(&mut self) {
+        let (letter, config) = if self.desired() == 'a' { ('b', "r2") } else { ('a', "r1") };
+        self.node.desired_image = Some(image(letter).to_string());
+        self.node.desired_config = Some(if self.scenario.same_config { "r1" } else { config }.to_owned());
+        self.boots = 0;
+    }
+
+    fn observed(&self) -> Observed {
+        let node = NodeFacts { schedulable: self.confirm.then_some(!self.cordoned), ..self.node.clone() };
+        let unhealthy = self.scenario.nature == Nature::Unhealthy && self.booted() == 'b';
+        Observed {
+            cluster: Reading::Known(node),
+            host: Reading::Known(self.host.clone()),
+            machine: Reading::Known(MachineFacts {
+                boot_id: BootId(self.boot.to_string()),
+                uptime: 60 * MINUTE,
+                architecture: "amd64".into(),
+                command_line: self.arguments.clone(),
+                boot_free: None,
+                boot_needed: None,
+                finalizer: self.finalizer,
+                kubelet: if unhealthy { UnitState::Failed } else { UnitState::Active },
+                bootloader_update: UnitState::Absent,
+                finalize_failed: false,
+                inhibitors: Vec::new(),
+                shutting_down: self.going_down,
+                first_boot: None,
+            }),
+            running: self.task.clone(),
+        }
+    }
+
+    /// One pass of the loop: decide, note, report, act.
+    fn agent(&mut self) -> Result<(), String> {
+        let observed = self.observed();
+        let limits = Limits::default();
+        let decision = decide(&observed, &self.memory, &limits, self.now);
+        broken(&observed, &self.memory, &limits, self.now, &decision)?;
+        self.memory.note(&observed, &decision, self.now);
+        let Reading::Known(node) = &observed.cluster else { panic!("the world has a Node") };
+        let patch = report(node, &decision);
+        apply(&patch, &mut self.node);
+        self.quiet = patch.is_empty();
+        let confirmed = std::mem::take(&mut self.confirm);
+        match &decision.action {
+            Action::AbortTask => {
+                self.task = None;
+                self.quiet = false;
+            }
+            Action::ConfirmDrain => self.confirm = true,
+            Action::Reboot { .. } if !confirmed => self.confirm = true,
+            Action::Settle => {
+                if self.cordoned {
+                    return Err("the node is Done and cordoned, and nobody will uncordon it".into());
+                }
+                if self.booted() != self.desired() {
+                    return Err("the node is Done with another image".into());
+                }
+            }
+            action => {
+                let desired = self.node.desired_image.clone().unwrap();
+                if let (None, Some((step, subject))) = (&self.task, act::step(action, &desired)) {
+                    self.begin(action.clone(), Running { step, subject })?;
+                }
+            }
+        }
+        self.quiet &= !self.confirm;
+        self.wake = decision.wake.unwrap_or(MINUTE);
+        self.last = Some(decision);
+        Ok(())
+    }
+
+    fn begin(&mut self, action: Action, running: Running) -> Result<(), String> {
+        let signed = self.desired() == 'a' || self.signature == Signature::Good;
+        if matches!(action, Action::Stage { .. } | Action::Reboot { .. }) && !signed {
+            return Err("an image that is not signed reaches the host".into());
+        }
+        if matches!(action, Action::Reboot { .. }) {
+            if !(self.cordoned || self.scenario.single) {
+                return Err("a node reboots with its workloads".into());
+            }
+            if self.counted_in.replace(self.boot) != Some(self.boot) {
+                self.boots += 1;
+                if self.boots > 2 {
+                    return Err("a third boot of the same image".into());
+                }
+            }
+        }
+        self.task = Some(running);
+        self.task_action = action;
+        self.quiet = false;
+        Ok(())
+    }
+
+    fn stage(&mut self, letter: char) {
+        self.host.deployments.retain(|deployment| !deployment.staged);
+        let mut staged = Deployment { staged: true, arguments: Some(Vec::new()), ..plain(letter) };
+        if self.scenario.kernel_arguments && letter == 'b' {
+            staged.wanted_arguments = Some(vec!["nosmt".into()]);
+        }
+        self.host.deployments.insert(0, staged);
+    }
+
+    /// What the loop does when a task ends well.
+    fn succeed(&mut self) {
+        let Some(running) = self.task.take() else { return };
+        match std::mem::replace(&mut self.task_action, Action::Nothing) {
+            Action::Verify { image: wanted } => {
+                let letter = if wanted == image('a') { 'a' } else { 'b' };
+                let problem = match self.signature {
+                    Signature::Missing if letter == 'b' => Some(fault(Reason::SignatureMissing, true)),
+                    Signature::Rejected if letter == 'b' => Some(fault(Reason::SignatureRejected, false)),
+                    _ => None,
+                };
+                if let Some(problem) = problem {
+                    self.memory.failed(running.step, &running.subject, problem, self.now);
+                    return;
+                }
+                let config = if letter == 'a' || self.scenario.same_config { "r1" } else { "r2" };
+                self.memory.verified = BTreeMap::from([(wanted, facts(letter, config))]);
+            }
+            Action::Stage { image: wanted } => {
+                self.host.transaction = None;
+                self.stage(if wanted == image('a') { 'a' } else { 'b' });
+            }
+            Action::DropStaged { checksum } => {
+                self.host.deployments.retain(|deployment| !deployment.staged);
+                self.memory.dropped.insert(0, checksum);
+            }
+            Action::CancelTransaction => self.host.transaction = None,
+            Action::SetKernelArguments { append, delete } => {
+                if let Some(staged) = self.host.deployments.iter_mut().find(|deployment| deployment.staged) {
+                    let arguments = staged.arguments.get_or_insert_default();
+                    arguments.extend(append);
+                    arguments.retain(|argument| !delete.contains(argument));
+                }
+            }
+            Action::StartFinalizer => self.finalizer = UnitState::Active,
+            Action::Reboot { .. } => {
+                self.going_down = true;
+                let since = Since { subject: running.subject.clone(), mono: self.now.mono };
+                self.memory.clocks.insert(Clock::RebootAccepted, since);
+            }
+            _ => {}
+        }
+        self.memory.succeeded(running.step);
+    }
+
+    fn start_over(&mut self) {
+        self.memory = Memory::default();
+        self.task = None;
+        self.confirm = false;
+    }
+
+    /// Down and up again; what is staged boots if it was finalized.
+    fn boots(&mut self, finalized: bool) {
+        self.boot += 1;
+        self.start_over();
+        self.host.transaction = None;
+        self.going_down = false;
+        let staged = self.host.staged().cloned();
+        self.host.deployments.retain(|deployment| !deployment.staged);
+        let nature = self.scenario.nature;
+        if let Some(mut staged) = staged.filter(|staged| {
+            finalized
+                && self.finalizer == UnitState::Active
+                && !(staged.checksum == "b" && nature == Nature::NeverFinalized)
+        }) {
+            let fails = staged.checksum == "b" && nature == Nature::RollsBack;
+            let mut before = self.host.booted().unwrap().clone();
+            before.booted = fails;
+            staged.staged = false;
+            staged.booted = !fails;
+            if !fails {
+                self.arguments = staged.arguments.clone().unwrap_or_default();
+            }
+            // Only the booted one and its rollback are kept.
+            self.host.deployments = if fails { vec![before, staged] } else { vec![staged, before] };
+        }
+        self.finalizer = UnitState::Inactive;
+    }
+
+    /// `event` happens, unless it cannot now.
+    fn happen(&mut self, event: Event) -> Result<bool, String> {
+        fn spend(budget: &mut u8) -> bool {
+            let left = *budget > 0;
+            *budget = budget.saturating_sub(1);
+            left
+        }
+        if self.going_down && !matches!(event, Event::Agent | Event::Reboots | Event::Retarget | Event::Time) {
+            return Ok(false);
+        }
+        let drain = self.node.desired_drain.clone().unwrap_or_default();
+        let asked = self.node.desired_drain != self.node.last_applied_drain;
+        let stages = self.task.as_ref().is_some_and(|task| task.step == Step::Stage);
+        let happened = match event {
+            Event::Agent => {
+                if self.quiet {
+                    return Ok(false);
+                }
+                self.agent()?;
+                return Ok(true);
+            }
+            Event::TaskSucceeds => {
+                let busy = self.task.is_some();
+                self.succeed();
+                busy
+            }
+            Event::TaskFails => {
+                let fails = self.task.is_some() && spend(&mut self.budget.failures);
+                if let Some(running) = self.task.take_if(|_| fails) {
+                    let reason =
+                        if running.step == Step::Verify { Reason::RegistryUnreachable } else { Reason::HostBusy };
+                    self.memory.failed(running.step, &running.subject, fault(reason, true), self.now);
+                }
+                fails
+            }
+            Event::ControllerBegins => {
+                let begins = asked && drain.starts_with("drain-") && !self.cordoned;
+                self.cordoned |= begins;
+                begins
+            }
+            Event::ControllerEnds => {
+                let ends = asked && (drain.starts_with("uncordon-") || self.cordoned);
+                if ends {
+                    self.cordoned = drain.starts_with("drain-");
+                    self.node.last_applied_drain = Some(drain);
+                }
+                ends
+            }
+            Event::TransactionEnds => match self.host.transaction.take() {
+                Some(transaction) => {
+                    if let Some(ours) = transaction.ours {
+                        self.stage(if ours == digest('a') { 'a' } else { 'b' });
+                    }
+                    true
+                }
+                None => false,
+            },
+            Event::Reboots => {
+                let reboots = self.going_down;
+                if reboots {
+                    self.boots(true);
+                }
+                reboots
+            }
+            Event::Time => {
+                let waits = self.quiet;
+                self.now.mono += if waits { self.wake.max(1) } else { 0 };
+                waits
+            }
+            Event::LongTime => {
+                let waits = self.quiet;
+                self.now.mono += if waits { 61 * MINUTE } else { 0 };
+                waits
+            }
+            Event::Retarget => {
+                let changes = spend(&mut self.budget.retargets);
+                if changes {
+                    self.retarget();
+                }
+                changes
+            }
+            Event::Sign => {
+                let signs = self.signature == Signature::Missing;
+                if signs {
+                    self.signature = Signature::Good;
+                }
+                signs
+            }
+            Event::Hold => {
+                let holds = self.node.hold.is_none() && spend(&mut self.budget.holds);
+                if holds {
+                    self.node.hold = Some("maintenance".into());
+                }
+                holds
+            }
+            Event::Release => self.node.hold.take().is_some(),
+            Event::Uncordon => {
+                let uncordons = self.cordoned && spend(&mut self.budget.uncordons);
+                self.cordoned &= !uncordons;
+                uncordons
+            }
+            Event::Restart => {
+                let restarts = spend(&mut self.budget.restarts);
+                if restarts {
+                    // The host tool goes on without us.
+                    if stages {
+                        let letter =
+                            if self.task.as_ref().unwrap().subject == image('a').to_string() { 'a' } else { 'b' };
+                        let ours = Some(digest(letter));
+                        self.host.transaction =
+                            Some(Transaction { title: "rebase-agent".into(), client: "c".into(), ours });
+                    }
+                    self.start_over();
+                }
+                restarts
+            }
+            Event::HumanStages => {
+                let stages = !stages && self.host.transaction.is_none() && spend(&mut self.budget.human_stages);
+                if stages {
+                    self.stage('c');
+                }
+                stages
+            }
+            Event::HumanCleansUp => {
+                let cleans = self.host.staged().is_some_and(|staged| staged.checksum == "c");
+                if cleans {
+                    self.host.deployments.retain(|deployment| !deployment.staged);
+                }
+                cleans
+            }
+            Event::ForeignTransaction => {
+                let begins = self.task.is_none()
+                    && self.host.transaction.is_none()
+                    && spend(&mut self.budget.foreign_transactions);
+                if begins {
+                    self.host.transaction = Some(Transaction { title: "t".into(), client: "root".into(), ours: None });
+                }
+                begins
+            }
+            Event::PowerCut => {
+                let cut = spend(&mut self.budget.power_cuts);
+                if cut {
+                    self.boots(false);
+                }
+                cut
+            }
+            Event::OrderlyReboot => {
+                let reboots = spend(&mut self.budget.orderly_reboots);
+                if reboots {
+                    self.boots(true);
+                }
+                reboots
+            }
+        };
+        self.quiet &= !happened;
+        Ok(happened)
+    }
+
+    /// The state without what does not matter: absolute times become "over or not", boots become "this one or not".
+    fn key(&self) -> u64 {
+        let mut text = String::with_capacity(400);
+        let node = &self.node;
+        let letter = |image: &Option<String>| image.as_ref().and_then(|text| text.chars().last());
+        let attempt = node.attempt.as_ref().map(|a| (a.count, a.boot_id.0 == self.boot.to_string(), a.image.digest()));
+        write!(
+            text,
+            "{:?}{:?}{:?}{:?}{:?}{:?}{attempt:?}{:?}",
+            letter(&node.desired_image),
+            letter(&node.current_image),
+            node.state,
+            node.desired_drain,
+            node.last_applied_drain,
+            node.current_config,
+            node.hold.is_some(),
+        )
+        .unwrap();
+        for d in &self.host.deployments {
+            write!(text, "{}{}{}{:?}", d.checksum, d.booted, d.staged, d.arguments).unwrap();
+        }
+        let transaction = self.host.transaction.as_ref().map(|t| t.ours.as_ref());
+        write!(text, "{transaction:?}{:?}{:?}{:?}", self.finalizer, self.task, self.memory.verified.keys()).unwrap();
+        for (step, failure) in &self.memory.failures {
+            let backoff = if failure.fault.retryable { Backoff::TRANSIENT } else { Backoff::REFUSAL };
+            let due = failure.last.saturating_add(backoff.delay(failure.count)) <= self.now.mono;
+            let old = self.now.mono.saturating_sub(failure.first) >= 15 * MINUTE;
+            write!(text, "{step:?}{}{:?}{due}{old}", failure.subject, failure.fault.reason).unwrap();
+        }
+        for (clock, since) in &self.memory.clocks {
+            let over = self.now.mono.saturating_sub(since.mono) >= 60 * MINUTE;
+            write!(text, "{clock:?}{}{over}", since.subject).unwrap();
+        }
+        let mut dropped: Vec<_> = self.memory.dropped.iter().collect();
+        dropped.sort_unstable();
+        dropped.dedup();
+        write!(
+            text,
+            "{dropped:?}{}{}{}{}{}{:?}{:?}",
+            self.cordoned,
+            self.going_down,
+            self.confirm,
+            self.quiet,
+            self.boots,
+            self.counted_in.map(|boot| boot == self.boot),
+            self.signature
+        )
+        .unwrap();
+        let mut hasher = DefaultHasher::new();
+        (text, self.budget).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// Everybody does what is due, nobody does harm: the next thing that happens, or `None` at the end.
+    fn fair(&self) -> Option<Event> {
+        if !self.quiet {
+            return Some(Event::Agent);
+        }
+        if self.going_down {
+            return Some(Event::Reboots);
+        }
+        if self.task.is_some() {
+            return Some(Event::TaskSucceeds);
+        }
+        let asked = self.node.desired_drain != self.node.last_applied_drain;
+        if asked {
+            let drains = self.node.desired_drain.as_deref().is_some_and(|drain| drain.starts_with("drain-"));
+            return Some(if drains && !self.cordoned { Event::ControllerBegins } else { Event::ControllerEnds });
+        }
+        if self.host.transaction.is_some() {
+            return Some(Event::TransactionEnds);
+        }
+        let last = self.last.as_ref()?;
+        match last.reason {
+            Reason::Done | Reason::Held => None,
+            // Whoever staged by hand takes the way out that the message names.
+            Reason::StagedByOther if last.action == Action::Nothing && last.wake.is_none() => {
+                Some(Event::HumanCleansUp)
+            }
+            // What failed by chance is tried again; everything else that is refused stays so.
+            Reason::RegistryUnreachable | Reason::HostBusy => Some(Event::Time),
+            _ if last.state == Some(NodeState::Degraded) => None,
+            _ => Some(Event::Time),
+        }
+    }
+
+    /// Whether the end of a fair run is one that may be.
+    fn ends_well(&self) -> Result<(), String> {
+        let last = self.last.as_ref().unwrap();
+        let held = matches!(last.reason, Reason::Held | Reason::HealthFailed);
+        if self.cordoned && !held {
+            return Err(format!("it ends with a cordoned node: {}: {}", last.reason, last.message));
+        }
+        if last.reason == Reason::Done {
+            let said = self.node.state.as_deref() == Some("Done")
+                && self.node.current_image == self.node.desired_image
+                && self.node.current_config == self.node.desired_config
+                && self.booted() == self.desired();
+            return if said { Ok(()) } else { Err("it ends in a Done that is none".into()) };
+        }
+        let told = self.node.reason.as_deref() == Some(format!("{}: {}", last.reason, last.message).as_str());
+        if last.reason != Reason::Held && self.node.state.as_deref() != Some("Degraded") {
+            return Err(format!("it ends without a word to the cluster: {}", last.message));
+        }
+        if told && names_a_way_out(&last.message) { Ok(()) } else { Err(format!("no way out: {}", last.message)) }
+    }
+}
+
+/// More things than any fair run needs; half of them are retries while patience lasts.
+const LONGEST_RUN: usize = 300;
+
+/// Follows the fair run from `world` to its end, or to a state whose run is known to end well.
+fn follow(world: &World, ending: &mut HashSet<u64>, trace: &mut Vec<Event>) -> Result<&'static str, String> {
+    let mut world = world.clone();
+    let mut keys = Vec::new();
+    for _ in 0..LONGEST_RUN {
+        let key = world.key();
+        if ending.contains(&key) {
+            ending.extend(keys);
+            return Ok("known");
+        }
+        keys.push(key);
+        match world.fair() {
+            None => {
+                world.ends_well()?;
+                ending.extend(keys);
+                return Ok(world.last.as_ref().unwrap().reason.as_str());
+            }
+            Some(event) => {
+                trace.push(event);
+                if !world.happen(event)? {
+                    return Err(format!("nothing can happen any more: {:?}", world.last));
+                }
+            }
+        }
+    }
+    Err(format!("it does not end: {:?}", world.last))
+}
+
+/// What an exploration has seen: states, steps between them, and how fair runs ended.
+type Seen = (usize, usize, BTreeMap<&'static str, usize>);
+
+/// Every order of events within the budgets, up to `most` states.
+fn explore(scenario: Scenario, most: usize) -> Result<Seen, String> {
+    let mut parents: HashMap<u64, (u64, Event)> = HashMap::new();
+    let mut queue = VecDeque::from([World::new(scenario)]);
+    let (mut seen, mut ending) = (HashSet::from([queue[0].key()]), HashSet::new());
+    let (mut transitions, mut ends) = (0, BTreeMap::new());
+    let path = |parents: &HashMap<u64, (u64, Event)>, mut key: u64| {
+        let mut events = VecDeque::new();
+        while let Some((parent, event)) = parents.get(&key) {
+            events.push_front(*event);
+            key = *parent;
+        }
+        events
+    };
+    while let Some(world) = queue.pop_front() {
+        let key = world.key();
+        let mut trace = Vec::new();
+        match follow(&world, &mut ending, &mut trace) {
+            Ok(end) => *ends.entry(end).or_default() += 1,
+            Err(why) => return Err(format!("{why}\nafter {:?}\nthen {trace:?}", path(&parents, key))),
+        }
+        if seen.len() >= most {
+            continue;
+        }
+        for event in EVENTS {
+            let mut next = world.clone();
+            match next.happen(*event) {
+                Err(why) => return Err(format!("{why}\nafter {:?}, {event:?}", path(&parents, key))),
+                Ok(false) => {}
+                Ok(true) => {
+                    transitions += 1;
+                    let next_key = next.key();
+                    if seen.insert(next_key) {
+                        parents.insert(next_key, (key, *event));
+                        queue.push_back(next);
+                    }
+                }
+            }
+        }
+    }
+    ends.remove("known");
+    Ok((seen.len(), transitions, ends))
+}
+
+/// The whole world at its unkindest, for the random walks.
+const UNKIND: Budget = Budget {
+    retargets: 0,
+    failures: 0,
+    restarts: 3,
+    uncordons: 2,
+    holds: 2,
+    human_stages: 2,
+    foreign_transactions: 0,
+    power_cuts: 2,
+    orderly_reboots: 2,
+};
+
+fn scenarios() -> Vec<Scenario> {
+    let none = PLAIN.budget;
+    let with = |name, budget| Scenario { name, budget, ..PLAIN };
+    vec![
+        with("restarts", Budget { restarts: 2, ..none }),
+        Scenario { signature: Signature::Missing, ..with("signed late", Budget { restarts: 1, ..none }) },
+        Scenario { signature: Signature::Rejected, ..with("never accepted", Budget { failures: 1, ..none }) },
+        Scenario { nature: Nature::RollsBack, ..with("rolls back", Budget { restarts: 1, ..none }) },
+        Scenario {
+            nature: Nature::NeverFinalized,
+            ..with("never finalized", Budget { restarts: 1, power_cuts: 1, ..none })
+        },
+        Scenario { nature: Nature::Unhealthy, ..with("unhealthy", Budget { restarts: 1, ..none }) },
+        Scenario { single: true, kernel_arguments: true, ..with("single node", Budget { restarts: 1, ..none }) },
+        with("holds and uncordons", Budget { holds: 1, uncordons: 2, restarts: 1, ..none }),
+        with("human hands", Budget { human_stages: 2, ..none }),
+        with("unplanned reboots", Budget { power_cuts: 1, orderly_reboots: 1, ..none }),
+    ]
+}
+
+#[test]
+fn every_fair_run_ends_well() {
+    let queue = Mutex::new(scenarios());
+    let outcomes = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let Some(scenario) = queue.lock().unwrap().pop() else { break };
+                    let outcome = explore(scenario, 15_000);
+                    outcomes.lock().unwrap().push((scenario.name, outcome));
+                }
+            });
+        }
+    });
+    let (mut total, mut wrong) = (0, String::new());
+    for (name, outcome) in outcomes.into_inner().unwrap() {
+        match outcome {
+            Ok((states, steps, ends)) => {
+                total += states;
+                eprintln!("{name}: {states} states, {steps} steps, ends {ends:?}");
+            }
+            Err(why) => write!(wrong, "\n{name}: {why}\n").unwrap(),
+        }
+    }
+    eprintln!("{total} states in all");
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_walk_ends_well(
+        which in any::<prop::sample::Index>(),
+        bytes in prop::collection::vec(any::<u8>(), 0..250),
+    ) {
+        let scenarios = scenarios();
+        let scenario = Scenario { budget: UNKIND, ..*which.get(&scenarios) };
+        let mut world = World::new(scenario);
+        let mut trace = Vec::new();
+        for byte in bytes {
+            // Half of the time the agent runs; what cannot happen is skipped.
+            let event = if byte % 2 == 0 { Event::Agent } else { EVENTS[usize::from(byte / 2) % EVENTS.len()] };
+            match world.happen(event) {
+                Ok(true) => trace.push(event),
+                Ok(false) => {}
+                Err(why) => prop_assert!(false, "{}: {why}\nafter {trace:?}, {event:?}", scenario.name),
+            }
+        }
+        let mut rest = Vec::new();
+        if let Err(why) = follow(&world, &mut HashSet::new(), &mut rest) {
+            prop_assert!(false, "{}: {why}\nafter {trace:?}\nthen {rest:?}", scenario.name);
+        }
+    }
+}
