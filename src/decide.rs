@@ -27,6 +27,8 @@ const REBOOT_PATIENCE: u64 = 30 * MINUTE;
 const UNCORDON_PATIENCE: u64 = 10 * MINUTE;
 /// How long transient failures are merely retried before they are reported as Degraded.
 const TRANSIENT_PATIENCE: u64 = 15 * MINUTE;
+/// Makes an uncordon differ from one that was acknowledged before; to the controller the rest is opaque.
+const AGAIN: &str = "-again";
 /// How soon daemons without a signal to wait for are asked again while an update is under way.
 const SOON: u64 = 10 * SECOND;
 
@@ -45,7 +47,9 @@ pub fn decide(observed: &Observed, memory: &Memory, limits: &Limits, now: Now) -
     }
     let (host, machine) = match (&observed.host, &observed.machine) {
         (Reading::Known(host), Reading::Known(machine)) => (host, machine),
-        (Reading::Unknown(fault), _) | (_, Reading::Unknown(fault)) => return host_unreadable(fault, memory, now),
+        (Reading::Unknown(fault), _) | (_, Reading::Unknown(fault)) => {
+            return host_unreadable(node, fault, memory, now);
+        }
     };
     Rules { observed, node, host, machine, memory, limits, now }.decide()
 }
@@ -91,10 +95,12 @@ fn unreadable(name: &str, fault: &Fault) -> Decision {
     rule(name, fault.reason, fault.message.clone())
 }
 
-fn host_unreadable(fault: &Fault, memory: &Memory, now: Now) -> Decision {
+fn host_unreadable(node: &NodeFacts, fault: &Fault, memory: &Memory, now: Now) -> Decision {
     let decision = unreadable("3", fault).clock(Clock::HostUnreadable, "").wake(SOON);
     let waited = memory.clocks.get(&Clock::HostUnreadable).map_or(0, |since| now.mono.saturating_sub(since.mono));
-    if waited >= HOST_PATIENCE { decision.state(NodeState::Degraded) } else { decision }
+    // A node that follows no image, or another daemon, is not ours to degrade.
+    let ours = node.desired_image.is_some() && node.other_writer.is_none();
+    if ours && waited >= HOST_PATIENCE { decision.state(NodeState::Degraded) } else { decision }
 }
 
 struct Rules<'a> {
@@ -164,15 +170,25 @@ impl<'a> Rules<'a> {
 
     /// Work that has failed, in the failure's own words.
     fn failed(&self, name: &str, failure: &Failure, patience: u64) -> Decision {
-        rule(name, failure.fault.reason, failure.fault.message.clone()).state(self.failing_state(failure, patience))
+        let decision = rule(name, failure.fault.reason, failure.fault.message.clone());
+        match self.failing_state(failure, patience) {
+            NodeState::Working => {
+                let left = failure.first.saturating_add(patience).saturating_sub(self.now.mono);
+                decision.state(NodeState::Working).wake(left)
+            }
+            state => decision.state(state),
+        }
     }
 
     /// `decision` until `failure` may be tried again, then `action`; what the decision itself has to do comes first.
     fn when_due(&self, decision: Decision, failure: &Failure, action: Action) -> Decision {
         let backoff = if failure.fault.retryable { Backoff::TRANSIENT } else { Backoff::REFUSAL };
         match self.due_in(failure, backoff) {
-            0 if decision.action == Action::Nothing => decision.doing(action),
-            due => decision.wake(due.max(1)),
+            0 if decision.action == Action::Nothing => Decision { wake: None, ..decision.doing(action) },
+            due => {
+                let wake = decision.wake.unwrap_or(u64::MAX).min(due).max(1);
+                decision.wake(wake)
+            }
         }
     }
 
@@ -186,7 +202,7 @@ impl<'a> Rules<'a> {
         let config = self.node.desired_config.as_deref().or(self.node.current_config.as_deref()).unwrap_or("unknown");
         match self.node.desired_drain.as_deref() {
             Some(drain) if drain.starts_with("drain-") => {
-                decision.doing(Action::RequestUncordon { value: format!("uncordon-{config}") }).wake(SOON)
+                decision.doing(Action::RequestUncordon { value: self.uncordon(config) }).wake(SOON)
             }
             // Not acknowledged yet: the decision's own action waits.
             Some(_) if self.node.desired_drain != self.node.last_applied_drain => {
@@ -194,6 +210,14 @@ impl<'a> Rules<'a> {
             }
             _ => decision,
         }
+    }
+
+    /// The uncordon to ask for. The drain controller compares strings: one that it acknowledged before a drain that it
+    /// may have begun would count as done already, and the node would stay cordoned.
+    fn uncordon(&self, config: &str) -> String {
+        let value = format!("uncordon-{config}");
+        let stale = self.node.last_applied_drain.as_ref() == Some(&value);
+        if stale && self.node.desired_drain.as_ref() != Some(&value) { value + AGAIN } else { value }
     }
 
     fn refuse(&self, name: &str, reason: Reason, message: impl Into<String>) -> Decision {
@@ -242,7 +266,8 @@ impl<'a> Rules<'a> {
             Box::new(self.refuse("8", Reason::ImageMalformed, message))
         })?;
         let config = node.desired_config.as_deref().ok_or_else(|| {
-            let message = "desiredImage is set and desiredConfig is not; the machine-config-controller writes both";
+            let message =
+                "desiredImage is set and desiredConfig is not; the machine-config-controller writes both, see its log";
             Box::new(self.refuse("8", Reason::ConfigMissing, message))
         })?;
         let facts = self.memory.verified.get(&image);
@@ -314,19 +339,20 @@ impl<'a> Rules<'a> {
                 let message = format!("{} is no longer desired; stopping the work on it", running.subject);
                 return Some(rule("19", Reason::Cancelled, message).doing(Action::AbortTask));
             }
-            return None;
+            if running.step != Step::CancelTransaction {
+                return None;
+            }
         }
         let ours = self.host.transaction.as_ref()?.ours.as_ref()?;
         if ours == wanted.image.digest() {
             return None;
         }
-        let subject = ours.as_str();
         let message = format!("the transaction for {} is obsolete; cancelling it", ours.short());
         let decision = rule("19", Reason::Cancelled, message).wake(SOON);
-        if self.running(Step::CancelTransaction, subject) {
+        if self.observed.running.is_some() {
             return Some(decision);
         }
-        match self.failure(Step::CancelTransaction, subject).map(|failure| self.due_in(failure, Backoff::TRANSIENT)) {
+        match self.failure(Step::CancelTransaction, &subject).map(|failure| self.due_in(failure, Backoff::TRANSIENT)) {
             Some(due) if due > 0 => Some(decision.wake(due)),
             _ => Some(decision.doing(Action::CancelTransaction)),
         }
@@ -335,11 +361,18 @@ impl<'a> Rules<'a> {
     /// Row 9.
     fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let staged = self.host.staged().filter(|staged| !self.is_wanted(staged, wanted))?;
-        if self.host.transaction.is_some() || self.observed.running.as_ref().is_some_and(|r| r.step == Step::Stage) {
+        if self.observed.running.as_ref().is_some_and(|r| r.step == Step::Stage) {
             return None;
         }
         let checksum = staged.checksum.clone();
         let what = staged.reference.as_deref().map_or_else(|| checksum.clone(), |text| printable(text, 200));
+        if self.host.transaction.is_some() {
+            // On the way row 19 waits for it; what has arrived must not settle meanwhile.
+            let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
+            let message =
+                format!("{what} is staged and not desired; dropping it when the host's transaction has ended");
+            return arrived.then(|| rule("9", Reason::StagedByOther, message).wake(SOON));
+        }
         if self.running(Step::DropStaged, &checksum) {
             return Some(rule("9", Reason::StagedByOther, format!("dropping {what}, which is staged and not desired")));
         }

@@ -488,7 +488,10 @@ impl Memory {
     pub fn failed(&mut self, step: Step, subject: &str, fault: Fault, now: Now) {
         let failure = match self.failures.remove(&step) {
             Some(old) if old.subject == subject => {
-                Failure { fault, last: now.mono, count: old.count.saturating_add(1), ..old }
+                // An outage before it must not use up the time that a pipeline has to sign what it pushed.
+                let awaited = |reason| matches!(reason, Reason::SignatureMissing | Reason::ManifestMissing);
+                let first = if awaited(fault.reason) && !awaited(old.fault.reason) { now.mono } else { old.first };
+                Failure { fault, first, last: now.mono, count: old.count.saturating_add(1), ..old }
             }
             _ => Failure { subject: subject.to_owned(), fault, first: now.mono, last: now.mono, count: 1 },
         };
@@ -510,6 +513,20 @@ impl Memory {
         }
         if observed.machine.known().is_some_and(|m| m.kubelet == UnitState::Active) {
             self.clocks.remove(&Clock::Health);
+        }
+        if let Some(node) = observed.cluster.known() {
+            let drain = node.desired_drain.as_deref().unwrap_or_default();
+            let answered = node.desired_drain == node.last_applied_drain;
+            if answered || !drain.starts_with("drain-") {
+                self.clocks.remove(&Clock::Drain);
+            }
+            if answered || !drain.starts_with("uncordon-") {
+                self.clocks.remove(&Clock::Uncordon);
+            }
+        }
+        if matches!(decision.action, Action::Stage { .. }) {
+            // What we stage ourselves may be dropped again.
+            self.dropped.clear();
         }
         if matches!(decision.action, Action::Settle) || decision.reason == Reason::Done {
             self.clocks.clear();

@@ -1,6 +1,6 @@
 //! Rows 10 to 15: the desired image runs. Pure.
 
-use super::{MINUTE, Rules, SECOND, SOON, UNCORDON_PATIENCE, Wanted, rule};
+use super::{AGAIN, MINUTE, Rules, SECOND, SOON, UNCORDON_PATIENCE, Wanted, rule};
 use crate::model::{Action, Clock, Decision, Deployment, NodeState, Reason, Step, UnitState, printable};
 use crate::schedule::Backoff;
 
@@ -20,7 +20,7 @@ impl Rules<'_> {
             && node.current_config == node.desired_config
             && node.current_image == node.desired_image
         {
-            return self.done(wanted);
+            return self.done(wanted, booted);
         }
         if let Some(decision) = self.config_ahead("11", wanted, booted.rendered_config.as_deref()) {
             return decision;
@@ -43,10 +43,17 @@ impl Rules<'_> {
     }
 
     /// Row 10. The booted image's trust is looked at in the background; whatever it is, it cannot be undone.
-    fn done(&self, wanted: &Wanted<'_>) -> Decision {
+    fn done(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
         let subject = wanted.image.to_string();
+        let ahead = match booted.rendered_config.as_deref().filter(|label| *label != wanted.config) {
+            Some(label) => {
+                format!("; warning: it was built from {}, so newer files are missing", printable(label, 253))
+            }
+            None => String::new(),
+        };
         let asleep = |trust: &str| {
-            rule("10", Reason::Done, format!("runs {} for {}; {trust}", wanted.image.digest().short(), wanted.config))
+            let image = wanted.image.digest().short();
+            rule("10", Reason::Done, format!("runs {image} for {}; {trust}{ahead}", wanted.config))
         };
         if wanted.facts.is_some() {
             return asleep("its signature was verified");
@@ -106,8 +113,12 @@ impl Rules<'_> {
 
     /// Rows 14 and 15. MCD asks for the uncordon on every update, on single-replica clusters too.
     fn uncordon_and_settle(&self, wanted: &Wanted<'_>) -> Decision {
-        let value = format!("uncordon-{}", wanted.config);
-        if self.node.desired_drain.as_deref() != Some(value.as_str()) {
+        let asked = self.node.desired_drain.as_deref().filter(|drain| {
+            let config = drain.strip_prefix("uncordon-").map(|rest| rest.strip_suffix(AGAIN).unwrap_or(rest));
+            config == Some(wanted.config)
+        });
+        let value = asked.map_or_else(|| self.uncordon(wanted.config), str::to_owned);
+        if asked.is_none() {
             return rule("14", Reason::UncordonPending, "waiting for the drain controller to uncordon the node")
                 .state(NodeState::Working)
                 .clock(Clock::Uncordon, value.clone())

@@ -5,6 +5,7 @@ use crate::model::{
     Action, Attempt, Clock, Decision, Deployment, Failure, ImageFacts, NodeState, Reason, Step, UnitState, printable,
 };
 use crate::report::{ATTEMPT, HOLD};
+use crate::schedule::Backoff;
 
 /// MCD's own limit for the drain.
 const DRAIN_PATIENCE: u64 = 60 * MINUTE;
@@ -42,7 +43,9 @@ impl<'a> Rules<'a> {
         if attempt.image != wanted.image || attempt.boot_id == self.machine.boot_id {
             return None;
         }
-        let finalized = self.host.deployments.iter().any(|d| !d.booted && !d.staged && self.is_wanted(d, wanted));
+        // A failed finalization left none, so one that is there is an older one.
+        let finalized = !self.machine.finalize_failed
+            && self.host.deployments.iter().any(|d| !d.booted && !d.staged && self.is_wanted(d, wanted));
         let cause = if self.machine.finalize_failed {
             ". The previous boot could not finalize it: see `journalctl -b -1 -u ostree-finalize-staged`"
         } else {
@@ -51,7 +54,7 @@ impl<'a> Rules<'a> {
         let out = format!("set another image, or delete the annotation {ATTEMPT} to try again");
         let image = wanted.image.digest().short();
         if finalized {
-            let message = format!("{image} was booted and the host went back to the image before it{cause}; {out}");
+            let message = format!("{image} was booted and the host went back to the image before it; {out}");
             return Some(self.refuse("16", Reason::RolledBack, message));
         }
         (attempt.count >= MAX_BOOTS).then(|| {
@@ -104,7 +107,8 @@ impl<'a> Rules<'a> {
         }
         if !facts.bootable {
             let message = format!(
-                "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc"
+                "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc; \
+                 build the pool's image from an image-mode base"
             );
             return Some(self.refuse("18", Reason::NotBootable, message));
         }
@@ -130,11 +134,12 @@ impl<'a> Rules<'a> {
         let active = self.host.transaction.as_ref()?;
         if active.ours.is_some() {
             // Row 19 of an earlier run of the agent: staging attaches to it.
-            return Some(
-                rule("19", Reason::Staging, self.staging(wanted))
-                    .state(NodeState::Working)
-                    .doing(Action::Stage { image: wanted.image.clone() }),
-            );
+            let decision = rule("19", Reason::Staging, self.staging(wanted)).state(NodeState::Working);
+            let stage = Action::Stage { image: wanted.image.clone() };
+            return Some(match self.failure(Step::Stage, &subject) {
+                None => decision.doing(stage),
+                Some(failure) => self.when_due(decision, failure, stage),
+            });
         }
         let waited = self.waited(Clock::ForeignTransaction, &subject);
         let message = if waited < TRANSACTION_PATIENCE {
@@ -189,7 +194,9 @@ impl<'a> Rules<'a> {
 
     /// Row 22.
     fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
-        let (demanded, actual) = (staged.wanted_arguments.as_ref()?, staged.arguments.as_ref()?);
+        let demanded = staged.wanted_arguments.as_ref()?;
+        // What is not known is set: a backend that cannot says so.
+        let actual = staged.arguments.as_deref().unwrap_or_default();
         let append: Vec<String> = demanded.iter().filter(|argument| !actual.contains(argument)).cloned().collect();
         // What the running image's config demanded and the new one does not.
         let before = self.host.booted().and_then(|booted| booted.wanted_arguments.as_deref()).unwrap_or_default();
@@ -285,8 +292,12 @@ impl<'a> Rules<'a> {
                 pending(Reason::DrainStuck, message.to_owned()).state(NodeState::Degraded)
             });
         }
+        // A reboot that may not be tried yet needs no fresh look, and a look would change the reason to and fro.
+        let reboot = self.failure(Step::Reboot, &wanted.image.to_string());
+        let not_due = reboot.is_some_and(|failure| self.due_in(failure, Backoff::TRANSIENT) > 0);
         match self.node.schedulable {
             Some(false) => None,
+            None if not_due => None,
             // Part of the reboot already; the cluster is told when it is certain.
             None => Some(rebooting(wanted).doing(Action::ConfirmDrain)),
             Some(true) => {
@@ -294,7 +305,7 @@ impl<'a> Rules<'a> {
                                drained again";
                 Some(
                     pending(Reason::UncordonedByOther, message.to_owned())
-                        .doing(Action::RequestUncordon { value: format!("uncordon-{}", wanted.config) }),
+                        .doing(Action::RequestUncordon { value: self.uncordon(wanted.config) }),
                 )
             }
         }
