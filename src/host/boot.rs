@@ -27,6 +27,10 @@ const RENDERED_CONFIG: &str = "usr/etc/machine-config-daemon/currentconfig";
 /// # Errors
 /// The usual, and `InvalidData` for a file that is longer or not regular.
 pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    // Opening a pipe would wait for its other end.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
+    }
     let file = File::open(path)?;
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
@@ -135,7 +139,16 @@ impl Root {
             return None;
         }
         let path = self.join("ostree/deploy").join(osname).join("deploy").join(directory).join(RENDERED_CONFIG);
-        kernel_arguments(&read_bounded(&path, MAX_CONFIG).ok()?)
+        let why = match read_bounded(&path, MAX_CONFIG) {
+            Ok(config) => match kernel_arguments(&config) {
+                Ok(arguments) => return Some(arguments),
+                Err(error) => error.to_string(),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!("the kernel arguments in {} are ignored: {}", path.display(), printable(&why, 200));
+        None
     }
 
     /// Changes whenever somebody writes a deployment or stages one: libostree touches the directory then.
@@ -147,7 +160,7 @@ impl Root {
 }
 
 /// `spec.kernelArguments` of a MachineConfig. Pure.
-fn kernel_arguments(config: &[u8]) -> Option<Vec<String>> {
+fn kernel_arguments(config: &[u8]) -> serde_json::Result<Vec<String>> {
     #[derive(Deserialize)]
     struct MachineConfig {
         spec: Spec,
@@ -157,9 +170,9 @@ fn kernel_arguments(config: &[u8]) -> Option<Vec<String>> {
         #[serde(default, rename = "kernelArguments")]
         kernel_arguments: Option<Vec<String>>,
     }
-    let config: MachineConfig = serde_json::from_slice(config).ok()?;
+    let config: MachineConfig = serde_json::from_slice(config)?;
     let arguments = config.spec.kernel_arguments.unwrap_or_default();
-    Some(arguments.iter().flat_map(|entry| split_arguments(entry)).collect())
+    Ok(arguments.iter().flat_map(|entry| split_arguments(entry)).collect())
 }
 
 /// Splits at white space outside double quotes, as the kernel does; quotes stay. Pure.
@@ -205,10 +218,10 @@ mod tests {
                 .unwrap(),
             ["a", "b", "c"]
         );
-        assert_eq!(kernel_arguments(br#"{"spec":{"kernelArguments":null}}"#), Some(vec![]));
-        assert_eq!(kernel_arguments(br#"{"spec":{}}"#), Some(vec![]));
-        assert_eq!(kernel_arguments(b"{}"), None);
-        assert_eq!(kernel_arguments(b""), None);
+        assert_eq!(kernel_arguments(br#"{"spec":{"kernelArguments":null}}"#).unwrap(), [""; 0]);
+        assert_eq!(kernel_arguments(br#"{"spec":{}}"#).unwrap(), [""; 0]);
+        assert!(kernel_arguments(b"{}").is_err());
+        assert!(kernel_arguments(b"").is_err());
     }
 
     #[test]
