@@ -72,7 +72,7 @@ fn neighbours(paths: &Paths) -> Neighbours {
             scratch: paths.scratch.clone(),
             deadline: Duration::from_secs(paths.verify_timeout),
         })),
-        host: Host::new(root),
+        host: Host::new(root, None),
     }
 }
 

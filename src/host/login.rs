@@ -5,7 +5,7 @@
 
 use zbus::{Connection, Proxy};
 
-use super::{CALL, HostError, call_failed, close, proxy, system_bus};
+use super::{Host, HostError, call_failed, close, proxy};
 use crate::model::{Inhibitor, printable};
 
 const WHAT: &str = "logind";
@@ -19,18 +19,22 @@ pub(super) struct Login {
     pub shutting_down: bool,
 }
 
-async fn manager(bus: &Connection) -> Result<Proxy<'static>, HostError> {
-    proxy(bus, "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
-        .await
-        .map_err(|e| call_failed(WHAT, UNIT, CALL, &e))
+async fn manager(bus: &Connection) -> zbus::Result<Proxy<'static>> {
+    proxy(bus, "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager").await
 }
 
-pub(super) async fn read(bus: &Connection) -> Result<Login, HostError> {
-    let failed = |e: zbus::Error| call_failed(WHAT, UNIT, CALL, &e);
-    let manager = manager(bus).await?;
-    let listed: Vec<Listed> = manager.call("ListInhibitors", &()).await.map_err(failed)?;
-    let shutting_down = manager.get_property("PreparingForShutdown").await.map_err(failed)?;
-    Ok(Login { inhibitors: listed.iter().filter_map(blocks_shutdown).collect(), shutting_down })
+pub(super) async fn read(host: &Host, bus: &Connection) -> Result<Login, HostError> {
+    let asked = async {
+        let manager = manager(bus).await?;
+        let listed: Vec<Listed> = manager.call("ListInhibitors", &()).await?;
+        let shutting_down = is_shutting_down(&manager).await?;
+        Ok(Login { inhibitors: listed.iter().filter_map(blocks_shutdown).collect(), shutting_down })
+    };
+    asked.await.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))
+}
+
+async fn is_shutting_down(manager: &Proxy<'_>) -> zbus::Result<bool> {
+    manager.get_property("PreparingForShutdown").await
 }
 
 /// systemd 257 lets block-mode locks bind root too; before, root overrode them. We respect them on both. Pure.
@@ -40,24 +44,37 @@ fn blocks_shutdown(row: &Listed) -> Option<Inhibitor> {
         .then(|| Inhibitor { who: printable(who, 100), why: printable(why, 200) })
 }
 
-pub(super) async fn reboot(message: &str) -> Result<(), HostError> {
-    let bus = system_bus(CALL).await?;
-    let manager = manager(&bus).await?;
+pub(super) async fn reboot(host: &Host, message: &str) -> Result<(), HostError> {
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let asked = ask(host, &bus, message).await;
+    close(bus).await;
+    asked
+}
+
+async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {
+    let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, error);
+    // Before systemd 257 root overrides what appeared since the last look.
+    if let Some(inhibitor) = read(host, bus).await?.inhibitors.first() {
+        return Err(HostError::Reboot(format!("`{}` inhibits it: {}", inhibitor.who, inhibitor.why)));
+    }
+    let manager = manager(bus).await.map_err(|error| failed(&error))?;
     let told: Result<(), zbus::Error> = manager.call("SetWallMessage", &(message, true)).await;
     if let Err(error) = told {
         tracing::warn!("logged-in users are not told of the reboot: {}", printable(&error.to_string(), 200));
     }
-    let asked: Result<(), zbus::Error> = manager.call("Reboot", &(false,)).await;
-    close(bus).await;
-    match asked {
+    match manager.call("Reboot", &(false,)).await {
         Ok(()) => Ok(()),
         // Already on its way down is what we want.
         Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.login1.OperationInProgress" => {
             Ok(())
         }
-        Err(error) => match call_failed(WHAT, UNIT, CALL, &error) {
+        // Whatever the name: systemd 258 has one of its own for inhibitors.
+        Err(zbus::Error::MethodError(_, Some(why), _)) => Err(HostError::Reboot(printable(&why, 300))),
+        Err(error) => match failed(&error) {
             HostError::Denied { why, .. } => Err(HostError::Reboot(why)),
-            other => Err(other),
+            // The reply may be lost where the request was not.
+            _ if is_shutting_down(&manager).await.unwrap_or(false) => Ok(()),
+            error => Err(error),
         },
     }
 }

@@ -20,10 +20,39 @@ use crate::model::{Digest, Fault, HostFacts, ImageFacts, MachineFacts, PinnedIma
 use crate::registry::{Verified, reference};
 use boot::Root;
 
-/// Connecting to a bus or a peer that exists takes milliseconds.
-const CONNECT: Duration = Duration::from_secs(10);
-/// Reply to an ordinary call. zbus has no limit of its own.
-const CALL: Duration = Duration::from_secs(25);
+/// How long the host's daemons may take. zbus has no limit of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// To connect to a bus or a peer; one that exists takes milliseconds.
+    pub connect: Duration,
+    /// To answer an ordinary call.
+    pub call: Duration,
+    /// For rpm-ostreed to answer on the bus: it loads the sysroot before it claims its name (`TimeoutStartSec=5m`), and
+    /// its own client waits as long.
+    pub reply: Duration,
+    /// For a unit's start: the finalizer's does nothing and the bootloader update copies some megabytes.
+    pub job: Duration,
+    /// Longest silence of a running transaction. Container pulls tell layer by layer, and one may be gigabytes.
+    pub stall: Duration,
+    /// Longest transaction.
+    pub whole: Duration,
+    /// For a cancelled transaction to end.
+    pub cancel: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            call: Duration::from_secs(25),
+            reply: Duration::from_secs(300),
+            job: Duration::from_secs(120),
+            stall: Duration::from_secs(30 * 60),
+            whole: Duration::from_secs(3 * 60 * 60),
+            cancel: Duration::from_secs(60),
+        }
+    }
+}
 
 /// Title of our transactions before the digest: how a restarted agent knows its own.
 const TITLE: &str = "rebase-agent ";
@@ -139,6 +168,10 @@ impl HostError {
         }
     }
 
+    fn deadline(what: &'static str, limit: Duration) -> Self {
+        Self::Deadline { what, seconds: limit.as_secs() }
+    }
+
     fn confused(what: &'static str, why: impl std::fmt::Display) -> Self {
         Self::Confused { what, why: printable(&why.to_string(), 300) }
     }
@@ -167,13 +200,21 @@ pub type Progress = dyn Fn(String) + Send + Sync;
 #[derive(Clone, Debug)]
 pub struct Host {
     root: Root,
+    bus: Option<String>,
+    deadlines: Deadlines,
 }
 
 impl Host {
-    /// `root` is `/` in production; the bus is the system bus.
+    /// `root` is `/` in production, and `bus`, an address, is not given: that is the system bus.
     #[must_use]
-    pub fn new(root: Root) -> Self {
-        Self { root }
+    pub fn new(root: Root, bus: Option<String>) -> Self {
+        Self { root, bus, deadlines: Deadlines::default() }
+    }
+
+    /// With other deadlines.
+    #[must_use]
+    pub fn with_deadlines(self, deadlines: Deadlines) -> Self {
+        Self { deadlines, ..self }
     }
 
     /// The file system it looks at.
@@ -190,7 +231,7 @@ impl Host {
         if !self.root.is_image_mode() {
             return Err(HostError::NotImageMode);
         }
-        rpm_ostree::read(&self.root).await
+        rpm_ostree::read(self).await
     }
 
     /// Reads what the kernel, systemd and logind know. Wakes nobody.
@@ -199,11 +240,12 @@ impl Host {
     /// See [`HostError`].
     pub async fn read_machine(&self) -> Result<MachineFacts, HostError> {
         let file = |what| move |source| HostError::Read { what, source };
-        let bus = system_bus(CALL).await?;
-        let units = systemd::states(&bus, [FINALIZER, KUBELET, BOOTLOADER_UPDATE, BOOT_COMPLETE]).await?;
-        let [finalizer, kubelet, bootloader_update, boot_complete] = units;
-        let login = login::read(&bus).await?;
+        let bus = self.connect_to_bus(self.deadlines.call).await?;
+        let units = [FINALIZER, KUBELET, BOOTLOADER_UPDATE, BOOT_COMPLETE];
+        let asked = (systemd::states(self, &bus, units).await, login::read(self, &bus).await);
         close(bus).await;
+        let [finalizer, kubelet, bootloader_update, boot_complete] = asked.0?;
+        let login = asked.1?;
         Ok(MachineFacts {
             boot_id: self.root.boot_id().map_err(file("/proc/sys/kernel/random/boot_id"))?,
             uptime: self.root.uptime().map_err(file("/proc/uptime"))?,
@@ -231,7 +273,7 @@ impl Host {
         cancel: &mut Cancel,
         progress: &Progress,
     ) -> Result<(), HostError> {
-        rpm_ostree::stage(&self.root, image, cancel, progress).await
+        rpm_ostree::stage(self, image, cancel, progress).await
     }
 
     /// Removes the staged deployment if it still is `checksum`.
@@ -239,7 +281,7 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
-        rpm_ostree::drop_staged(&self.root, checksum, cancel).await
+        rpm_ostree::drop_staged(self, checksum, cancel).await
     }
 
     /// Cancels a transaction that an earlier run of the agent started.
@@ -247,7 +289,7 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn cancel_transaction(&self) -> Result<(), HostError> {
-        rpm_ostree::cancel_ours().await
+        rpm_ostree::cancel_ours(self).await
     }
 
     /// Changes the staged deployment's kernel arguments.
@@ -260,7 +302,7 @@ impl Host {
         delete: &[String],
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
-        rpm_ostree::set_kernel_arguments(&self.root, append, delete, cancel).await
+        rpm_ostree::set_kernel_arguments(self, append, delete, cancel).await
     }
 
     /// Starts the unit whose stop finalizes the staged deployment.
@@ -268,7 +310,7 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn start_finalizer(&self) -> Result<(), HostError> {
-        systemd::start(FINALIZER).await
+        systemd::start(self, FINALIZER).await
     }
 
     /// Runs the bootloader update.
@@ -276,7 +318,7 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn update_bootloader(&self) -> Result<(), HostError> {
-        systemd::start(BOOTLOADER_UPDATE).await
+        systemd::start(self, BOOTLOADER_UPDATE).await
     }
 
     /// Tells logged-in users and asks for the reboot. Success means that it was accepted, no more.
@@ -284,7 +326,7 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn reboot(&self, message: &str) -> Result<(), HostError> {
-        login::reboot(message).await
+        login::reboot(self, message).await
     }
 
     /// The running service's `StatusText` and `ActiveState`, for the commands beside it.
@@ -292,7 +334,32 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn service_status(&self) -> Result<(String, String), HostError> {
-        systemd::status_text("rebase-agent.service").await
+        systemd::status_text(self, "rebase-agent.service").await
+    }
+
+    /// A connection of its own, whose every call is limited to `limit`.
+    async fn connect_to_bus(&self, limit: Duration) -> Result<Connection, HostError> {
+        const WHAT: &str = "the system bus";
+        const UNIT: &str = "dbus.socket";
+        let builder = match &self.bus {
+            Some(address) => zbus::connection::Builder::address(address.as_str()),
+            None => zbus::connection::Builder::system(),
+        };
+        self.connect(builder.method_timeout(limit), WHAT, UNIT).await
+    }
+
+    async fn connect(
+        &self,
+        builder: zbus::connection::Builder<'_>,
+        what: &'static str,
+        unit: &'static str,
+    ) -> Result<Connection, HostError> {
+        let limit = self.deadlines.connect;
+        match tokio::time::timeout(limit, builder.build()).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(HostError::Call { what, unit, why: printable(&error.to_string(), 300) }),
+            Err(_) => Err(HostError::deadline(what, limit)),
+        }
     }
 }
 
@@ -315,23 +382,6 @@ pub fn is_image(deployment: &crate::model::Deployment, image: &PinnedImage, fact
 /// The digest in a transaction title of ours. Pure.
 fn digest_in_title(title: &str) -> Option<Digest> {
     Digest::parse(title.strip_prefix(TITLE)?)
-}
-
-/// A connection of its own, whose every call is limited to `limit`.
-async fn system_bus(limit: Duration) -> Result<Connection, HostError> {
-    connect(zbus::connection::Builder::system().method_timeout(limit), "the system bus", "dbus.socket").await
-}
-
-async fn connect(
-    builder: zbus::connection::Builder<'_>,
-    what: &'static str,
-    unit: &'static str,
-) -> Result<Connection, HostError> {
-    match tokio::time::timeout(CONNECT, builder.build()).await {
-        Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(HostError::Call { what, unit, why: printable(&error.to_string(), 300) }),
-        Err(_) => Err(HostError::Deadline { what, seconds: CONNECT.as_secs() }),
-    }
 }
 
 /// A proxy without a property cache: cached properties lag behind the daemon's other answers.
@@ -359,12 +409,14 @@ async fn close(connection: Connection) {
 
 /// A D-Bus error, told apart as far as its name goes.
 fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &zbus::Error) -> HostError {
+    use zbus::fdo::Error as Fdo;
     let why = printable(&error.to_string(), 900);
     match error {
-        zbus::Error::InputOutput(io) if io.kind() == std::io::ErrorKind::TimedOut => {
-            HostError::Deadline { what, seconds: limit.as_secs() }
-        }
-        zbus::Error::FDO(fdo) if matches!(**fdo, zbus::fdo::Error::AccessDenied(_)) => HostError::Denied { what, why },
+        zbus::Error::InputOutput(io) if io.kind() == std::io::ErrorKind::TimedOut => HostError::deadline(what, limit),
+        zbus::Error::FDO(fdo) => match &**fdo {
+            Fdo::AccessDenied(_) | Fdo::InteractiveAuthorizationRequired(_) => HostError::Denied { what, why },
+            _ => HostError::Call { what, unit, why },
+        },
         zbus::Error::MethodError(name, text, _) => {
             let text = printable(text.as_deref().unwrap_or(name.as_str()), 900);
             // GIO errors have no registered D-Bus names; 26 is G_IO_ERROR_BUSY.
@@ -374,7 +426,11 @@ fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &
                 HostError::Call { what, unit, why: text }
             }
         }
-        zbus::Error::IncorrectType | zbus::Error::SignatureMismatch(..) => HostError::Confused { what, why },
-        _ => HostError::Call { what, unit, why },
+        zbus::Error::InputOutput(_)
+        | zbus::Error::Connection(..)
+        | zbus::Error::Handshake(_)
+        | zbus::Error::Address(_) => HostError::Call { what, unit, why },
+        // What is left is about bytes that are no answer to what was asked.
+        _ => HostError::Confused { what, why },
     }
 }

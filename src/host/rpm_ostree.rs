@@ -4,17 +4,15 @@
 //! success when nothing changed.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::pin::pin;
 
 use futures_util::StreamExt;
+use tokio::time::{Instant, sleep_until};
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Variant};
 
-use super::boot::{Root, split_arguments};
-use super::{
-    CALL, Cancel, HostError, Progress, TITLE, call_failed, cancelled, close, connect, digest_in_title, is_image,
-    system_bus,
-};
+use super::boot::split_arguments;
+use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image};
 use crate::model::{Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
 use crate::registry::{Verified, reference, rendered_config_label};
 
@@ -24,16 +22,10 @@ const OS: &str = "org.projectatomic.rpmostree1.OS";
 const TRANSACTION: &str = "org.projectatomic.rpmostree1.Transaction";
 const UNIT: &str = "rpm-ostreed.service";
 
-/// The daemon loads the sysroot before it claims its name (`TimeoutStartSec=5m`); its own client waits as long.
-const REPLY: Duration = Duration::from_secs(300);
-/// A first call may meet the daemon's idle exit and be dropped.
-const IDLE_EXIT_RETRIES: u32 = 3;
-/// Longest silence of a running transaction. Container pulls tell layer by layer, and one layer may be gigabytes.
-const STALL: Duration = Duration::from_secs(30 * 60);
-/// Longest transaction.
-const WHOLE: Duration = Duration::from_secs(3 * 60 * 60);
-/// How long a cancelled transaction may take to end.
-const CANCEL: Duration = Duration::from_secs(60);
+/// A first call may meet the daemon's idle exit and be dropped, or be given up by the bus while the daemon still loads.
+const FIRST_CALLS: u32 = 4;
+/// What was listed may be gone by the time it is asked for.
+const LOOKS: u32 = 3;
 /// Largest JSON document taken out of commit metadata, in bytes.
 const MAX_METADATA: usize = 4 << 20;
 
@@ -41,8 +33,10 @@ type Dict = HashMap<String, OwnedVariant>;
 /// Ordered: the daemon tells an identical request, which joins, from another by the marshalled bytes.
 type Options<'a> = BTreeMap<&'static str, Variant<'a>>;
 
-/// A client of the daemon for the length of one operation.
-struct Client {
+/// A client of the daemon for the length of one operation. Being registered holds off the daemon's idle exit; leaving
+/// the bus takes back a transaction that was not started.
+struct Client<'h> {
+    host: &'h Host,
     bus: Connection,
     sysroot: Proxy<'static>,
 }
@@ -55,36 +49,113 @@ struct Snapshot {
     address: Option<String>,
 }
 
-impl Client {
-    async fn connect() -> Result<Self, HostError> {
-        let bus = system_bus(REPLY).await?;
-        let sysroot = proxy(&bus, "/org/projectatomic/rpmostree1/Sysroot", SYSROOT).await?;
+/// Reads deployments and transaction.
+pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
+    let client = Client::connect(host).await?;
+    let snapshot = client.snapshot().await;
+    client.close().await;
+    Ok(snapshot?.facts)
+}
+
+/// Stages `image` or attaches to our own transaction that does.
+pub(super) async fn stage(
+    host: &Host,
+    image: &Verified<PinnedImage>,
+    cancel: &mut Cancel,
+    progress: &Progress,
+) -> Result<(), HostError> {
+    let client = Client::connect(host).await?;
+    let outcome = client.stage(image, cancel, progress).await;
+    client.close().await;
+    outcome
+}
+
+/// Removes the staged deployment if it still is `checksum`.
+pub(super) async fn drop_staged(host: &Host, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+    let client = Client::connect(host).await?;
+    let outcome = client.drop_staged(checksum, cancel).await;
+    client.close().await;
+    outcome
+}
+
+/// Changes the staged deployment's kernel arguments.
+pub(super) async fn set_kernel_arguments(
+    host: &Host,
+    append: &[String],
+    delete: &[String],
+    cancel: &mut Cancel,
+) -> Result<(), HostError> {
+    let client = Client::connect(host).await?;
+    let outcome = client.set_kernel_arguments(append, delete, cancel).await;
+    client.close().await;
+    outcome
+}
+
+/// Cancels a transaction of ours that an earlier run of the agent started.
+pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
+    let client = Client::connect(host).await?;
+    let outcome = client.cancel_ours().await;
+    client.close().await;
+    outcome
+}
+
+impl<'h> Client<'h> {
+    async fn connect(host: &'h Host) -> Result<Self, HostError> {
+        const WHAT: &str = "rpm-ostree's RegisterClient";
+        let bus = host.connect_to_bus(host.deadlines.reply).await?;
+        let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.reply, error);
+        let path = "/org/projectatomic/rpmostree1/Sysroot";
+        let sysroot = super::proxy(&bus, NAME, path, SYSROOT).await.map_err(|error| failed(&error))?;
         let options: Options<'_> = Options::from([("id", Variant::from("rebase-agent"))]);
-        let mut tries = 0;
+        let mut tries = 1;
         loop {
             let registered: Result<(), zbus::Error> = sysroot.call("RegisterClient", &(&options,)).await;
             match registered {
                 Ok(()) => break,
-                Err(error) if idle_exit(&error) && tries < IDLE_EXIT_RETRIES => tries += 1,
-                Err(error) => match failed("rpm-ostree's RegisterClient", &error) {
-                    // Transactions work unregistered, too; registration only holds off the idle exit.
+                Err(error) if is_lost(&error) && tries < FIRST_CALLS => tries += 1,
+                Err(error) => match failed(&error) {
+                    // Transactions work unregistered, too.
                     HostError::Denied { .. } => break,
                     error => return Err(error),
                 },
             }
         }
-        Ok(Self { bus, sysroot })
+        Ok(Self { host, bus, sysroot })
     }
 
-    async fn snapshot(&self, root: &Root) -> Result<Snapshot, HostError> {
-        const WHAT: &str = "rpm-ostree's Reload";
+    async fn close(self) {
+        drop(self.sysroot);
+        close(self.bus).await;
+    }
+
+    fn failed(&self, what: &'static str, error: &zbus::Error) -> HostError {
+        call_failed(what, UNIT, self.host.deadlines.reply, error)
+    }
+
+    async fn object(&self, path: &str, interface: &'static str) -> Result<Proxy<'static>, HostError> {
+        super::proxy(&self.bus, NAME, path, interface).await.map_err(|error| self.failed("rpm-ostree", &error))
+    }
+
+    async fn snapshot(&self) -> Result<Snapshot, HostError> {
+        let mut looks = 1;
+        loop {
+            match self.look().await {
+                Err(HostError::Call { .. }) if looks < LOOKS => looks += 1,
+                seen => return seen,
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<Snapshot, HostError> {
         // Mandatory after bootc or `ostree admin` acted; properties do not follow by themselves.
-        let _: () = self.sysroot.call("Reload", &()).await.map_err(|e| failed(WHAT, &e))?;
-        let properties: Dict = proxy(&self.bus, self.sysroot.path().as_str(), "org.freedesktop.DBus.Properties")
+        let _: () =
+            self.sysroot.call("Reload", &()).await.map_err(|error| self.failed("rpm-ostree's Reload", &error))?;
+        let properties: Dict = self
+            .object(self.sysroot.path().as_str(), "org.freedesktop.DBus.Properties")
             .await?
             .call("GetAll", &(SYSROOT,))
             .await
-            .map_err(|e| failed("rpm-ostree's properties", &e))?;
+            .map_err(|error| self.failed("rpm-ostree's properties", &error))?;
         let os: OwnedObjectPath = property(&properties, "Booted")
             .ok_or_else(|| HostError::confused("rpm-ostree", "Sysroot has no property Booted"))?;
         if os.as_str() == "/" {
@@ -98,7 +169,7 @@ impl Client {
                 .ok_or_else(|| HostError::confused("rpm-ostree", "a deployment has no id, osname or checksum"))?;
             if parsed.booted || parsed.staged {
                 let directory = parsed.id.strip_prefix(&format!("{}-", parsed.osname)).unwrap_or_default();
-                parsed.wanted_arguments = root.wanted_arguments(&parsed.osname, directory);
+                parsed.wanted_arguments = self.host.root.wanted_arguments(&parsed.osname, directory);
             }
             if parsed.staged {
                 parsed.arguments = Some(split_arguments(&self.boot_arguments(&os, &parsed.id).await?));
@@ -106,26 +177,120 @@ impl Client {
             deployments.push(parsed);
         }
         let address = property::<String>(&properties, "ActiveTransactionPath").filter(|path| !path.is_empty());
-        let active: Option<(String, String, String)> = property(&properties, "ActiveTransaction");
-        let transaction = match (&address, active) {
-            (Some(address), Some((_, client, _))) => {
-                let title = title(address).await?;
-                let ours = digest_in_title(&title);
-                Some(Transaction { title: printable(&title, 200), client: printable(&client, 200), ours })
+        let transaction = match &address {
+            Some(address) => {
+                let active: Option<(String, String, String)> = property(&properties, "ActiveTransaction");
+                let title = self.title(address).await?;
+                let client = active.map(|(_, client, _)| printable(&client, 200)).unwrap_or_default();
+                Some(Transaction { ours: digest_in_title(&title), title: printable(&title, 200), client })
             }
-            _ => None,
+            None => None,
         };
         Ok(Snapshot { facts: HostFacts { deployments, transaction }, os, address })
     }
 
     async fn boot_arguments(&self, os: &OwnedObjectPath, id: &str) -> Result<String, HostError> {
         const WHAT: &str = "rpm-ostree's GetDeploymentBootConfig";
-        let config: Dict = proxy(&self.bus, os.as_str(), OS)
+        let config: Dict = self
+            .object(os.as_str(), OS)
             .await?
             .call("GetDeploymentBootConfig", &(id, true))
             .await
-            .map_err(|e| failed(WHAT, &e))?;
+            .map_err(|error| self.failed(WHAT, &error))?;
         property(&config, "options").ok_or_else(|| HostError::confused(WHAT, "there are no `options`"))
+    }
+
+    async fn stage(
+        &self,
+        image: &Verified<PinnedImage>,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
+        const WHAT: &str = "staging the image";
+        let is_it = |deployment: &Deployment| is_image(deployment, image.get(), Some(image.facts()));
+        let boots_next = |facts: &HostFacts| facts.deployments.first().filter(|first| is_it(first)).cloned();
+        let mut before = self.snapshot().await?;
+        match (&before.facts.transaction, &before.address) {
+            (Some(active), Some(address)) if active.ours.as_ref() == Some(image.get().digest()) => {
+                let outcome = self.follow(WHAT, address, cancel, progress).await;
+                return self
+                    .judge(WHAT, outcome, |facts| facts.staged().is_some_and(is_it), "the image is not staged")
+                    .await;
+            }
+            (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
+            (None, _) => {}
+        }
+        // Sending the reference that is first in boot order already is an error: "Old and new refs are equal".
+        match boots_next(&before.facts) {
+            Some(first) if first.staged || first.booted => return Ok(()),
+            // Finalized and fallen back from: it goes, to be staged and finalized anew.
+            Some(_) => {
+                self.clean_up(WHAT, &before.os, cancel).await?;
+                before = self.snapshot().await?;
+            }
+            None => {}
+        }
+        let title = format!("{TITLE}{}", image.get().digest());
+        let options: Options<'_> = Options::from([
+            ("initiating-command-line", Variant::from(title.as_str())),
+            // Going back to an older image is refused otherwise.
+            ("allow-downgrade", Variant::from(true)),
+        ]);
+        let body = (options, image.to_pull(), Vec::<String>::new());
+        let outcome = self.transact(WHAT, &before.os, "Rebase", &body, cancel, progress).await;
+        self.judge(WHAT, outcome, |facts| facts.staged().is_some_and(is_it), "the image is not staged").await
+    }
+
+    async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+        const WHAT: &str = "dropping the staged deployment";
+        let is_it = |facts: &HostFacts| facts.staged().is_some_and(|staged| staged.checksum == checksum);
+        let before = self.snapshot().await?;
+        if !is_it(&before.facts) {
+            return Ok(());
+        }
+        let outcome = self.clean_up(WHAT, &before.os, cancel).await;
+        self.judge(WHAT, outcome, |facts| !is_it(facts), "it is still staged").await
+    }
+
+    async fn clean_up(&self, what: &'static str, os: &OwnedObjectPath, cancel: &mut Cancel) -> Result<(), HostError> {
+        self.transact(what, os, "Cleanup", &(["pending-deploy"].as_slice(),), cancel, &|_| {}).await
+    }
+
+    async fn set_kernel_arguments(
+        &self,
+        append: &[String],
+        delete: &[String],
+        cancel: &mut Cancel,
+    ) -> Result<(), HostError> {
+        const WHAT: &str = "changing kernel arguments";
+        let before = self.snapshot().await?;
+        let Some(staged) = before.facts.staged() else {
+            return Err(HostError::NoEffect { what: WHAT, why: "nothing is staged any more".to_owned() });
+        };
+        let existing = self.boot_arguments(&before.os, &staged.id).await?;
+        let options: Options<'_> =
+            Options::from([("initiating-command-line", Variant::from("rebase-agent kernel arguments"))]);
+        let body = (existing, append, Vec::<String>::new(), delete, options);
+        let outcome = self.transact(WHAT, &before.os, "KernelArgs", &body, cancel, &|_| {}).await;
+        let has_them = |facts: &HostFacts| {
+            facts.staged().and_then(|staged| staged.arguments.as_deref()).is_some_and(|arguments| {
+                append.iter().all(|a| arguments.contains(a)) && delete.iter().all(|a| !arguments.contains(a))
+            })
+        };
+        self.judge(WHAT, outcome, has_them, "the staged deployment does not have them").await
+    }
+
+    async fn cancel_ours(&self) -> Result<(), HostError> {
+        const WHAT: &str = "cancelling an obsolete transaction";
+        let before = self.snapshot().await?;
+        let ours = before.facts.transaction.is_some_and(|transaction| transaction.ours.is_some());
+        let Some(address) = before.address.filter(|_| ours) else { return Ok(()) };
+        let (_sender, mut cancel) = tokio::sync::watch::channel(true);
+        match self.follow(WHAT, &address, &mut cancel, &|_| {}).await {
+            // Whatever it came to, it has ended, and the deployments are read next.
+            Ok(()) | Err(HostError::Cancelled(_) | HostError::Vanished(_) | HostError::Transaction { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Calls a method of the OS object that makes a transaction, and sees that through.
@@ -141,250 +306,172 @@ impl Client {
     where
         B: serde::Serialize + zbus::Type,
     {
-        let os = proxy(&self.bus, os.as_str(), OS).await?;
-        let address: String = os.call(method, body).await.map_err(|e| failed(what, &e))?;
-        follow(what, &address, cancel, progress).await
+        let os = self.object(os.as_str(), OS).await?;
+        let address: String = tokio::select! {
+            reply = os.call(method, body) => reply.map_err(|error| self.failed(what, &error))?,
+            () = cancelled(cancel) => return Err(HostError::Cancelled(what)),
+        };
+        self.follow(what, &address, cancel, progress).await
     }
 
-    async fn close(self) {
-        drop(self.sysroot);
-        close(self.bus).await;
-    }
-}
-
-/// Reads deployments and transaction.
-pub(super) async fn read(root: &Root) -> Result<HostFacts, HostError> {
-    let client = Client::connect().await?;
-    let snapshot = client.snapshot(root).await;
-    client.close().await;
-    Ok(snapshot?.facts)
-}
-
-/// Stages `image` or attaches to our own transaction that does.
-pub(super) async fn stage(
-    root: &Root,
-    image: &Verified<PinnedImage>,
-    cancel: &mut Cancel,
-    progress: &Progress,
-) -> Result<(), HostError> {
-    const WHAT: &str = "staging the image";
-    let wanted =
-        |facts: &HostFacts| facts.staged().is_some_and(|staged| is_image(staged, image.get(), Some(image.facts())));
-    let client = Client::connect().await?;
-    let before = client.snapshot(root).await?;
-    if wanted(&before.facts) {
-        // Sending the reference again would be an error: "Old and new refs are equal".
-        return Ok(());
-    }
-    let outcome = match (&before.facts.transaction, &before.address) {
-        (Some(active), Some(address)) if active.ours.as_ref() == Some(image.get().digest()) => {
-            follow(WHAT, address, cancel, progress).await
-        }
-        (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
-        _ => {
-            let title = format!("{TITLE}{}", image.get().digest());
-            let options: Options<'_> = Options::from([
-                ("initiating-command-line", Variant::from(title.as_str())),
-                // Going back to an older image is refused otherwise.
-                ("allow-downgrade", Variant::from(true)),
-            ]);
-            let body = (options, image.to_pull(), Vec::<String>::new());
-            client.transact(WHAT, &before.os, "Rebase", &body, cancel, progress).await
-        }
-    };
-    let after = match &outcome {
-        Ok(()) | Err(HostError::Vanished(_)) => client.snapshot(root).await,
-        Err(_) => return outcome,
-    };
-    client.close().await;
-    match (outcome, after) {
-        (_, Ok(after)) if wanted(&after.facts) => Ok(()),
-        (Ok(()), Ok(_)) => Err(HostError::NoEffect { what: WHAT, why: "the image is not staged".to_owned() }),
-        (Ok(()), Err(error)) | (Err(error), _) => Err(error),
-    }
-}
-
-/// Removes the staged deployment if it still is `checksum`.
-pub(super) async fn drop_staged(root: &Root, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
-    let is_it = |facts: &HostFacts| facts.staged().is_some_and(|staged| staged.checksum == checksum);
-    const WHAT: &str = "dropping the staged deployment";
-    let client = Client::connect().await?;
-    let before = client.snapshot(root).await?;
-    if !is_it(&before.facts) {
-        return Ok(());
-    }
-    client.transact(WHAT, &before.os, "Cleanup", &(["pending-deploy"].as_slice(),), cancel, &|_| {}).await?;
-    let after = client.snapshot(root).await?;
-    client.close().await;
-    if is_it(&after.facts) {
-        return Err(HostError::NoEffect { what: WHAT, why: format!("{checksum} is still staged") });
-    }
-    Ok(())
-}
-
-/// Changes the staged deployment's kernel arguments.
-pub(super) async fn set_kernel_arguments(
-    root: &Root,
-    append: &[String],
-    delete: &[String],
-    cancel: &mut Cancel,
-) -> Result<(), HostError> {
-    const WHAT: &str = "changing kernel arguments";
-    let client = Client::connect().await?;
-    let before = client.snapshot(root).await?;
-    let Some(staged) = before.facts.staged() else {
-        return Err(HostError::NoEffect { what: WHAT, why: "nothing is staged any more".to_owned() });
-    };
-    let existing = client.boot_arguments(&before.os, &staged.id).await?;
-    let options: Options<'_> =
-        Options::from([("initiating-command-line", Variant::from("rebase-agent kernel arguments"))]);
-    let body = (existing, append, Vec::<String>::new(), delete, options);
-    client.transact(WHAT, &before.os, "KernelArgs", &body, cancel, &|_| {}).await?;
-    let after = client.snapshot(root).await?;
-    client.close().await;
-    let arguments = after.facts.staged().and_then(|staged| staged.arguments.as_deref()).unwrap_or_default();
-    if append.iter().all(|argument| arguments.contains(argument)) && delete.iter().all(|a| !arguments.contains(a)) {
-        Ok(())
-    } else {
-        Err(HostError::NoEffect { what: WHAT, why: "the staged deployment does not have them".to_owned() })
-    }
-}
-
-/// Cancels a transaction of ours that an earlier run of the agent started.
-pub(super) async fn cancel_ours() -> Result<(), HostError> {
-    const WHAT: &str = "cancelling an obsolete transaction";
-    let client = Client::connect().await?;
-    let address: String = client
-        .sysroot
-        .get_property("ActiveTransactionPath")
-        .await
-        .map_err(|e| failed("rpm-ostree's properties", &e))?;
-    if !address.is_empty() && digest_in_title(&title(&address).await?).is_some() {
-        let (sender, mut cancel) = tokio::sync::watch::channel(true);
-        let outcome = follow(WHAT, &address, &mut cancel, &|_| {}).await;
-        drop(sender);
-        match outcome {
-            // Whatever it came to, it has ended, and the deployments are read next.
-            Ok(()) | Err(HostError::Cancelled(_) | HostError::Vanished(_) | HostError::Transaction { .. }) => {}
+    /// What a transaction came to is what the deployments say after it, where it may have come to anything.
+    async fn judge(
+        &self,
+        what: &'static str,
+        outcome: Result<(), HostError>,
+        reached: impl Fn(&HostFacts) -> bool,
+        otherwise: &str,
+    ) -> Result<(), HostError> {
+        let after = match outcome {
+            Ok(()) | Err(HostError::Vanished(_)) => self.snapshot().await,
             Err(error) => return Err(error),
+        };
+        match (outcome, after) {
+            (_, Ok(after)) if reached(&after.facts) => Ok(()),
+            (Ok(()), Ok(_)) => Err(HostError::NoEffect { what, why: otherwise.to_owned() }),
+            (Ok(()), Err(error)) | (Err(error), _) => Err(error),
         }
     }
-    client.close().await;
-    Ok(())
-}
 
-/// Starts or joins the transaction at `address` and waits for its end. The peer connection is closed at once then:
-/// a kept one keeps the daemon busy for everybody.
-async fn follow(what: &'static str, address: &str, cancel: &mut Cancel, progress: &Progress) -> Result<(), HostError> {
-    let peer = peer(address).await.map_err(|error| match error {
-        // The daemon died between its reply and now.
-        HostError::Call { .. } => HostError::Vanished(what),
-        error => error,
-    })?;
-    let whole = async {
-        match tokio::time::timeout(WHOLE, started(what, &peer, cancel, progress)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(HostError::Deadline { what, seconds: WHOLE.as_secs() }),
+    /// Starts or joins the transaction at `address` and waits for its end. The peer connection is closed at once then:
+    /// a kept one keeps the daemon busy for everybody.
+    async fn follow(
+        &self,
+        what: &'static str,
+        address: &str,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
+        let peer = self.peer(address).await.map_err(|error| match error {
+            // The daemon died between its reply and now.
+            HostError::Call { .. } => HostError::Vanished(what),
+            error => error,
+        })?;
+        let outcome = self.attend(what, &peer, cancel, progress).await;
+        close(peer).await;
+        outcome
+    }
+
+    async fn attend(
+        &self,
+        what: &'static str,
+        peer: &Connection,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
+        let deadlines = &self.host.deadlines;
+        // Before Start: a transaction that has ended already tells so once more, in answer to it.
+        let mut messages = MessageStream::from(peer);
+        let transaction = self.transaction(peer).await?;
+        // Its effect is what is waited for; a reply would only be read after what is queued before it.
+        let ask_to_end = async || {
+            let asked: Result<(), zbus::Error> = transaction.call_noreply("Cancel", &()).await;
+            asked.map_err(|error| self.failed("rpm-ostree's Cancel", &error))
+        };
+        let mut asked = *cancel.borrow();
+        if asked {
+            ask_to_end().await?;
         }
-    };
-    let outcome = whole.await;
-    if let Err(HostError::Deadline { .. }) = outcome {
-        let _ = tokio::time::timeout(CANCEL, call_cancel(&peer)).await;
-    }
-    close(peer).await;
-    outcome
-}
-
-async fn started(
-    what: &'static str,
-    peer: &Connection,
-    cancel: &mut Cancel,
-    progress: &Progress,
-) -> Result<(), HostError> {
-    // Before Start: a transaction that has ended already tells so once more, in answer to it.
-    let mut messages = MessageStream::from(peer);
-    let start = proxy(peer, "/", TRANSACTION).await?;
-    let begun: Result<bool, zbus::Error> = start.call("Start", &()).await;
-    match begun {
-        // Either way it runs or has run: false only means that this call did not start it.
-        Ok(_) => {}
-        Err(zbus::Error::InputOutput(_)) => return Err(HostError::Vanished(what)),
-        Err(error) => return Err(failed(what, &error)),
-    }
-    let mut asked = false;
-    loop {
-        let limit = if asked { CANCEL } else { STALL };
-        tokio::select! {
-            message = tokio::time::timeout(limit, messages.next()) => {
-                let message = match message {
-                    Ok(Some(Ok(message))) => message,
-                    Ok(_) => return Err(HostError::Vanished(what)),
-                    Err(_) => return Err(HostError::Deadline { what, seconds: limit.as_secs() }),
-                };
-                if message.message_type() != Type::Signal {
-                    continue;
+        // Either answer will do: false only means that this call did not start it.
+        let mut start = pin!(transaction.call::<_, _, bool>("Start", &()));
+        let mut started = false;
+        let whole = Instant::now() + deadlines.whole;
+        let (mut until, mut limit) = match asked {
+            true => (Instant::now() + deadlines.cancel, deadlines.cancel),
+            false => (Instant::now() + deadlines.stall, deadlines.stall),
+        };
+        loop {
+            if !asked && until > whole {
+                (until, limit) = (whole, deadlines.whole);
+            }
+            tokio::select! {
+                answer = &mut start, if !started => {
+                    started = true;
+                    match answer {
+                        Ok(_) => {}
+                        // The end of the stream tells more.
+                        Err(zbus::Error::InputOutput(io)) if io.kind() != std::io::ErrorKind::TimedOut => {}
+                        Err(error) => return Err(call_failed(what, UNIT, deadlines.call, &error)),
+                    }
                 }
-                let header = message.header();
-                let body = message.body();
-                match header.member().map(|member| member.as_str()) {
-                    Some("Finished") => {
-                        let (success, text): (bool, String) =
-                            body.deserialize().map_err(|e| HostError::confused("rpm-ostree's Finished", e))?;
-                        return finished(what, success, &text);
+                message = messages.next() => {
+                    let Some(Ok(message)) = message else { return Err(HostError::Vanished(what)) };
+                    if !asked {
+                        (until, limit) = (Instant::now() + deadlines.stall, deadlines.stall);
                     }
-                    Some("Message" | "TaskBegin") => {
-                        if let Ok(text) = body.deserialize::<String>() {
-                            progress(printable(&text, 200));
-                        }
+                    if let Some(outcome) = heard(what, &message, progress) {
+                        return outcome;
                     }
-                    _ => {}
+                }
+                () = cancelled(cancel), if !asked => {
+                    asked = true;
+                    (until, limit) = (Instant::now() + deadlines.cancel, deadlines.cancel);
+                    ask_to_end().await?;
+                }
+                () = sleep_until(until) => {
+                    if !asked {
+                        ask_to_end().await?;
+                    }
+                    return Err(HostError::deadline(what, limit));
                 }
             }
-            () = cancelled(cancel), if !asked => {
-                asked = true;
-                call_cancel(peer).await?;
-            }
         }
     }
-}
 
-async fn call_cancel(peer: &Connection) -> Result<(), HostError> {
-    let transaction = proxy(peer, "/", TRANSACTION).await?;
-    transaction.call("Cancel", &()).await.map_err(|e| failed("rpm-ostree's Cancel", &e))
-}
-
-async fn title(address: &str) -> Result<String, HostError> {
-    let peer = peer(address).await?;
-    let title = match proxy(&peer, "/", TRANSACTION).await {
-        Ok(transaction) => transaction.get_property("Title").await.map_err(|e| failed("rpm-ostree's Title", &e)),
-        Err(error) => Err(error),
-    };
-    close(peer).await;
-    title
-}
-
-async fn peer(address: &str) -> Result<Connection, HostError> {
-    const WHAT: &str = "rpm-ostree's transaction socket";
-    if !address.starts_with("unix:") {
-        return Err(HostError::confused(WHAT, format!("`{address}` is no local socket")));
+    async fn title(&self, address: &str) -> Result<String, HostError> {
+        let peer = self.peer(address).await?;
+        let title = match self.transaction(&peer).await {
+            Ok(transaction) => {
+                transaction.get_property("Title").await.map_err(|error| self.failed("rpm-ostree's Title", &error))
+            }
+            Err(error) => Err(error),
+        };
+        close(peer).await;
+        title
     }
-    let builder = zbus::connection::Builder::address(address).p2p().method_timeout(CALL);
-    connect(builder, WHAT, UNIT).await
+
+    async fn transaction(&self, peer: &Connection) -> Result<Proxy<'static>, HostError> {
+        super::proxy(peer, NAME, "/", TRANSACTION).await.map_err(|error| self.failed("rpm-ostree", &error))
+    }
+
+    async fn peer(&self, address: &str) -> Result<Connection, HostError> {
+        const WHAT: &str = "rpm-ostree's transaction socket";
+        // Other kinds of address start programs or leave the machine.
+        if !address.starts_with("unix:") {
+            return Err(HostError::confused(WHAT, format!("`{address}` is no local socket")));
+        }
+        let builder = zbus::connection::Builder::address(address).p2p().method_timeout(self.host.deadlines.call);
+        self.host.connect(builder, WHAT, UNIT).await
+    }
 }
 
-async fn proxy(bus: &Connection, path: &str, interface: &'static str) -> Result<Proxy<'static>, HostError> {
-    super::proxy(bus, NAME, path, interface).await.map_err(|e| failed("rpm-ostree", &e))
+/// What a message of a transaction says: progress, or how it ended.
+fn heard(what: &'static str, message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
+    let header = message.header();
+    if message.message_type() != Type::Signal || header.interface().is_none_or(|name| name.as_str() != TRANSACTION) {
+        return None;
+    }
+    let body = message.body();
+    match header.member()?.as_str() {
+        "Finished" => Some(match body.deserialize::<(bool, String)>() {
+            Ok((success, text)) => finished(what, success, &text),
+            Err(error) => Err(HostError::confused("rpm-ostree's Finished", error)),
+        }),
+        "Message" | "TaskBegin" => {
+            if let Ok(text) = body.deserialize::<String>() {
+                progress(printable(&text, 200));
+            }
+            None
+        }
+        _ => None,
+    }
 }
 
-fn failed(what: &'static str, error: &zbus::Error) -> HostError {
-    call_failed(what, UNIT, REPLY, error)
-}
-
-/// The daemon let go of its name while our call was on its way.
-fn idle_exit(error: &zbus::Error) -> bool {
+/// The daemon let go of its name while our call was on its way, or does not have it yet.
+fn is_lost(error: &zbus::Error) -> bool {
     use zbus::fdo::Error as Fdo;
     matches!(error, zbus::Error::FDO(fdo)
-        if matches!(**fdo, Fdo::NoReply(_) | Fdo::ServiceUnknown(_) | Fdo::NameHasNoOwner(_)))
+        if matches!(**fdo, Fdo::NoReply(_) | Fdo::ServiceUnknown(_) | Fdo::NameHasNoOwner(_) | Fdo::TimedOut(_)))
 }
 
 fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {
@@ -398,7 +485,7 @@ fn deployment(dict: &Dict) -> Option<Deployment> {
     let id = text("id")?;
     let metadata: Dict = property(dict, "base-commit-meta").unwrap_or_default();
     let document = |key: &str| property::<String>(&metadata, key).filter(|text| text.len() <= MAX_METADATA);
-    let digest = text("container-image-reference-digest").or_else(|| document("ostree.manifest-digest"));
+    let digest = |text: Option<String>| Digest::parse(&text?);
     Some(Deployment {
         id,
         osname: text("osname")?,
@@ -408,7 +495,7 @@ fn deployment(dict: &Dict) -> Option<Deployment> {
         pinned: flag("pinned"),
         version: text("version").map(|version| printable(&version, 100)),
         reference: text("container-image-reference").and_then(|text| reference::of_deployment(&text)),
-        digest: digest.and_then(|digest| Digest::parse(&digest)),
+        digest: digest(text("container-image-reference-digest")).or_else(|| digest(document("ostree.manifest-digest"))),
         layered: is_layered(dict),
         rendered_config: document("ostree.container.image-config").and_then(|json| rendered_config_label(&json)),
         wanted_arguments: None,
@@ -462,6 +549,10 @@ fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostErr
         Reason::DiskFull
     } else if has(&["does not have ostree.bootable label"]) {
         Reason::NotBootable
+    } else if has(&["manifest unknown", "name unknown"]) {
+        Reason::ManifestMissing
+    } else if has(&["unable to retrieve auth token", "unauthorized", "requested access to the resource is denied"]) {
+        Reason::RegistryDenied
     } else if starts(&["pinging container registry", "reading manifest"]) {
         Reason::RegistryUnreachable
     } else {

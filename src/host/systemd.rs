@@ -1,35 +1,33 @@
 //! systemd's manager: unit states, and starting the few units that the agent may start.
 
-use std::time::Duration;
+use std::pin::pin;
 
 use futures_util::StreamExt;
 use zbus::{Connection, OwnedObjectPath, Proxy};
 
-use super::{CALL, HostError, call_failed, close, proxy, system_bus};
+use super::{Host, HostError, call_failed, close, proxy};
 use crate::model::{UnitState, printable};
 
 const NAME: &str = "org.freedesktop.systemd1";
 const UNIT: &str = "init.scope";
-/// The finalizer's start does nothing and the bootloader update copies some megabytes.
-const JOB: Duration = Duration::from_secs(120);
 
 /// One row of `ListUnitsByNames`.
 type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
-async fn manager(bus: &Connection) -> Result<Proxy<'static>, HostError> {
-    proxy(bus, NAME, "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
-        .await
-        .map_err(|e| call_failed("systemd", UNIT, CALL, &e))
+async fn manager(bus: &Connection) -> zbus::Result<Proxy<'static>> {
+    proxy(bus, NAME, "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager").await
 }
 
 /// The states of `names`, in their order.
-pub(super) async fn states<const N: usize>(bus: &Connection, names: [&str; N]) -> Result<[UnitState; N], HostError> {
+pub(super) async fn states<const N: usize>(
+    host: &Host,
+    bus: &Connection,
+    names: [&str; N],
+) -> Result<[UnitState; N], HostError> {
     const WHAT: &str = "systemd's ListUnitsByNames";
-    let listed: Vec<Listed> = manager(bus)
-        .await?
-        .call("ListUnitsByNames", &(names.as_slice(),))
-        .await
-        .map_err(|e| call_failed(WHAT, UNIT, CALL, &e))?;
+    let failed = |e: zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, &e);
+    let manager = manager(bus).await.map_err(failed)?;
+    let listed: Vec<Listed> = manager.call("ListUnitsByNames", &(names.as_slice(),)).await.map_err(failed)?;
     Ok(names.map(|name| match listed.iter().find(|row| row.0 == name) {
         Some(row) => state(&row.2, &row.3),
         None => UnitState::Absent,
@@ -48,50 +46,72 @@ fn state(load: &str, active: &str) -> UnitState {
 }
 
 /// Starts `unit` and waits for the job's end.
-pub(super) async fn start(unit: &'static str) -> Result<(), HostError> {
-    let bus = system_bus(CALL).await?;
-    let result = match tokio::time::timeout(JOB, start_and_wait(&bus, unit)).await {
+pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let result = match tokio::time::timeout(host.deadlines.job, start_and_wait(host, &bus, unit)).await {
         Ok(result) => result,
-        Err(_) => Err(HostError::Deadline { what: "systemd's StartUnit", seconds: JOB.as_secs() }),
+        Err(_) => Err(HostError::deadline(unit, host.deadlines.job)),
     };
     close(bus).await;
     result
 }
 
-async fn start_and_wait(bus: &Connection, unit: &'static str) -> Result<(), HostError> {
-    let failed = |e: zbus::Error| call_failed("systemd's StartUnit", UNIT, CALL, &e);
-    let manager = manager(bus).await?;
+async fn start_and_wait(host: &Host, bus: &Connection, unit: &'static str) -> Result<(), HostError> {
+    const WHAT: &str = "systemd's StartUnit";
+    let failed = |error: zbus::Error| match &error {
+        // No such unit, masked, at odds with a job that is queued.
+        zbus::Error::MethodError(name, ..) if name.as_str().starts_with(NAME) => {
+            let result = name.as_str().trim_start_matches(NAME).trim_start_matches('.');
+            HostError::Unit { unit, result: printable(result, 50) }
+        }
+        _ => call_failed(WHAT, UNIT, host.deadlines.call, &error),
+    };
+    let manager = manager(bus).await.map_err(failed)?;
     // Signals are broadcast to subscribers only, and the job may be removed before the reply names it.
     let _: () = manager.call("Subscribe", &()).await.map_err(failed)?;
     let mut removed = manager.receive_signal("JobRemoved").await.map_err(failed)?;
-    let job: OwnedObjectPath = manager.call("StartUnit", &(unit, "fail")).await.map_err(failed)?;
-    while let Some(message) = removed.next().await {
-        let body = message.body();
-        let Ok((_, path, _, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>() else { continue };
-        if path == job {
-            return match result.as_str() {
-                "done" => Ok(()),
-                _ => Err(HostError::Unit { unit, result: printable(&result, 50) }),
-            };
+    // Both are listened to at once: signals that nobody takes would keep the reply from being read.
+    let body = (unit, "fail");
+    let mut call = pin!(manager.call::<_, _, OwnedObjectPath>("StartUnit", &body));
+    let mut job = None;
+    let mut ended = Vec::new();
+    loop {
+        tokio::select! {
+            reply = &mut call, if job.is_none() => job = Some(reply.map_err(failed)?),
+            message = removed.next() => {
+                let Some(message) = message else { break };
+                let body = message.body();
+                if let Ok((_, path, of, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>()
+                    && of == unit
+                {
+                    ended.push((path, result));
+                }
+            }
+        }
+        match ended.iter().find(|(path, _)| Some(path) == job.as_ref()) {
+            Some((_, result)) if result == "done" => return Ok(()),
+            Some((_, result)) => return Err(HostError::Unit { unit, result: printable(result, 50) }),
+            None => {}
         }
     }
-    Err(HostError::Call { what: "systemd's StartUnit", unit: UNIT, why: "the bus closed".to_owned() })
+    Err(HostError::Call { what: WHAT, unit: UNIT, why: "the bus closed".to_owned() })
 }
 
 /// `StatusText` and `ActiveState` of a service.
-pub(super) async fn status_text(unit: &str) -> Result<(String, String), HostError> {
-    const WHAT: &str = "systemd's LoadUnit";
-    let failed = |e: zbus::Error| call_failed(WHAT, UNIT, CALL, &e);
-    let bus = system_bus(CALL).await?;
-    let path: OwnedObjectPath = manager(&bus).await?.call("LoadUnit", &(unit,)).await.map_err(failed)?;
-    let property = async |interface: &'static str, name: &str| -> Result<String, HostError> {
-        let proxy = proxy(&bus, NAME, path.as_str(), interface).await.map_err(failed)?;
-        proxy.get_property(name).await.map_err(failed)
+pub(super) async fn status_text(host: &Host, unit: &str) -> Result<(String, String), HostError> {
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let asked = async {
+        let path: OwnedObjectPath = manager(&bus).await?.call("LoadUnit", &(unit,)).await?;
+        let property = async |interface: &'static str, name: &str| -> zbus::Result<String> {
+            proxy(&bus, NAME, path.as_str(), interface).await?.get_property(name).await
+        };
+        let text = property("org.freedesktop.systemd1.Service", "StatusText").await?;
+        let active = property("org.freedesktop.systemd1.Unit", "ActiveState").await?;
+        Ok((printable(&text, 500), printable(&active, 20)))
     };
-    let text = property("org.freedesktop.systemd1.Service", "StatusText").await?;
-    let active = property("org.freedesktop.systemd1.Unit", "ActiveState").await?;
+    let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));
     close(bus).await;
-    Ok((printable(&text, 500), printable(&active, 20)))
+    told
 }
 
 #[cfg(test)]
