@@ -60,6 +60,11 @@ struct Faults {
     lose_reply: bool,
     exit_on_call: bool,
     refuse: Option<(String, String)>,
+    address: Option<String>,
+    garbage_reply: bool,
+    ignore_cancel: bool,
+    chatter: u32,
+    properties: HashMap<String, OwnedVariant>,
 }
 
 #[derive(Default)]
@@ -205,6 +210,31 @@ impl RpmOstreed {
     /// Calls that make a transaction fail with this D-Bus error; `None` ends that.
     pub fn refuse(&self, error: Option<(&str, &str)>) {
         self.inner.faults.lock().unwrap().refuse = error.map(|(name, text)| (name.to_owned(), text.to_owned()));
+    }
+
+    /// Calls that make a transaction are answered with this address; `None` ends that.
+    pub fn answer_address(&self, address: Option<&str>) {
+        self.inner.faults.lock().unwrap().address = address.map(str::to_owned);
+    }
+
+    /// Whether calls that make a transaction are answered with a number.
+    pub fn answer_garbage(&self, garbage: bool) {
+        self.inner.faults.lock().unwrap().garbage_reply = garbage;
+    }
+
+    /// Whether `Cancel` has no effect, as on a transaction that is past the point.
+    pub fn ignore_cancel(&self, ignored: bool) {
+        self.inner.faults.lock().unwrap().ignore_cancel = ignored;
+    }
+
+    /// So many messages are sent before `Start` is answered, and before a signal that is none of the transaction's.
+    pub fn chatter(&self, messages: u32) {
+        self.inner.faults.lock().unwrap().chatter = messages;
+    }
+
+    /// Shows another value of a property of the sysroot object.
+    pub fn show(&self, property: &str, value: impl Into<zbus::Variant<'static>>) {
+        self.inner.faults.lock().unwrap().properties.insert(property.to_owned(), variant(value));
     }
 
     /// The daemon crashes now: clients of a transaction see their socket close, the bus name is lost.
@@ -466,6 +496,14 @@ impl Inner {
         }
     }
 
+    pub(crate) fn ignores_cancel(&self) -> bool {
+        self.faults.lock().unwrap().ignore_cancel
+    }
+
+    pub(crate) fn chatters(&self) -> u32 {
+        self.faults.lock().unwrap().chatter
+    }
+
     fn create(self: &Arc<Self>, request: Request) -> Result<Arc<Transaction>, Failure> {
         // Sockets of dead daemons stay behind; each transaction gets a path of its own.
         let number = self.transactions.fetch_add(1, Ordering::SeqCst);
@@ -522,10 +560,17 @@ impl Inner {
             work,
         })?;
         self.changed().await;
-        if std::mem::take(&mut self.faults.lock().unwrap().lose_reply) {
+        let (lost, garbage, address) = {
+            let mut faults = self.faults.lock().unwrap();
+            (std::mem::take(&mut faults.lose_reply), faults.garbage_reply, faults.address.clone())
+        };
+        if lost {
             return Ok(None);
         }
-        call.reply(&(transaction.address(),))
+        if garbage {
+            return call.reply(&(7_u32,));
+        }
+        call.reply(&(address.unwrap_or_else(|| transaction.address()),))
     }
 
     /// Does the work of a started transaction.
@@ -836,18 +881,21 @@ impl Service for Inner {
             let address = state.active.as_ref().map(|active| active.address()).unwrap_or_default();
             let os = if booted.is_some() { self.os_path() } else { "/".to_owned() };
             let list: Vec<Dict> = deployments.iter().map(Deployment::dict).collect();
-            return vec![Interface {
-                name: SYSROOT,
-                members: SYSROOT_MEMBERS,
-                properties: vec![
-                    ("Booted", variant(ObjectPath::try_from(os).expect("a valid path"))),
-                    ("Path", variant("/")),
-                    ("ActiveTransaction", variant(active)),
-                    ("ActiveTransactionPath", variant(address)),
-                    ("AutomaticUpdatePolicy", variant("none")),
-                    ("Deployments", variant(list)),
-                ],
-            }];
+            let mut properties = vec![
+                ("Booted", variant(ObjectPath::try_from(os).expect("a valid path"))),
+                ("Path", variant("/")),
+                ("ActiveTransaction", variant(active)),
+                ("ActiveTransactionPath", variant(address)),
+                ("AutomaticUpdatePolicy", variant("none")),
+                ("Deployments", variant(list)),
+            ];
+            let shown = &self.faults.lock().unwrap().properties;
+            for (name, value) in &mut properties {
+                if let Some(other) = shown.get(*name) {
+                    value.clone_from(other);
+                }
+            }
+            return vec![Interface { name: SYSROOT, members: SYSROOT_MEMBERS, properties }];
         }
         if path == self.os_path() && !deployments.is_empty() {
             return vec![Interface {

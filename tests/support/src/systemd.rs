@@ -71,6 +71,7 @@ struct Inner {
     units: Mutex<BTreeMap<String, Unit>>,
     hooks: Mutex<HashMap<String, Hook>>,
     refusals: Mutex<HashMap<String, String>>,
+    results: Mutex<HashMap<String, String>>,
     subscribers: Mutex<HashSet<String>>,
     started: Mutex<Vec<String>>,
     jobs: AtomicU32,
@@ -100,6 +101,7 @@ impl Systemd {
             units: Mutex::default(),
             hooks: Mutex::default(),
             refusals: Mutex::default(),
+            results: Mutex::default(),
             subscribers: Mutex::default(),
             started: Mutex::default(),
             jobs: AtomicU32::new(1),
@@ -190,6 +192,16 @@ impl Systemd {
         match result {
             Some(result) => refusals.insert(name.to_owned(), result.to_owned()),
             None => refusals.remove(name),
+        };
+    }
+
+    /// From now on the start jobs of `name` end with this result (`canceled`, `dependency`, …) and do nothing; `None`
+    /// ends that.
+    pub fn end_jobs(&self, name: &str, result: Option<&str>) {
+        let mut results = self.inner.results.lock().unwrap();
+        match result {
+            Some(result) => results.insert(name.to_owned(), result.to_owned()),
+            None => results.remove(name),
         };
     }
 
@@ -300,6 +312,9 @@ impl Inner {
     }
 
     async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool) -> Answer {
+        if self.units.lock().unwrap().get(&name).is_some_and(|unit| unit.load == "masked") {
+            return Err(Failure::new("org.freedesktop.systemd1.UnitMasked", format!("Unit {name} is masked.")));
+        }
         if !self.installed(&name) {
             return Err(no_such_unit(format!("Unit {name} not found.")));
         }
@@ -318,9 +333,11 @@ impl Inner {
         let reply = call.reply(&(ObjectPath::try_from(job.as_str())?,));
         let (this, caller) = (self.clone(), call.sender.clone());
         let work = async move {
-            let result = match stop {
-                true => "done",
-                false => this.run(&name).await.map_or("failed", |()| "done"),
+            let ended = this.results.lock().unwrap().get(&name).cloned();
+            let result = match ended {
+                Some(result) if !stop => result,
+                _ if stop || this.run(&name).await.is_ok() => "done".to_owned(),
+                _ => "failed".to_owned(),
             };
             let heard = this.subscribers.lock().unwrap().contains(&caller);
             if heard {

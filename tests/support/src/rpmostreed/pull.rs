@@ -247,7 +247,11 @@ async fn copy(engine: &Engine, sysroot: &Sysroot, name: &str, layout: &Path) -> 
         return Ok(());
     }
     let stderr = String::from_utf8_lossy(&output.stderr);
-    Err(last_message(&stderr).unwrap_or_else(|| output.status.to_string()))
+    let message = last_message(&stderr).unwrap_or_else(|| output.status.to_string());
+    // `copy` puts words of its own before those that the image proxy passes on.
+    let ours = format!("initializing source docker://{name}: ");
+    let rest = message.strip_prefix(&ours).or_else(|| message.strip_prefix("Source image rejected: "));
+    Err(rest.map_or_else(|| message.clone(), str::to_owned))
 }
 
 /// What skopeo said last, without its log decoration.

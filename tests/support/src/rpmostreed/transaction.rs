@@ -139,6 +139,9 @@ impl Transaction {
     }
 
     pub(crate) fn cancel(&self) {
+        if self.daemon.upgrade().is_some_and(|daemon| daemon.ignores_cancel()) {
+            return;
+        }
         self.cancelled.send_replace(true);
     }
 
@@ -267,6 +270,16 @@ impl Service for Peer {
         }
         match call.member.as_str() {
             "Start" => {
+                if let Some(messages) = self.transaction.daemon.upgrade().map(|daemon| daemon.chatters()) {
+                    for number in 0..messages {
+                        let text = format!("message {number}");
+                        connection.emit_signal(None::<&str>, "/", INTERFACE, "Message", &(text,)).await?;
+                    }
+                    if messages > 0 {
+                        let stranger = "org.example.Stranger";
+                        connection.emit_signal(None::<&str>, "/", stranger, "Finished", &(true, "")).await?;
+                    }
+                }
                 let started = self.transaction.start();
                 let reply = call.reply(&(started,))?;
                 let finished = match &*self.transaction.phase.lock().unwrap() {

@@ -1,0 +1,57 @@
+//! Kernel arguments of the staged deployment.
+
+use rebase_agent::model::Reason;
+use support::events::Event;
+
+use crate::lab::{Lab, never};
+
+fn list(arguments: &[&str]) -> Vec<String> {
+    arguments.iter().map(|&argument| argument.to_owned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kernel_arguments_reach_the_next_boot() {
+    let lab = Lab::new().await;
+    lab.stage("3").await.unwrap();
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert_eq!(staged.wanted_arguments.unwrap(), ["nosmt", "a=b"]);
+    assert_eq!(staged.arguments.unwrap()[..3], ["root=UUID=0a1b", "rw", "console=ttyS0"]);
+    let seen = lab.record();
+    let (_never, mut cancel) = never();
+    let (append, delete) = (list(&["nosmt", "a=b"]), list(&["console=ttyS0"]));
+    lab.host.set_kernel_arguments(&append, &delete, &mut cancel).await.unwrap();
+    let asked = seen.lock().unwrap().iter().find_map(|event| match event {
+        Event::TransactionRequested { method, argument } => Some((method.clone(), argument.clone())),
+        _ => None,
+    });
+    assert_eq!(asked.unwrap(), ("kernel-args".to_owned(), "+[nosmt a=b] ~[] -[console=ttyS0]".to_owned()));
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert_eq!(staged.digest.unwrap().as_str(), lab.digest("3"), "the image is still the same");
+    // As `rpm-ostree kargs` does: on top of what the staged deployment has, `ostree=` included.
+    assert_eq!(staged.arguments.unwrap()[..4], ["root=UUID=0a1b", "rw", "nosmt", "a=b"]);
+    assert!(lab.machine.shut_down().await);
+    lab.machine.power_on().await.unwrap();
+    let line = lab.host.read_machine().await.unwrap().command_line;
+    assert!(line.contains(&"nosmt".to_owned()) && !line.contains(&"console=ttyS0".to_owned()), "{line:?}");
+    assert_eq!(lab.machine.booted().unwrap().digest, lab.digest("3"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kernel_arguments_that_cannot_be_changed_are_reported() {
+    let lab = Lab::new().await;
+    let (_never, mut cancel) = never();
+    let mut set = async |append: &[&str], delete: &[&str]| {
+        lab.host.set_kernel_arguments(&list(append), &list(delete), &mut cancel).await
+    };
+    let error = set(&["x"], &[]).await.unwrap_err();
+    assert!(error.to_string().contains("nothing is staged any more"), "{error}");
+    lab.stage("2").await.unwrap();
+    let error = set(&[], &["never-there"]).await.unwrap_err();
+    assert!(error.to_string().contains("No key 'never-there' found"), "{error}");
+    lab.machine.rpm_ostreed().no_change_next();
+    let error = set(&["x"], &[]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HostConfused, "{error}");
+    lab.machine.rpm_ostreed().crash_at("Staging");
+    assert_eq!(set(&["x"], &[]).await.unwrap_err().reason(), Reason::HostUnreachable);
+    set(&["x"], &[]).await.unwrap();
+}

@@ -1,0 +1,76 @@
+//! Reboots and what inhibits them.
+
+use std::time::Duration;
+
+use rebase_agent::host::HostError;
+use rebase_agent::model::Reason;
+use support::logind::Inhibitor;
+
+use crate::lab::Lab;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reboot_is_announced_and_repeating_it_is_success() {
+    let lab = Lab::new().await;
+    let logind = lab.machine.logind();
+    // The machine itself stays up, to be asked again.
+    logind.on_reboot(|| {});
+    assert!(!lab.host.read_machine().await.unwrap().shutting_down);
+    lab.host.reboot("rebooting into sha256:0123").await.unwrap();
+    assert_eq!(logind.wall_message(), Some(("rebooting into sha256:0123".to_owned(), true)));
+    assert!(lab.host.read_machine().await.unwrap().shutting_down);
+    // OperationInProgress.
+    lab.host.reboot("again").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_reply_of_an_accepted_reboot_is_success() {
+    let lab = Lab::new().await;
+    let logind = lab.machine.logind();
+    logind.on_reboot(|| {});
+    logind.lose_reboot_reply();
+    let host = lab.hasty(|deadlines| deadlines.call = Duration::from_millis(300));
+    host.reboot("x").await.unwrap();
+    assert!(logind.preparing_for_shutdown());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inhibitors_bind_with_either_semantics() {
+    let lab = Lab::new().await;
+    let logind = lab.machine.logind();
+    logind.on_reboot(|| {});
+    let hostile = Inhibitor::block("backup\u{1b}[2J", &"why ".repeat(1000));
+    logind.add_inhibitor(Inhibitor { what: "sleep".to_owned(), ..Inhibitor::block("lid", "x") });
+    logind.add_inhibitor(Inhibitor { mode: "delay".to_owned(), ..Inhibitor::block("kubelet", "x") });
+    logind.add_inhibitor(Inhibitor { mode: "block-weak".to_owned(), ..Inhibitor::block("desktop", "x") });
+    assert!(lab.host.read_machine().await.unwrap().inhibitors.is_empty());
+    logind.add_inhibitor(Inhibitor { what: "idle:shutdown".to_owned(), ..hostile });
+    // 252: root would override it.
+    for overrides in [true, false] {
+        logind.root_overrides_inhibitors(overrides);
+        let seen = lab.host.read_machine().await.unwrap().inhibitors;
+        assert_eq!(seen.len(), 1);
+        assert!(seen[0].who.starts_with("backup\\u{1b}") && seen[0].why.chars().count() <= 200, "{seen:?}");
+        let error = lab.host.reboot("x").await.unwrap_err();
+        assert!(matches!(&error, HostError::Reboot(why) if why.contains("backup")), "{error}");
+        assert!(!logind.preparing_for_shutdown());
+    }
+    logind.remove_inhibitor("backup\u{1b}[2J");
+    lab.host.reboot("x").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_reboot_is_told_apart_from_a_silent_logind() {
+    let lab = Lab::new().await;
+    let logind = lab.machine.logind();
+    for name in [
+        "org.freedesktop.DBus.Error.AccessDenied",
+        "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired",
+        "org.freedesktop.login1.BlockedByInhibitorLock",
+        "org.freedesktop.login1.SomethingNew",
+    ] {
+        logind.refuse_reboot(Some((name, "not now")));
+        let error = lab.host.reboot("x").await.unwrap_err();
+        assert_eq!(error.reason(), Reason::RebootRefused, "{name}: {error}");
+        assert!(error.retryable() && error.to_string().contains("not now"), "{error}");
+    }
+}

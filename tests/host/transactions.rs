@@ -1,0 +1,394 @@
+//! Transactions, and everything that goes wrong around them.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rebase_agent::host::HostError;
+use rebase_agent::model::Reason;
+use support::events::Event;
+use tokio::sync::watch;
+
+use crate::lab::{Lab, count, never, stage, until};
+
+fn started(event: &Event) -> bool {
+    matches!(event, Event::TransactionStarted { .. })
+}
+
+fn requested(event: &Event, wanted: &str) -> bool {
+    matches!(event, Event::TransactionRequested { method, .. } if method == wanted)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn staging_tells_its_progress_and_frees_the_daemon_at_once() {
+    let lab = Lab::new().await;
+    let seen = lab.record();
+    let (_never, mut cancel) = never();
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    let to = lines.clone();
+    lab.host.stage(lab.verified("2"), &mut cancel, &move |line| to.lock().unwrap().push(line)).await.unwrap();
+    // The daemon would wait for half a minute for a client that keeps its socket.
+    let ended = Instant::now();
+    lab.idle().await;
+    assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
+    assert!(lines.lock().unwrap().iter().any(|line| line.starts_with("Importing")), "{lines:?}");
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    let title = format!("rebase-agent {}", lab.digest("2"));
+    assert_eq!(count(&seen, |event| *event == Event::TransactionStarted { title: title.clone() }), 1);
+    assert_eq!(lab.read().await.transaction, None);
+    assert!(lab.machine.rpm_ostreed().idle_exit().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn signals_before_the_reply_to_start_are_heard_and_strangers_are_not() {
+    let lab = Lab::new().await;
+    // More than a client's queue holds; after them a `Finished` of another interface.
+    lab.machine.rpm_ostreed().chatter(500);
+    lab.stage("2").await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_lock_of_another_tool_is_busy_by_its_name() {
+    let lab = Lab::new().await;
+    lab.machine.sysroot().set_locked(true);
+    let error = lab.stage("2").await.unwrap_err();
+    assert!(matches!(&error, HostError::Busy(why) if why.contains("System transaction in progress")), "{error}");
+    lab.machine.sysroot().set_locked(false);
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_of_somebody_else_is_told_and_not_touched() {
+    let lab = Lab::new().await;
+    let foreign = lab.machine.rpm_ostreed().foreign("upgrade\u{1b}[2J").await.unwrap();
+    let active = lab.read().await.transaction.unwrap();
+    assert_eq!((active.title.as_str(), active.ours), ("upgrade\\u{1b}[2J", None));
+    assert!(matches!(lab.stage("2").await.unwrap_err(), HostError::Busy(_)));
+    lab.host.cancel_transaction().await.unwrap();
+    assert!(lab.machine.rpm_ostreed().active_transaction().is_some(), "it is not ours to cancel");
+    foreign.finish();
+    lab.idle().await;
+    lab.stage("2").await.unwrap();
+}
+
+/// The address of a transaction that this client requested and does not start.
+async fn request(lab: &Lab, client: &zbus::Connection, image: &str, title: &str) -> String {
+    let options = std::collections::BTreeMap::from([
+        ("allow-downgrade", zbus::Variant::from(true)),
+        ("initiating-command-line", zbus::Variant::from(title.to_owned())),
+    ]);
+    let body = (options, lab.verified(image).to_pull(), Vec::<String>::new());
+    let reply = client
+        .call_method(
+            Some("org.projectatomic.rpmostree1"),
+            "/org/projectatomic/rpmostree1/rhcos",
+            Some("org.projectatomic.rpmostree1.OS"),
+            "Rebase",
+            &body,
+        )
+        .await
+        .unwrap();
+    reply.body().deserialize::<(String,)>().unwrap().0
+}
+
+async fn client(lab: &Lab) -> zbus::Connection {
+    zbus::connection::Builder::address(lab.machine.bus_address().as_str()).build().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_client_never_starts_is_told_and_not_waited_for() {
+    let lab = Lab::new().await;
+    let other = client(&lab).await;
+    request(&lab, &other, "2", "rpm-ostree rebase").await;
+    let began = Instant::now();
+    assert_eq!(lab.read().await.transaction.unwrap().title, "rpm-ostree rebase");
+    assert!(matches!(lab.stage("2").await.unwrap_err(), HostError::Busy(_)));
+    assert!(began.elapsed() < Duration::from_secs(10));
+    // Nor did looking at it start it.
+    other.close().await.unwrap();
+    lab.idle().await;
+    assert_eq!(lab.staged(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn identical_calls_join() {
+    let lab = Lab::new().await;
+    let seen = lab.record();
+    let (one, two) = tokio::join!(lab.stage("2"), lab.stage("2"));
+    one.unwrap();
+    two.unwrap();
+    assert_eq!(count(&seen, started), 1);
+    // By the daemon's own rule: byte for byte the request that we make ourselves.
+    let other = client(&lab).await;
+    let title = format!("rebase-agent {}", lab.digest("3"));
+    let address = request(&lab, &other, "3", &title).await;
+    lab.stage("3").await.unwrap();
+    assert_eq!(count(&seen, started), 2);
+    drop(address);
+    assert_eq!(lab.staged(), Some(lab.digest("3")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_agent_attaches_to_its_transaction_even_late() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    let seen = lab.record();
+    daemon.hang_at("Importing");
+    // The first agent dies in the middle.
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let first = tokio::spawn(async move { stage(&host, image).await });
+    lab.hanging().await;
+    first.abort();
+    let _ = first.await;
+    let active = lab.read().await.transaction.unwrap();
+    assert_eq!(active.ours.as_ref().map(|digest| digest.as_str()), Some(lab.digest("2").as_str()));
+    assert!(matches!(lab.stage("3").await.unwrap_err(), HostError::Busy(_)), "ours, and of another image");
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let second = tokio::spawn(async move { stage(&host, image).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    daemon.release();
+    second.await.unwrap().unwrap();
+    assert_eq!(count(&seen, |event| requested(event, "rebase")), 1);
+    // Ended, and kept by a client that lingers: a late Start is told the end once more.
+    let other = client(&lab).await;
+    let address = request(&lab, &other, "3", &format!("rebase-agent {}", lab.digest("3"))).await;
+    let peer = zbus::connection::Builder::address(address.as_str()).p2p().build().await.unwrap();
+    let transaction = Some("org.projectatomic.rpmostree1.Transaction");
+    peer.call_method(None::<&str>, "/", transaction, "Start", &()).await.unwrap();
+    until("staged", || lab.staged() == Some(lab.digest("3"))).await;
+    until("ended", || count(&seen, |event| matches!(event, Event::TransactionFinished { .. })) == 2).await;
+    lab.machine.sysroot().drop_staged().unwrap();
+    let error = lab.stage("3").await.unwrap_err();
+    assert!(matches!(error, HostError::NoEffect { .. }), "success of old, and nothing staged: {error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_reply_takes_the_transaction_back() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().lose_reply();
+    let host = lab.hasty(|deadlines| deadlines.reply = Duration::from_secs(1));
+    let error = stage(&host, lab.verified("2")).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::DeadlineExceeded, "{error}");
+    lab.idle().await;
+    stage(&host, lab.verified("2")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiting_for_the_reply_can_be_cancelled() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().lose_reply();
+    let (sender, mut cancel) = watch::channel(false);
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let staging = tokio::spawn(async move { host.stage(image, &mut cancel, &|_| {}).await });
+    until("requested", || lab.machine.rpm_ostreed().active_transaction().is_some()).await;
+    sender.send_replace(true);
+    assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
+    lab.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_exit_on_the_first_call_is_tried_again() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    daemon.start().await.unwrap();
+    daemon.idle_exit_on_next_call();
+    lab.read().await;
+    daemon.idle_exit_on_next_call();
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_that_loads_long_is_waited_for() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().set_start_delay(Duration::from_millis(1500));
+    assert!(!lab.machine.rpm_ostreed().is_running());
+    lab.read().await;
+    // But not for ever.
+    assert!(lab.machine.rpm_ostreed().idle_exit().await);
+    let host = lab.hasty(|deadlines| deadlines.reply = Duration::from_millis(300));
+    assert_eq!(host.read().await.unwrap_err().reason(), Reason::DeadlineExceeded);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_crash_the_deployments_tell() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    daemon.crash_at("Importing");
+    let error = lab.stage("2").await.unwrap_err();
+    assert!(matches!(error, HostError::Vanished(_)) && error.retryable(), "{error}");
+    lab.stage("2").await.unwrap();
+    // The next one replaces what is staged, and its image is pruned: everything is done by then.
+    daemon.crash_at("Pruned images");
+    lab.stage("3").await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("3")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn success_without_a_change_is_no_success() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().no_change_next();
+    let error = lab.stage("2").await.unwrap_err();
+    assert!(matches!(error, HostError::NoEffect { .. }) && error.retryable(), "{error}");
+    // A human stages something else before the verdict.
+    lab.stage("2").await.unwrap();
+    lab.machine.rpm_ostreed().hang_at("Pruned images");
+    let (host, image) = (lab.host.clone(), lab.verified("3"));
+    let staging = tokio::spawn(async move { stage(&host, image).await });
+    lab.hanging().await;
+    assert_eq!(lab.staged(), Some(lab.digest("3")));
+    lab.machine.rpm_ostreed().stage_behind(&lab.typed("index")).await.unwrap();
+    lab.machine.rpm_ostreed().release();
+    let error = staging.await.unwrap().unwrap_err();
+    assert!(matches!(error, HostError::NoEffect { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn equal_references_are_never_sent() {
+    let lab = Lab::new().await;
+    let seen = lab.record();
+    let equal = |event: &Event| matches!(event, Event::TransactionFinished { error: Some(text), .. } if text.contains("refs are equal"));
+    // Booted already.
+    lab.stage("1").await.unwrap();
+    assert_eq!(count(&seen, |event| requested(event, "rebase")), 0);
+    // Booted by tag: the same image, under a name that says nothing.
+    let booted = lab.machine.booted().unwrap();
+    let by_tag = format!("ostree-unverified-registry:{}:1", lab.store.image("1").pushed.repository());
+    let origin = lab.machine.sysroot().tree(&booted).with_extension(format!("{}.origin", booted.serial));
+    std::fs::write(origin, format!("[origin]\ncontainer-image-reference={by_tag}\n")).unwrap();
+    assert_eq!(lab.read().await.booted().unwrap().reference.as_deref(), by_tag.split_once(':').map(|(_, name)| name));
+    lab.stage("1").await.unwrap();
+    assert_eq!(count(&seen, |event| requested(event, "rebase")), 0);
+    // Staged already, by hand.
+    lab.machine.human_stage(&lab.verified("2").to_pull()).await.unwrap();
+    lab.idle().await;
+    lab.stage("2").await.unwrap();
+    assert_eq!(count(&seen, |event| requested(event, "rebase")), 1);
+    // Finalized, and the boot loader fell back from it: first in boot order, and neither staged nor booted.
+    lab.machine.fall_back();
+    assert!(lab.machine.shut_down().await);
+    lab.machine.power_on().await.unwrap();
+    assert!(lab.machine.deployments()[1].booted);
+    lab.stage("2").await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    assert_eq!(count(&seen, equal), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancelling_ends_it_or_gives_up() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    let begin = async |host: &rebase_agent::host::Host, image: &str| {
+        daemon.hang_at("Importing");
+        let (sender, mut cancel) = watch::channel(false);
+        let (host, image) = (host.clone(), lab.verified(image));
+        let staging = tokio::spawn(async move { host.stage(image, &mut cancel, &|_| {}).await });
+        lab.hanging().await;
+        (sender, staging)
+    };
+    let (sender, staging) = begin(&lab.host, "2").await;
+    sender.send_replace(true);
+    assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
+    lab.idle().await;
+    assert_eq!(lab.staged(), None);
+    // Past the point: it ends well although it was asked not to.
+    daemon.ignore_cancel(true);
+    let (sender, staging) = begin(&lab.host, "2").await;
+    sender.send_replace(true);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    daemon.release();
+    staging.await.unwrap().unwrap();
+    // It does not end.
+    let host = lab.hasty(|deadlines| deadlines.cancel = Duration::from_millis(300));
+    let (sender, staging) = begin(&host, "3").await;
+    sender.send_replace(true);
+    assert_eq!(staging.await.unwrap().unwrap_err().reason(), Reason::DeadlineExceeded);
+    daemon.release();
+    lab.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_obsolete_transaction_of_an_earlier_run_is_cancelled() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    lab.host.cancel_transaction().await.unwrap();
+    daemon.hang_at("Importing");
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let first = tokio::spawn(async move { stage(&host, image).await });
+    lab.hanging().await;
+    first.abort();
+    lab.host.cancel_transaction().await.unwrap();
+    lab.idle().await;
+    assert_eq!(lab.staged(), None);
+    // One that was never started does not begin for being cancelled.
+    let seen = lab.record();
+    let other = client(&lab).await;
+    request(&lab, &other, "2", &format!("rebase-agent {}", lab.digest("2"))).await;
+    lab.host.cancel_transaction().await.unwrap();
+    lab.idle().await;
+    assert_eq!(count(&seen, |event| matches!(event, Event::TransactionMessage(_))), 0);
+    assert_eq!(lab.staged(), None);
+    // One that does not care is given up.
+    daemon.ignore_cancel(true);
+    daemon.hang_at("Importing");
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let first = tokio::spawn(async move { stage(&host, image).await });
+    lab.hanging().await;
+    first.abort();
+    let host = lab.hasty(|deadlines| deadlines.cancel = Duration::from_millis(200));
+    assert_eq!(host.cancel_transaction().await.unwrap_err().reason(), Reason::DeadlineExceeded);
+    daemon.release();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silence_and_length_have_their_limits() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    for shrink in [
+        |deadlines: &mut rebase_agent::host::Deadlines| deadlines.stall = Duration::from_millis(500),
+        |deadlines: &mut rebase_agent::host::Deadlines| deadlines.whole = Duration::from_millis(500),
+    ] {
+        daemon.hang_at("Importing");
+        let error = stage(&lab.hasty(shrink), lab.verified("2")).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::DeadlineExceeded, "{error}");
+        // It was asked to end, too.
+        lab.idle().await;
+    }
+    assert_eq!(lab.staged(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_is_no_local_socket_is_refused() {
+    let lab = Lab::new().await;
+    let witness = lab.machine.root().join("witness");
+    for address in [
+        "tcp:host=127.0.0.1,port=1".to_owned(),
+        format!("unixexec:path=/usr/bin/touch,argv1={}", witness.display()),
+        String::new(),
+    ] {
+        lab.machine.rpm_ostreed().answer_address(Some(&address));
+        let error = lab.stage("2").await.unwrap_err();
+        assert_eq!(error.reason(), Reason::HostConfused, "{address}: {error}");
+        lab.idle().await;
+    }
+    assert!(!witness.exists());
+    // A socket that is gone: the daemon died after its reply.
+    lab.machine.rpm_ostreed().answer_address(Some("unix:path=/nowhere/socket"));
+    let error = lab.stage("2").await.unwrap_err();
+    assert!(matches!(error, HostError::Vanished(_)), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_deployment_that_was_meant_is_dropped() {
+    let lab = Lab::new().await;
+    let (_never, mut cancel) = never();
+    lab.stage("2").await.unwrap();
+    lab.host.drop_staged("another checksum", &mut cancel).await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    let checksum = lab.read().await.staged().unwrap().checksum.clone();
+    lab.machine.rpm_ostreed().no_change_next();
+    let error = lab.host.drop_staged(&checksum, &mut cancel).await.unwrap_err();
+    assert!(matches!(error, HostError::NoEffect { .. }), "{error}");
+    lab.host.drop_staged(&checksum, &mut cancel).await.unwrap();
+    assert_eq!(lab.staged(), None);
+    lab.host.drop_staged(&checksum, &mut cancel).await.unwrap();
+}
