@@ -534,7 +534,10 @@ async fn supervise(weak: Weak<Inner>) {
                 Err(_) => {
                     let Some(inner) = weak.upgrade() else { return };
                     let silent = inner.last_ping.lock().unwrap().elapsed();
-                    if watchdog.is_some_and(|limit| silent > limit) && !missed {
+                    // A process that does not heed the first signal is killed by the second.
+                    if watchdog.is_some_and(|limit| silent > 2 * limit) {
+                        inner.signal(Signal::SIGKILL);
+                    } else if watchdog.is_some_and(|limit| silent > limit) && !missed {
                         missed = true;
                         inner.signal(Signal::SIGABRT);
                     }
