@@ -118,7 +118,7 @@ pub struct Lab {
     pub host: Host,
     pub events: Events,
     pub store: &'static Store,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Lab {
@@ -133,7 +133,12 @@ impl Lab {
         machine.install(&format!("ostree-unverified-registry:{}", store.image("1").pushed.pullspec())).await.unwrap();
         machine.power_on().await.unwrap();
         let host = Host::new(Root::new(machine.root()), Some(machine.bus_address()));
-        Self { machine, host, events, store, _dir: dir }
+        Self { machine, host, events, store, dir }
+    }
+
+    /// Where its bus lives.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The neighbour with less patience.

@@ -8,7 +8,7 @@ use rebase_agent::model::Reason;
 use support::events::Event;
 use tokio::sync::watch;
 
-use crate::lab::{Lab, count, never, stage, until};
+use crate::lab::{Lab, count, dict, never, stage, until};
 
 fn started(event: &Event) -> bool {
     matches!(event, Event::TransactionStarted { .. })
@@ -207,6 +207,40 @@ async fn a_daemon_that_loads_long_is_waited_for() {
     assert!(lab.machine.rpm_ostreed().idle_exit().await);
     let host = lab.hasty(|deadlines| deadlines.reply = Duration::from_millis(300));
     assert_eq!(host.read().await.unwrap_err().reason(), Reason::DeadlineExceeded);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_that_gives_up_activation_is_asked_again() {
+    let lab = Lab::new().await;
+    let path = lab.path().join("bus.conf");
+    let impatient = "<limit name=\"service_start_timeout\">500</limit></busconfig>";
+    let config = std::fs::read_to_string(&path).unwrap().replace("</busconfig>", impatient);
+    std::fs::write(path, config).unwrap();
+    let bus = Some("org.freedesktop.DBus");
+    client(&lab).await.call_method(bus, "/org/freedesktop/DBus", bus, "ReloadConfig", &()).await.unwrap();
+    lab.machine.rpm_ostreed().set_start_delay(Duration::from_millis(1200));
+    lab.read().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_ends_between_two_calls_is_looked_at_again() {
+    let lab = Lab::new().await;
+    let daemon = lab.machine.rpm_ostreed();
+    daemon.show_once("ActiveTransactionPath", "unix:path=/nowhere/ended");
+    assert_eq!(lab.read().await.transaction, None);
+    let gone = dict(vec![
+        ("id", "rhcos-gone.0".into()),
+        ("osname", "rhcos".into()),
+        ("checksum", "gone".into()),
+        ("staged", true.into()),
+    ]);
+    daemon.show_once("Deployments", vec![gone]);
+    assert_eq!(lab.read().await.staged(), None);
+    daemon.show_once("ActiveTransactionPath", "unix:path=/nowhere/ended");
+    lab.host.cancel_transaction().await.unwrap();
+    // It is not looked at for ever.
+    daemon.show("ActiveTransactionPath", "unix:path=/nowhere/listed");
+    assert_eq!(lab.host.read().await.unwrap_err().reason(), Reason::HostUnreachable);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

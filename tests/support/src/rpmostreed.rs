@@ -65,6 +65,7 @@ struct Faults {
     ignore_cancel: bool,
     chatter: u32,
     properties: HashMap<String, OwnedVariant>,
+    properties_once: HashMap<String, OwnedVariant>,
 }
 
 #[derive(Default)]
@@ -237,6 +238,11 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().properties.insert(property.to_owned(), variant(value));
     }
 
+    /// Shows another value once, as if it had changed right after it was read.
+    pub fn show_once(&self, property: &str, value: impl Into<zbus::Variant<'static>>) {
+        self.inner.faults.lock().unwrap().properties_once.insert(property.to_owned(), variant(value));
+    }
+
     /// The daemon crashes now: clients of a transaction see their socket close, the bus name is lost.
     pub async fn crash(&self) {
         self.inner.crash().await;
@@ -370,6 +376,10 @@ impl Inner {
         let failed = |_| "exit-code".to_owned();
         let delay = self.faults.lock().unwrap().start_delay;
         tokio::time::sleep(delay).await;
+        // Asked for once more meanwhile.
+        if self.state.lock().unwrap().connection.is_some() {
+            return Ok(());
+        }
         let connection = bus::connect(&self.address).await.map_err(failed)?;
         {
             let mut state = self.state.lock().unwrap();
@@ -889,10 +899,11 @@ impl Service for Inner {
                 ("AutomaticUpdatePolicy", variant("none")),
                 ("Deployments", variant(list)),
             ];
-            let shown = &self.faults.lock().unwrap().properties;
+            let mut faults = self.faults.lock().unwrap();
             for (name, value) in &mut properties {
-                if let Some(other) = shown.get(*name) {
-                    value.clone_from(other);
+                let once = faults.properties_once.remove(*name);
+                if let Some(other) = once.or_else(|| faults.properties.get(*name).cloned()) {
+                    *value = other;
                 }
             }
             return vec![Interface { name: SYSROOT, members: SYSROOT_MEMBERS, properties }];
