@@ -13,6 +13,7 @@ pub mod machine;
 pub mod mcc;
 pub mod pki;
 pub mod policy;
+pub mod proxy;
 pub mod registry;
 pub mod rpmostreed;
 pub mod sign;

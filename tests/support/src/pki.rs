@@ -15,7 +15,9 @@ use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
-use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName};
+use openssl::x509::extension::{
+    AuthorityKeyIdentifier, BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName, SubjectKeyIdentifier,
+};
 use openssl::x509::{X509, X509Builder, X509Name, X509NameBuilder};
 
 const HOUR: i64 = 3600;
@@ -37,6 +39,8 @@ impl Pki {
         builder.append_extension(BasicConstraints::new().critical().ca().build().unwrap()).unwrap();
         let usage = KeyUsage::new().critical().key_cert_sign().crl_sign().digital_signature().build().unwrap();
         builder.append_extension(usage).unwrap();
+        let id = SubjectKeyIdentifier::new().build(&builder.x509v3_context(None, None)).unwrap();
+        builder.append_extension(id).unwrap();
         builder.sign(&key, MessageDigest::sha256()).unwrap();
         Self { certificate: builder.build(), key }
     }
@@ -71,6 +75,7 @@ impl Pki {
         }
         let alternative = alternative.build(&builder.x509v3_context(Some(&self.certificate), None)).unwrap();
         builder.append_extension(alternative).unwrap();
+        self.name_issuer(&mut builder);
         builder.sign(&self.key, MessageDigest::sha256()).unwrap();
         (text(builder.build().to_pem()), text(key.private_key_to_pem_pkcs8()))
     }
@@ -93,13 +98,34 @@ impl Pki {
     pub fn client_pem(&self, user: &str, groups: &[&str], from: i64, until: i64) -> String {
         let ec = generate();
         let key = PKey::from_ec_key(ec.clone()).unwrap();
+        self.client_certificate(&key, user, groups, from, until) + &text(ec.private_key_to_pem())
+    }
+
+    /// Only the certificate, for a key of any kind.
+    #[must_use]
+    pub fn client_certificate(
+        &self,
+        key: &PKey<Private>,
+        user: &str,
+        groups: &[&str],
+        from: i64,
+        until: i64,
+    ) -> String {
         let subject = name(user, groups);
-        let mut builder = builder(&subject, self.certificate.subject_name(), &key, from, until);
+        let mut builder = builder(&subject, self.certificate.subject_name(), key, from, until);
         builder.append_extension(BasicConstraints::new().critical().build().unwrap()).unwrap();
         builder.append_extension(KeyUsage::new().critical().digital_signature().build().unwrap()).unwrap();
         builder.append_extension(ExtendedKeyUsage::new().client_auth().build().unwrap()).unwrap();
+        self.name_issuer(&mut builder);
         builder.sign(&self.key, MessageDigest::sha256()).unwrap();
-        text(builder.build().to_pem()) + &text(ec.private_key_to_pem())
+        text(builder.build().to_pem())
+    }
+
+    /// By its key: authorities of one cluster have one name, before and after a rotation.
+    fn name_issuer(&self, builder: &mut X509Builder) {
+        let context = builder.x509v3_context(Some(&self.certificate), None);
+        let issuer = AuthorityKeyIdentifier::new().keyid(true).build(&context).unwrap();
+        builder.append_extension(issuer).unwrap();
     }
 }
 

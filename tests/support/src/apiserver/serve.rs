@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
-use hyper::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, RETRY_AFTER, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, RETRY_AFTER, USER_AGENT};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
@@ -251,8 +251,24 @@ async fn connection(stream: TcpStream, store: Store, trust: Trust) {
         return;
     }
     let certificate = stream.ssl().peer_certificate();
-    let service = service_fn(|request| answer(request, &store, trust.authenticate(certificate.as_deref())));
+    let service = service_fn(|request| {
+        let user = match (bearer(&request, &store), &certificate) {
+            (Some(user), None) => user,
+            _ => trust.authenticate(certificate.as_deref()),
+        };
+        answer(request, &store, user)
+    });
     let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+}
+
+/// The user of a request with a token, if it has one.
+fn bearer(request: &Request<Incoming>, store: &Store) -> Option<Result<User, ApiError>> {
+    let token = request.headers().get(AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?;
+    let known = store.state().tokens.get(token).cloned();
+    Some(match known {
+        Some((name, groups)) => Ok(User { name, groups }),
+        None => Err(ApiError::new(401, None, "Unauthorized")),
+    })
 }
 
 /// A body that is known, or one that is fed.
@@ -476,6 +492,10 @@ impl Recorder {
         self.0.state().requests[self.1].status = status;
     }
 
+    fn received(&self, body: &[u8]) {
+        self.0.state().requests[self.1].body = String::from_utf8_lossy(body).into_owned();
+    }
+
     fn sent(&self, bytes: usize) {
         self.0.state().requests[self.1].bytes += bytes as u64;
     }
@@ -495,6 +515,7 @@ async fn answer(
         path_and_query: head.uri.path_and_query().map(ToString::to_string).unwrap_or_default(),
         user: user.as_ref().map(|user| user.name.clone()).unwrap_or_default(),
         user_agent: text(head.headers.get(USER_AGENT)),
+        body: String::new(),
         status: 0,
         bytes: 0,
     };
@@ -514,6 +535,8 @@ async fn answer(
         let error = ApiError::new(413, None, format!("Request entity too large: limit is {BODY_LIMIT}"));
         return Ok(whole(&recorder, 413, "application/json", None, error.status().to_string()));
     };
+    let body = body.to_bytes();
+    recorder.received(&body);
 
     let fault = store.next_fault(call.scope());
     match &fault {
@@ -527,7 +550,7 @@ async fn answer(
         Some(Fault::Delay(time)) => sleep(*time).await,
         _ => {}
     }
-    let result = user.and_then(|user| handle(store, &user, &call, &body.to_bytes()));
+    let result = user.and_then(|user| handle(store, &user, &call, &body));
     if fault == Some(Fault::Lost) {
         return Err(io::ErrorKind::ConnectionAborted.into());
     }

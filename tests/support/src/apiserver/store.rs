@@ -76,6 +76,8 @@ pub struct RequestRecord {
     pub user: String,
     /// The `User-Agent` header.
     pub user_agent: String,
+    /// The body, as far as it is text.
+    pub body: String,
     /// The answer's status; 0 as long as there is none.
     pub status: u16,
     /// Bytes of body given to the connection so far; a watch's count grows.
@@ -113,6 +115,7 @@ pub(super) struct State {
     pub expired: Expired,
     pub bookmarks: Duration,
     pub requests: Vec<RequestRecord>,
+    pub tokens: BTreeMap<String, (String, Vec<String>)>,
     capacity: usize,
     pub nodes: BTreeMap<String, Value>,
     faults: Vec<(Scope, usize, Fault)>,
@@ -154,6 +157,7 @@ impl Store {
             expired: Expired::Event,
             bookmarks: Duration::from_secs(60),
             requests: Vec::new(),
+            tokens: BTreeMap::new(),
             capacity: 1000,
             nodes: BTreeMap::new(),
             faults: Vec::new(),
@@ -448,6 +452,17 @@ impl Store {
     /// How often a watch that allows bookmarks gets one; there is always one just before the end.
     pub fn set_bookmarks(&self, period: Duration) {
         self.state().bookmarks = period;
+    }
+
+    /// From now on, this bearer token is `user`, a member of `groups`.
+    pub fn accept_token(&self, token: &str, user: &str, groups: &[&str]) {
+        let groups = groups.iter().map(|group| (*group).to_owned()).collect();
+        self.state().tokens.insert(token.to_owned(), (user.to_owned(), groups));
+    }
+
+    /// Forgets all bearer tokens.
+    pub fn revoke_tokens(&self) {
+        self.state().tokens.clear();
     }
 
     /// Closes the listener and all connections, or opens the listener again on the same port.
