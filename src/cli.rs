@@ -132,6 +132,9 @@ pub struct Paths {
     /// The kubelet's kubeconfig.
     #[arg(long, global = true, env = "REBASE_AGENT_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// The Node's name, for a kubeconfig whose credentials are not the kubelet's and do not tell it.
+    #[arg(long, global = true, env = "REBASE_AGENT_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
     /// The signature policy, as rpm-ostreed sees it.
     #[arg(long, global = true, env = "REBASE_AGENT_POLICY", value_name = "FILE")]
     pub policy: Option<PathBuf>,

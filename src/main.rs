@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use rebase_agent::agent;
 use rebase_agent::cli::{self, Cli, Command, Explanation, Look, Paths, Service, Status, Trust, Tuning};
-use rebase_agent::cluster::Api;
+use rebase_agent::cluster::{Api, Timing};
 use rebase_agent::confine::{Confinement, confine};
 use rebase_agent::decide::decide;
 use rebase_agent::host::Host;
@@ -62,7 +62,7 @@ fn neighbours(paths: &Paths) -> Neighbours {
     let or = |path: &Option<PathBuf>, default: &str| path.clone().unwrap_or_else(|| default.into());
     let root = Root::new(or(&paths.root, "/"));
     Neighbours {
-        api: Arc::new(Api::new(or(&paths.kubeconfig, KUBECONFIG))),
+        api: Arc::new(Api::new(or(&paths.kubeconfig, KUBECONFIG), paths.node_name.clone(), Timing::default())),
         engine: Arc::new(Engine::new(registry::Settings {
             policy: or(&paths.policy, POLICY),
             registries_d: or(&paths.registries_d, REGISTRIES_D),

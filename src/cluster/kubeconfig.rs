@@ -1,11 +1,14 @@
 //! The kubelet's kubeconfig and certificate: where the API server is, and who we are. Pure but for the readers.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use openssl::nid::Nid;
 use openssl::pkey::PKey;
-use openssl::x509::X509;
+use openssl::x509::{X509, X509Ref};
+use reqwest::Url;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::ClusterError;
 use crate::host::boot::read_bounded;
@@ -19,16 +22,26 @@ const NODE_USER: &str = "system:node:";
 /// What a connection needs, read anew whenever one is made: the kubelet rotates its certificate, and the CA changes.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Access {
-    /// `https://host:port`.
+    /// `https://host:port`; the host is the name that the server's certificate must have.
     pub server: String,
+    /// The host to connect to, where `tls-server-name` makes it another one.
+    pub host: Option<String>,
+    /// `http://host:port`, maybe with user and password.
+    pub proxy: Option<Url>,
     /// PEM bundle that the server's certificate must chain to.
     pub ca: Vec<u8>,
-    /// PEM client certificate and chain.
-    pub certificate: Vec<u8>,
-    /// PKCS#8 PEM key.
-    pub key: Vec<u8>,
-    /// From the certificate's CN: hostname and node name differ on some platforms.
+    /// Who we are.
+    pub credentials: Credentials,
+    /// From the certificate's CN where that is a node's: hostname and node name differ on some platforms.
     pub node: String,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Credentials {
+    /// PEM certificate chain, and the key in PKCS#8 PEM.
+    Certificate { chain: Vec<u8>, key: Vec<u8> },
+    /// Bearer token.
+    Token(String),
 }
 
 #[derive(Deserialize)]
@@ -50,7 +63,7 @@ struct NamedCluster {
 #[serde(rename_all = "kebab-case")]
 struct Cluster {
     server: String,
-    certificate_authority: Option<PathBuf>,
+    certificate_authority: Option<String>,
     certificate_authority_data: Option<String>,
     #[serde(default)]
     insecure_skip_tls_verify: bool,
@@ -79,74 +92,203 @@ struct NamedUser {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct User {
-    client_certificate: Option<PathBuf>,
-    client_key: Option<PathBuf>,
+    client_certificate: Option<String>,
+    client_key: Option<String>,
     client_certificate_data: Option<String>,
     client_key_data: Option<String>,
+    token: Option<String>,
+    #[serde(rename = "tokenFile")]
+    token_file: Option<String>,
+    exec: Option<IgnoredAny>,
+    auth_provider: Option<IgnoredAny>,
+    r#as: Option<IgnoredAny>,
 }
 
-/// Reads the kubeconfig and everything that it names.
+/// Reads the kubeconfig and everything that it names. `node` is the node's name where the credentials do not tell it.
 ///
 /// # Errors
-/// [`ClusterError::Kubeconfig`], with the file and what is wrong with it.
-pub(super) fn load(path: &Path) -> Result<Access, ClusterError> {
-    let fail = |path: &Path, why: String| ClusterError::Kubeconfig { path: path.to_owned(), why: printable(&why, 300) };
-    let invalid = |why: &str| fail(path, why.to_owned());
-    let read = |path: &Path| read_bounded(path, MAX_FILE).map_err(|e| fail(path, e.to_string()));
-    let text = String::from_utf8(read(path)?).map_err(|_| invalid("it is not UTF-8"))?;
-    let config: Config = serde_saphyr::from_str(&text).map_err(|e| fail(path, e.to_string()))?;
-    let context = config.contexts.iter().find(|c| c.name == config.current_context).map(|c| &c.context);
-    let context = context.ok_or_else(|| invalid("current-context names no context"))?;
-    let cluster = config.clusters.iter().find(|c| c.name == context.cluster).map(|c| &c.cluster);
-    let cluster = cluster.ok_or_else(|| invalid("the context names no cluster"))?;
-    let user = config.users.iter().find(|u| u.name == context.user).map(|u| &u.user);
-    let user = user.ok_or_else(|| invalid("the context names no user"))?;
-
-    if cluster.insecure_skip_tls_verify {
-        return Err(invalid(
-            "insecure-skip-tls-verify is not supported; give the cluster's certificate-authority-data",
-        ));
-    }
-    if cluster.proxy_url.is_some() || cluster.tls_server_name.is_some() {
-        return Err(invalid("proxy-url and tls-server-name are not supported yet"));
-    }
-    if !cluster.server.starts_with("https://") {
-        return Err(invalid("the server is not an https:// URL"));
-    }
-    // Relative paths are relative to the kubeconfig, as for every client.
-    let beside = |file: &Path| path.parent().unwrap_or(Path::new("/")).join(file);
-    let either = |data: &Option<String>, file: &Option<PathBuf>, what: &str| match (data, file) {
-        (Some(data), _) => {
-            let data: String = data.split_whitespace().collect();
-            openssl::base64::decode_block(&data).map_err(|_| invalid(&format!("{what}-data is not base64")))
-        }
-        (None, Some(file)) => read(&beside(file)),
-        (None, None) => {
-            Err(invalid(&format!("there is no {what}; the agent needs the kubelet's own client certificate")))
-        }
-    };
-    let ca = either(&cluster.certificate_authority_data, &cluster.certificate_authority, "certificate-authority")?;
-    let certificate = either(&user.client_certificate_data, &user.client_certificate, "client-certificate")?;
-    let key = either(&user.client_key_data, &user.client_key, "client-key")?;
-    let (certificate, node) = identity(&certificate).map_err(|why| fail(path, why))?;
-    let key = pkcs8(&key).map_err(|why| fail(path, why))?;
-    Ok(Access { server: cluster.server.trim_end_matches('/').to_owned(), ca, certificate, key, node })
+/// [`ClusterError::Kubeconfig`]: the file, the field, what is wrong with it and what to do.
+pub(super) fn load(path: &Path, node: Option<&str>) -> Result<Access, ClusterError> {
+    access(path, node).map_err(|why| ClusterError::Kubeconfig { path: path.to_owned(), why: printable(&why, 400) })
 }
 
-/// The certificates of a PEM file that also holds the key, and the node's name.
-fn identity(pem: &[u8]) -> Result<(Vec<u8>, String), String> {
-    let chain = X509::stack_from_pem(pem).map_err(|e| format!("the client certificate does not parse: {e}"))?;
-    let leaf = chain.first().ok_or("the client certificate file holds no certificate")?;
+fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
+    let text = read_bounded(path, MAX_FILE).map_err(|e| format!("{e}; the kubelet writes it when the node joins"))?;
+    let text = String::from_utf8(text).map_err(|_| "it is not UTF-8")?;
+    let options = serde_saphyr::options! {
+        // The lines around an error may hold a key or a token.
+        with_snippet: false,
+        // A kubeconfig has no aliases; the library's own limit takes seconds to reach.
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 1_000 },
+    };
+    let config: Config = serde_saphyr::from_str_with_options(&text, options).map_err(|e| e.to_string())?;
+    let context = config.contexts.iter().find(|c| c.name == config.current_context).map(|c| &c.context);
+    let context = context.ok_or("current-context: names none of the contexts")?;
+    let cluster = config.clusters.iter().find(|c| c.name == context.cluster).map(|c| &c.cluster);
+    let cluster = cluster.ok_or("the current context's cluster: names none of the clusters")?;
+    let user = config.users.iter().find(|u| u.name == context.user).map(|u| &u.user);
+    let user = user.ok_or("the current context's user: names none of the users")?;
+    for (field, used) in
+        [("exec", user.exec.is_some()), ("auth-provider", user.auth_provider.is_some()), ("as", user.r#as.is_some())]
+    {
+        if used {
+            return Err(format!(
+                "{field}: not supported, the agent starts no plugin and impersonates nobody; give \
+                                client-certificate and client-key"
+            ));
+        }
+    }
+    let mut files = Files { base: path.parent().unwrap_or(Path::new("/")), read: BTreeMap::new() };
+
+    let (server, host) = server(cluster)?;
+    let proxy = given(&cluster.proxy_url).map(proxy).transpose()?;
+    if proxy.is_some() && host.is_some() {
+        return Err("tls-server-name: not supported together with proxy-url; name the server as its certificate does"
+            .to_owned());
+    }
+    let ca = files.either("certificate-authority", &cluster.certificate_authority_data, &cluster.certificate_authority);
+    let (ca, label) = ca?.ok_or("certificate-authority: missing; give the cluster's certificate-authority-data")?;
+    if X509::stack_from_pem(&ca).map_err(|e| format!("{label}: {e}"))?.is_empty() {
+        return Err(format!("{label}: holds no certificate; give the cluster's CA bundle in PEM"));
+    }
+
+    let certificate = files.either("client-certificate", &user.client_certificate_data, &user.client_certificate)?;
+    let (credentials, own) = match certificate {
+        Some((pem, label)) => {
+            let (chain, public, name) = identity(&pem).map_err(|why| format!("{label}: {why}"))?;
+            let key = files.either("client-key", &user.client_key_data, &user.client_key)?;
+            let (key, label) = key.ok_or("client-key: missing; give the key of client-certificate")?;
+            let key = pkcs8(&key, &public).map_err(|why| format!("{label}: {why}"))?;
+            (Credentials::Certificate { chain, key }, name)
+        }
+        // A certificate comes first at the API server, too.
+        None => (Credentials::Token(token(user, &mut files)?), "a token".to_owned()),
+    };
+    let node = match (own.strip_prefix(NODE_USER), node) {
+        (Some(own), Some(node)) if own != node => {
+            return Err(format!("client-certificate: is the node {own}'s, and --node-name says {node}"));
+        }
+        (Some(node), _) | (None, Some(node)) => node,
+        (None, None) => {
+            return Err(format!(
+                "client-certificate: the user is {own}, not {NODE_USER}<name>; use the kubelet's kubeconfig, or name \
+                 the node with --node-name"
+            ));
+        }
+    };
+    if !is_dns_name(node) {
+        return Err(format!("`{}` is no name of a node", printable(node, 100)));
+    }
+    Ok(Access { server, host, proxy, ca, credentials, node: node.to_owned() })
+}
+
+/// An empty value stands for none, as for every client.
+fn given(value: &Option<String>) -> Option<&str> {
+    value.as_deref().filter(|value| !value.is_empty())
+}
+
+/// The URL to ask for, and the host to connect to if that is another one.
+fn server(cluster: &Cluster) -> Result<(String, Option<String>), String> {
+    if cluster.insecure_skip_tls_verify {
+        return Err("insecure-skip-tls-verify: not supported; give the cluster's certificate-authority-data".to_owned());
+    }
+    let mut url = Url::parse(&cluster.server).map_err(|e| format!("server: {e}; it must be https://host:port"))?;
+    let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
+    if url.scheme() != "https" || !bare || url.password().is_some() {
+        return Err("server: is not plainly https://host:port".to_owned());
+    }
+    let mut host = None;
+    if let Some(name) = given(&cluster.tls_server_name) {
+        host = url.host_str().map(|host| host.trim_matches(['[', ']']).to_owned());
+        if !is_dns_name(name) || url.set_host(Some(name)).is_err() || url.domain().is_none() {
+            return Err("tls-server-name: is no host name; give a name that the server's certificate has".to_owned());
+        }
+    }
+    Ok((url.as_str().trim_end_matches('/').to_owned(), host))
+}
+
+/// The proxy itself is spoken to in the clear: what goes through it is TLS from end to end.
+fn proxy(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).map_err(|e| format!("proxy-url: {e}; it must be http://host:port"))?;
+    if url.scheme() != "http" || url.host_str().is_none() {
+        return Err("proxy-url: only http://host:port is supported, with or without user:password@".to_owned());
+    }
+    Ok(url)
+}
+
+fn token(user: &User, files: &mut Files<'_>) -> Result<String, String> {
+    // The file is the one that is renewed.
+    let (token, label) = match (given(&user.token_file), given(&user.token)) {
+        (Some(file), _) => {
+            let label = format!("tokenFile {file}");
+            let bytes = files.read(file).map_err(|e| format!("{label}: {e}"))?;
+            (String::from_utf8(bytes).unwrap_or_default(), label)
+        }
+        (None, Some(token)) => (token.to_owned(), "token".to_owned()),
+        (None, None) => {
+            let why = "client-certificate: missing, and so is token; use the kubelet's kubeconfig";
+            return Err(why.to_owned());
+        }
+    };
+    let token = token.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(format!("{label}: holds no bearer token"));
+    }
+    Ok(token.to_owned())
+}
+
+/// Every file is read once: the kubelet's certificate and key are one file, which may be replaced at any time.
+struct Files<'a> {
+    base: &'a Path,
+    read: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+impl Files<'_> {
+    /// Relative paths are relative to the kubeconfig, as for every client.
+    fn read(&mut self, file: &str) -> std::io::Result<Vec<u8>> {
+        let path = self.base.join(file);
+        if let Some(bytes) = self.read.get(&path) {
+            return Ok(bytes.clone());
+        }
+        let bytes = read_bounded(&path, MAX_FILE)?;
+        self.read.insert(path, bytes.clone());
+        Ok(bytes)
+    }
+
+    /// What `<field>-data` holds or `<field>` names, and which of them for an error.
+    fn either(
+        &mut self,
+        field: &str,
+        data: &Option<String>,
+        file: &Option<String>,
+    ) -> Result<Option<(Vec<u8>, String)>, String> {
+        match (given(data), given(file)) {
+            (Some(data), _) => {
+                let data: String = data.split_whitespace().collect();
+                let bytes = openssl::base64::decode_block(&data).map_err(|_| format!("{field}-data: is not base64"))?;
+                Ok(Some((bytes, format!("{field}-data"))))
+            }
+            (None, Some(file)) => {
+                let label = format!("{field} {file}");
+                let bytes = self.read(file).map_err(|e| format!("{label}: {e}; the kubelet keeps it up to date"))?;
+                Ok(Some((bytes, label)))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// The certificates of a PEM file that may hold the key as well, the key they are for, and the user.
+fn identity(pem: &[u8]) -> Result<(Vec<u8>, X509, String), String> {
+    let chain = X509::stack_from_pem(pem).map_err(|e| format!("does not parse: {e}"))?;
+    let leaf = chain.first().ok_or("holds no certificate")?;
     let name = leaf.subject_name().entries_by_nid(Nid::COMMONNAME).next().and_then(|cn| cn.data().to_string().ok());
-    let name = name.unwrap_or_default();
-    let node = name.strip_prefix(NODE_USER).filter(|node| is_dns_name(node)).ok_or_else(|| {
-        format!("the client certificate is for `{}`, not for {NODE_USER}<name>", printable(&name, 100))
-    })?;
+    let name = printable(&name.unwrap_or_default(), 300);
     let mut certificates = Vec::new();
     for certificate in &chain {
         certificates.extend(certificate.to_pem().map_err(|e| e.to_string())?);
     }
-    Ok((certificates, node.to_owned()))
+    Ok((certificates, leaf.clone(), name))
 }
 
 /// RFC 1123 subdomain, the grammar of node names: nothing of it can leave the path of a URL.
@@ -161,10 +303,15 @@ fn is_dns_name(name: &str) -> bool {
 }
 
 /// The kubelet writes its key as SEC1 (`EC PRIVATE KEY`), and reqwest's OpenSSL side takes PKCS#8 only.
-fn pkcs8(pem: &[u8]) -> Result<Vec<u8>, String> {
+fn pkcs8(pem: &[u8], certificate: &X509Ref) -> Result<Vec<u8>, String> {
     // The callback stands in for a question on the terminal: an encrypted key is refused.
-    let key = PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|_| "the client key does not parse")?;
-    key.private_key_to_pem_pkcs8().map_err(|e| format!("the client key cannot be converted: {e}"))
+    let key = PKey::private_key_from_pem_callback(pem, |_| Ok(0))
+        .map_err(|_| "holds no key that can be read; it must be PEM and not encrypted")?;
+    let public = certificate.public_key().map_err(|e| e.to_string())?;
+    if !public.public_eq(&key) {
+        return Err("is not the key of client-certificate; right after a rotation this passes by itself".to_owned());
+    }
+    key.private_key_to_pem_pkcs8().map_err(|e| format!("cannot be converted: {e}"))
 }
 
 #[cfg(test)]
@@ -184,11 +331,12 @@ mod tests {
     #[test]
     fn reads_what_a_kubelet_writes() {
         let (_directory, config, _) = tree();
-        let access = load(&config).unwrap();
+        let access = load(&config, None).unwrap();
         assert_eq!(access.server, "https://127.0.0.1:6443");
         assert_eq!(access.node, "worker-0.example.com");
-        assert!(access.key.starts_with(b"-----BEGIN PRIVATE KEY-----"));
-        assert!(access.certificate.starts_with(b"-----BEGIN CERTIFICATE-----"));
+        let Credentials::Certificate { chain, key } = access.credentials else { panic!("a certificate") };
+        assert!(key.starts_with(b"-----BEGIN PRIVATE KEY-----"));
+        assert!(chain.starts_with(b"-----BEGIN CERTIFICATE-----"));
     }
 
     #[test]
@@ -203,14 +351,14 @@ mod tests {
             ("certificate-authority-data: ", "certificate-authority-data: \"?\" #", "base64"),
         ] {
             std::fs::write(&config, good.replacen(from, to, 1)).unwrap();
-            let error = load(&config).map(|_| ()).unwrap_err().to_string();
+            let error = load(&config, None).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains(expected), "{from}: {error}");
         }
         std::fs::write(&config, &good).unwrap();
         std::fs::write(&pem, Pki::new().client_pem("admin", &["system:masters"], 0, 600)).unwrap();
-        assert!(load(&config).map(|_| ()).unwrap_err().to_string().contains("`admin`"));
+        assert!(load(&config, None).map(|_| ()).unwrap_err().to_string().contains("the user is admin"));
         std::fs::remove_file(&pem).unwrap();
-        assert!(load(&config).map(|_| ()).unwrap_err().to_string().contains("kubelet.pem"));
+        assert!(load(&config, None).map(|_| ()).unwrap_err().to_string().contains("kubelet.pem"));
     }
 
     #[test]

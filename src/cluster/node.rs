@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 
 use openssl::asn1::Asn1Time;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
 use crate::model::{Attempt, NodeFacts, OtherWriter, printable};
 use crate::report::{ATTEMPT, HOLD, MCO};
+
+/// Longest annotation that is taken over, in bytes; the longest of the protocol is a reason of 2000 characters.
+const MAX_VALUE: usize = 8192;
 
 /// A Node as one answer of the API server showed it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +22,20 @@ pub struct NodeObject {
     pub uid: String,
     /// Opaque, except that a larger number is a later state (KEP-5504 makes official what has always been so).
     pub resource_version: String,
+    /// When our last write was stamped, as far as this answer tells; 0 if it does not.
+    pub(super) wrote: u64,
+    heard: Heard,
+}
+
+/// What is known of an answer besides its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// When it was asked for; `None` if a watch told it in its own time.
+    pub asked: Option<Instant>,
+    /// When it was there.
+    pub at: Instant,
+    /// When the last write of this process was stamped, in milliseconds since the epoch; 0 before there was one.
+    pub wrote: u64,
 }
 
 #[derive(Deserialize)]
@@ -59,12 +77,14 @@ impl NodeObject {
     ///
     /// # Errors
     /// [`ClusterError::Confused`].
-    pub fn parse(json: &[u8]) -> Result<Self, ClusterError> {
+    pub fn parse(json: &[u8], heard: Heard) -> Result<Self, ClusterError> {
         let object: Object = serde_json::from_slice(json)
             .map_err(|e| ClusterError::Confused { what: "the Node", why: printable(&e.to_string(), 200) })?;
         let metadata = object.metadata;
-        let mco = |key: &str| metadata.annotations.get(&format!("{MCO}{key}")).cloned();
+        let annotation = |key: &str| metadata.annotations.get(key);
+        let mco = |key: &str| annotation(&format!("{MCO}{key}")).map(|value| bounded(value));
         let filled = |key: &str| mco(key).filter(|value| !value.is_empty());
+        let wrote = last_write(&metadata.managed_fields);
         let facts = NodeFacts {
             name: metadata.name.clone(),
             // MCC takes an empty config for none.
@@ -77,25 +97,49 @@ impl NodeObject {
             desired_drain: mco("desiredDrain"),
             last_applied_drain: mco("lastAppliedDrain"),
             topology: mco("controlPlaneTopology"),
-            attempt: metadata.annotations.get(ATTEMPT).and_then(|text| attempt(text)),
-            hold: metadata.annotations.get(HOLD).cloned(),
+            attempt: annotation(ATTEMPT).and_then(|text| attempt(text)),
+            hold: annotation(HOLD).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
-            other_writer: other_writer(&metadata.managed_fields),
+            other_writer: other_writer(&metadata.managed_fields, wrote.max(heard.wrote)),
         };
-        Ok(Self { facts, uid: metadata.uid, resource_version: metadata.resource_version })
+        Ok(Self { facts, uid: metadata.uid, resource_version: metadata.resource_version, wrote, heard })
     }
 
     /// Whether `self` is an older state of the same Node than `other`: a watch may tell late what a reply told before.
+    /// What was asked for after the other was there is never older, whatever its version: a database that is restored
+    /// from a backup counts from there again.
     #[must_use]
     pub fn is_older_than(&self, other: &Self) -> bool {
         let number = |version: &str| version.parse::<u64>().ok();
         self.uid == other.uid
+            && self.heard.asked.is_none_or(|asked| asked < other.heard.at)
             && matches!((number(&self.resource_version), number(&other.resource_version)), (Some(a), Some(b)) if a < b)
     }
 }
 
+/// A value that may be printed and is not too long. One that is not gets a form that is neither an image nor a name:
+/// shortened or cleaned to something valid, it would be followed.
+fn bounded(value: &str) -> String {
+    let mut out = String::new();
+    for c in value.chars() {
+        if out.len() >= MAX_VALUE {
+            out.push('…');
+            break;
+        }
+        if c.is_control() {
+            out.extend(c.escape_unicode());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// A malformed attempt counts as none: the agent never half-acts on it, and overwrites it with the next one.
 fn attempt(text: &str) -> Option<Attempt> {
+    if text.len() > MAX_VALUE {
+        return None;
+    }
     match serde_json::from_str(text) {
         Ok(attempt) => Some(attempt),
         Err(error) => {
@@ -105,20 +149,30 @@ fn attempt(text: &str) -> Option<Attempt> {
     }
 }
 
+/// When the API server last stamped a write of ours. Once others have changed all that we wrote, it forgets us.
+fn last_write(fields: &[ManagedFields]) -> u64 {
+    fields.iter().filter(|entry| entry.manager == MANAGER).filter_map(stamp).max().unwrap_or_default()
+}
+
+fn stamp(entry: &ManagedFields) -> Option<u64> {
+    entry.time.as_deref().and_then(unix)
+}
+
 /// Whoever took `state` or `currentConfig` over after our last write; the API server moves a field's ownership to the
-/// writer that changes its value.
-fn other_writer(fields: &[ManagedFields]) -> Option<OtherWriter> {
-    let stamp = |entry: &ManagedFields| entry.time.as_deref().and_then(unix);
-    let ours = fields.iter().filter(|entry| entry.manager == MANAGER).filter_map(stamp).max()?;
+/// writer that changes its value, and stamps all that a manager owns with its last change. A person who once set one of
+/// the two with `oc` and now annotates something else is no daemon.
+fn other_writer(fields: &[ManagedFields], wrote: u64) -> Option<OtherWriter> {
     let owns = |entry: &ManagedFields| {
         let annotations = entry.fields_v1.get("f:metadata").and_then(|metadata| metadata.get("f:annotations"));
         annotations.is_some_and(|owned| {
             ["state", "currentConfig"].iter().any(|key| owned.get(format!("f:{MCO}{key}")).is_some())
         })
     };
-    let others = fields.iter().filter(|entry| entry.manager != MANAGER && owns(entry));
+    let others = fields
+        .iter()
+        .filter(|entry| !(entry.manager == MANAGER || entry.manager.starts_with("kubectl")) && owns(entry));
     let latest = others.filter_map(|entry| Some((stamp(entry)?, entry))).max_by_key(|(time, _)| *time)?;
-    (latest.0 > ours).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
+    (wrote > 0 && latest.0 > wrote).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
 }
 
 /// `2026-08-22T10:00:00Z`, the one form that the API server stamps, in milliseconds since the epoch.
@@ -142,7 +196,11 @@ mod tests {
             r#"{{"kind":"PartialObjectMetadata","metadata":{{"name":"n","uid":"u","resourceVersion":"7",
             "annotations":{{{annotations}}}{more}}}}}"#
         );
-        NodeObject::parse(json.as_bytes()).unwrap()
+        parse(json.as_bytes()).unwrap()
+    }
+
+    fn parse(json: &[u8]) -> Result<NodeObject, ClusterError> {
+        NodeObject::parse(json, Heard { asked: None, at: Instant::now(), wrote: 0 })
     }
 
     #[test]
@@ -156,8 +214,8 @@ mod tests {
         assert_eq!(parsed.facts.current_config, None);
         assert_eq!(parsed.facts.hold.as_deref(), Some(""));
         assert_eq!(parsed.facts.schedulable, None);
-        assert!(NodeObject::parse(b"{}").is_err());
-        assert!(NodeObject::parse(br#"{"metadata":{"name":1}}"#).is_err());
+        assert!(parse(b"{}").is_err());
+        assert!(parse(br#"{"metadata":{"name":1}}"#).is_err());
     }
 
     #[test]
@@ -188,9 +246,11 @@ mod tests {
         let later = fields("machine-config-daemon", "2026-08-22T10:00:01Z", "state");
         let earlier = fields("machine-config-daemon", "2026-08-22T09:59:59Z", "state");
         let controller = fields("machine-config-controller", "2026-08-22T10:00:01Z", "desiredConfig");
+        let person = fields("kubectl-annotate", "2026-08-22T10:00:01Z", "currentConfig");
         assert_eq!(other(&[ours.clone(), later.clone()]).unwrap().unix, 1_787_392_801_000);
         assert_eq!(other(&[ours.clone(), earlier]), None);
-        assert_eq!(other(&[ours, controller]), None);
+        assert_eq!(other(&[ours.clone(), controller]), None);
+        assert_eq!(other(&[ours, person]), None);
         assert_eq!(other(&[later]), None);
     }
 
