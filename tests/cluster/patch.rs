@@ -1,0 +1,221 @@
+//! What a patch may touch, and what becomes of one whose reply is lost.
+
+use std::collections::BTreeMap;
+
+use rebase_agent::model::{Fault as Told, Reason};
+use rebase_agent::report::{ATTEMPT, MCO, Patch};
+use serde_json::{Value, json};
+use support::apiserver::{Fault, RequestRecord, Scope};
+
+use super::*;
+
+fn patch(key: &str, value: &str) -> Patch {
+    BTreeMap::from([(format!("{MCO}{key}"), Some(value.to_owned()))])
+}
+
+impl Stage {
+    fn patches(&self) -> Vec<RequestRecord> {
+        self.server.requests().into_iter().filter(|request| request.method == "PATCH").collect()
+    }
+
+    /// The Node, without what every write changes.
+    fn rest(&self) -> Value {
+        let mut node = self.store.node(NODE).unwrap();
+        for key in ["annotations", "managedFields", "resourceVersion"] {
+            node["metadata"].as_object_mut().unwrap().remove(key);
+        }
+        node
+    }
+}
+
+#[tokio::test]
+async fn only_annotations_under_the_uid_and_our_name() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let node = api.metadata().await.unwrap();
+    let before = stage.rest();
+    let mut two = patch("state", "Working");
+    two.insert(ATTEMPT.to_owned(), None);
+    let patched = api.patch(&node.uid, &two).await.unwrap();
+    assert_eq!(patched.facts.state.as_deref(), Some("Working"));
+    assert_eq!(stage.rest(), before);
+    let [request] = &stage.patches()[..] else { panic!("one patch") };
+    assert_eq!(request.path_and_query, format!("/api/v1/nodes/{NODE}?fieldManager=rebase-agent"));
+    let body: Value = serde_json::from_str(&request.body).unwrap();
+    let annotations = json!({format!("{MCO}state"): "Working", ATTEMPT: null});
+    assert_eq!(body, json!({"metadata": {"uid": node.uid, "annotations": annotations}}));
+    assert!(request.user_agent.starts_with("rebase-agent/"), "{}", request.user_agent);
+}
+
+#[tokio::test]
+async fn lost_reply_is_made_good_by_the_same_patch() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let node = api.metadata().await.unwrap();
+    for fault in [Fault::Lost, Fault::Cut] {
+        stage.store.inject(Scope::Write, 1, fault);
+        let error = api.patch(&node.uid, &patch("state", "Working")).await.unwrap_err();
+        assert!(matches!(error, ClusterError::Connection(_)) && error.retryable(), "{error}");
+        let version = stage.store.node(NODE).unwrap()["metadata"]["resourceVersion"].clone();
+        let patched = api.patch(&node.uid, &patch("state", "Working")).await.unwrap();
+        assert_eq!(patched.facts.state.as_deref(), Some("Working"));
+        assert_eq!(version, patched.resource_version, "the second one changes nothing");
+    }
+    assert_eq!(stage.patches().len(), 4);
+}
+
+#[tokio::test]
+async fn patch_for_a_node_that_was_replaced_lands_nowhere() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let old = api.metadata().await.unwrap();
+    stage.store.delete_node(NODE);
+    assert!(matches!(api.patch(&old.uid, &patch("state", "Done")).await, Err(ClusterError::NotFound(_))));
+    stage.store.create_node(NODE, &[]);
+    let error = api.patch(&old.uid, &patch("state", "Done")).await.unwrap_err();
+    assert!(matches!(error, ClusterError::Refused(_)), "{error}");
+    assert_eq!(stage.store.annotation(NODE, &format!("{MCO}state")), None);
+    let new = api.metadata().await.unwrap();
+    assert_ne!(new.uid, old.uid);
+    assert!(!new.is_older_than(&old));
+    api.patch(&new.uid, &patch("state", "Done")).await.unwrap();
+}
+
+#[tokio::test]
+async fn annotations_that_are_full_refuse_more() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let node = api.metadata().await.unwrap();
+    stage.store.annotate("somebody", NODE, "example.com/all", Some(&"x".repeat(256 * 1024 - 100))).unwrap();
+    let error = api.patch(&node.uid, &patch("reason", &"r".repeat(500))).await.unwrap_err();
+    assert!(matches!(&error, ClusterError::Refused(why) if why.contains("Too long")), "{error}");
+    assert_eq!(Told::from(&error).reason, Reason::ClusterUnreachable);
+    assert!(api.metadata().await.is_ok(), "and it can still be read");
+}
+
+#[tokio::test]
+async fn refusals_are_told_apart() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let node = api.metadata().await.unwrap();
+    for (code, reason, retryable) in [
+        (403, Reason::ClusterForbidden, false),
+        (404, Reason::NodeNotFound, true),
+        (409, Reason::ClusterUnreachable, true),
+        (422, Reason::ClusterUnreachable, true),
+        (429, Reason::ClusterUnreachable, true),
+        (500, Reason::ClusterUnreachable, true),
+        (504, Reason::ClusterUnreachable, true),
+    ] {
+        stage.store.inject(Scope::Write, 1, Fault::Status { code, retry_after: None });
+        let error = api.patch(&node.uid, &patch("state", "Done")).await.unwrap_err();
+        assert_eq!((error.reason(), error.retryable()), (reason, retryable), "{code}");
+    }
+    for (code, body) in [(200, "<html>\u{1b}[2J"), (502, "<html>Bad Gateway"), (302, "elsewhere"), (200, "{}")] {
+        stage.store.inject(Scope::Write, 1, Fault::Page { code, body: body.to_owned() });
+        let text = api.patch(&node.uid, &patch("state", "Done")).await.unwrap_err().to_string();
+        assert!(!text.chars().any(char::is_control) && text.len() < 600, "{text:?}");
+    }
+    assert_eq!(stage.store.annotation(NODE, &format!("{MCO}state")), None);
+    api.patch(&node.uid, &patch("state", "Done")).await.unwrap();
+}
+
+#[tokio::test]
+async fn nonsensical_retry_after_is_not_believed() {
+    let stage = Stage::new();
+    let api = stage.api();
+    for (asked, believed) in [(7, 7), (u32::MAX, 600)] {
+        stage.store.inject(Scope::Read, 1, Fault::Status { code: 429, retry_after: Some(asked) });
+        let error = api.metadata().await.unwrap_err();
+        assert_eq!(error.retry_after(), Some(Duration::from_secs(believed)));
+    }
+}
+
+#[tokio::test]
+async fn annotations_are_bounded_and_never_raw() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let long = "x".repeat(200 * 1024);
+    let image = format!("quay.io/o/i@sha256:{}", "ab".repeat(32));
+    for (key, value) in [
+        ("desiredConfig", "-rf\u{1b}[2J\n"),
+        ("desiredImage", &format!("{image}\n")),
+        ("state", "\u{0}\u{7f}\u{9b}"),
+        ("reason", &long),
+    ] {
+        stage.annotate(key, value);
+    }
+    let facts = api.metadata().await.unwrap().facts;
+    let values = [&facts.desired_config, &facts.desired_image, &facts.state, &facts.reason];
+    for value in values.map(|value| value.as_deref().unwrap()) {
+        assert!(value.len() < 9000 && !value.chars().any(char::is_control), "{value:?}");
+    }
+    // Cleaned to a good image, it would be followed, and never be what MCC compares with.
+    let desired = facts.desired_image.unwrap();
+    assert!(rebase_agent::registry::reference::parse(&desired).is_err(), "{desired}");
+    stage.annotate("reason", "");
+    stage.annotate("desiredImage", &(image.clone() + &long));
+    let desired = api.metadata().await.unwrap().facts.desired_image.unwrap();
+    assert!(rebase_agent::registry::reference::parse(&desired).is_err(), "{desired}");
+    stage.annotate("desiredImage", &image);
+    assert_eq!(api.metadata().await.unwrap().facts.desired_image.unwrap(), image);
+
+    let attempt = json!({"image": image, "bootID": "b", "count": 1, "more": long}).to_string();
+    stage.store.annotate("admin", NODE, ATTEMPT, Some(&attempt)).unwrap();
+    assert_eq!(api.metadata().await.unwrap().facts.attempt, None);
+    // No API server sends it; something that sits in between might.
+    let odd = r#"{"metadata":{"name":"x","uid":"u","resourceVersion":"1","annotations":{"a":5}}}"#;
+    stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: odd.to_owned() });
+    assert!(matches!(api.metadata().await, Err(ClusterError::Confused { .. })));
+    let other = odd.replace("{\"a\":5}", "{}");
+    stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: other });
+    let text = api.metadata().await.unwrap_err().to_string();
+    assert!(text.contains("it tells of the Node x"), "{text}");
+}
+
+#[tokio::test]
+async fn other_daemons_are_known_by_what_they_write_after_us() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let node = api.metadata().await.unwrap();
+    let daemon = "machine-config-daemon";
+    let other = async || api.metadata().await.unwrap().facts.other_writer;
+    // The server stamps whole seconds.
+    let later = || tokio::time::sleep(Duration::from_millis(1100));
+
+    stage.store.annotate(daemon, NODE, &format!("{MCO}currentConfig"), Some("r-1")).unwrap();
+    stage.store.annotate(daemon, NODE, &format!("{MCO}state"), Some("Done")).unwrap();
+    assert_eq!(other().await, None, "it was here before us");
+    api.patch(&node.uid, &patch("state", "Working")).await.unwrap();
+    assert_eq!(other().await, None);
+    later().await;
+    for (manager, key, value) in [
+        ("machine-config-controller", "machineconfiguration.openshift.io/desiredConfig", Some("r-2")),
+        ("machine-config-controller", "machineconfiguration.openshift.io/lastAppliedDrain", Some("drain-r-2")),
+        ("kubectl-annotate", "rebase-agent.openshift.io/hold", Some("x")),
+        ("kubectl-annotate", ATTEMPT, Some("{}")),
+        ("kubectl-annotate", ATTEMPT, None),
+        // A repair by hand, and then something else: the stamp is one for all that a manager owns.
+        ("kubectl-annotate", "machineconfiguration.openshift.io/currentConfig", Some("r-0")),
+        ("kubectl-annotate", "rebase-agent.openshift.io/hold", None),
+        ("kubelet", "volumes.kubernetes.io/controller-managed-attach-detach", Some("true")),
+    ] {
+        stage.store.annotate(manager, NODE, key, value).unwrap();
+        assert_eq!(other().await, None, "{manager} {key}");
+    }
+    stage.store.set_unschedulable(NODE, true);
+    stage.store.heartbeat(NODE);
+    assert_eq!(other().await, None);
+
+    stage.store.annotate(daemon, NODE, &format!("{MCO}state"), Some("Degraded")).unwrap();
+    let seen = other().await.expect("the daemon came back");
+    assert_eq!(seen.manager, daemon);
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
+    assert!(now.abs_diff(u128::from(seen.unix)) < 5000, "{} {now}", seen.unix);
+    // The same value again takes nothing over.
+    later().await;
+    api.patch(&node.uid, &patch("state", "Working")).await.unwrap();
+    later().await;
+    stage.store.annotate(daemon, NODE, &format!("{MCO}state"), Some("Working")).unwrap();
+    assert_eq!(other().await, None);
+}

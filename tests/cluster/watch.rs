@@ -1,0 +1,336 @@
+//! How the Node is followed: through watches that end, break, lie or fall silent, and without any.
+
+use std::time::Instant;
+
+use rebase_agent::model::Reason;
+use support::apiserver::{Expired, Fault, Scope};
+use support::mcc::PREFIX;
+
+use super::*;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn page(body: impl Into<String>) -> Fault {
+    Fault::Page { code: 200, body: body.into() }
+}
+
+fn status(code: u16) -> Fault {
+    Fault::Status { code, retry_after: None }
+}
+
+#[tokio::test]
+async fn one_read_and_one_watch_tell_every_change() {
+    let stage = Stage::new();
+    stage.store.set_bookmarks(Duration::from_millis(50));
+    let mut following = stage.follow(MINUTE);
+    following.node("the first read", |_| true).await;
+    stage.watched().await;
+    for state in ["Working", "Degraded", "Done"] {
+        stage.annotate("state", state);
+        following.state(state).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(following.told.try_recv().is_err(), "bookmarks are no news");
+    assert_eq!((stage.count(false), stage.count(true)), (1, 1));
+}
+
+#[tokio::test]
+async fn clean_end_is_followed_by_a_read() {
+    let stage = Stage::new();
+    let mut following = stage.follow(MINUTE);
+    stage.watched().await;
+    stage.store.end_watches();
+    stage.annotate("state", "Working");
+    following.state("Working").await;
+    // By the server's own clock, too.
+    let mut following = stage.follow(Duration::from_secs(1));
+    following.node("the first read", |_| true).await;
+    following.node("the second", |_| true).await;
+    following.node("the third", |_| true).await;
+}
+
+#[tokio::test]
+async fn expired_versions_are_read_anew() {
+    for expired in [Expired::Event, Expired::Response] {
+        let stage = Stage::new();
+        stage.store.set_expired(expired);
+        stage.store.inject(Scope::Watch, 1, Fault::Delay(Duration::from_millis(300)));
+        let mut following = stage.follow(MINUTE);
+        following.node("the first read", |_| true).await;
+        stage.annotate("state", "Working");
+        stage.store.compact();
+        following.state("Working").await;
+        assert_eq!(stage.count(false), 2, "{expired:?}");
+    }
+}
+
+#[tokio::test]
+async fn watches_that_break_or_lie_are_left() {
+    let huge = "x".repeat(5 << 20);
+    let foreign = r#"{"type":"MODIFIED","object":{"metadata":{"name":"x","uid":"u","resourceVersion":"9"}}}"#;
+    let mut tasks = Vec::new();
+    for fault in [
+        Fault::Drop,
+        Fault::Cut,
+        page(""),
+        page("<html>\u{0}\u{ff}\n"),
+        page(r#"{"type":"MODIFIED","object":{"metadata":"#),
+        page(huge),
+        page(format!("{foreign}\n")),
+        page("{\"type\":\"ERROR\",\"object\":{}}\n"),
+        page("\n".repeat(100_000)),
+        status(500),
+        status(404),
+        status(401),
+    ] {
+        tasks.push(tokio::spawn(async move {
+            let stage = Stage::new();
+            stage.store.inject(Scope::Watch, 1, fault.clone());
+            let mut following = stage.follow(MINUTE);
+            following.node("the first read", |_| true).await;
+            // Cut breaks in the middle of this event.
+            stage.annotate("state", "Working");
+            let began = Instant::now();
+            following.state("Working").await;
+            let kind = format!("{fault:?}");
+            let kind = kind.get(..40).unwrap_or(&kind);
+            assert!(began.elapsed() < Duration::from_secs(4), "{kind} took {:?}", began.elapsed());
+            stage.annotate("state", "Done");
+            following.state("Done").await;
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn silent_watch_is_left_in_bounded_time() {
+    let stage = Stage::new();
+    stage.store.set_bookmarks(Duration::from_millis(100));
+    let timing = Timing { silence: Duration::from_millis(500), ..quick() };
+    let mut following = stage.follow_with(MINUTE, timing);
+    following.node("the first read", |_| true).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(stage.count(true), 1, "bookmarks keep it alive");
+    stage.store.freeze_watches(true);
+    stage.annotate("state", "Working");
+    let began = Instant::now();
+    following.state("Working").await;
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn frozen_watches_leave_the_poll() {
+    let stage = Stage::new();
+    stage.store.freeze_watches(true);
+    let timing = Timing { grace: Duration::from_millis(200), ..quick() };
+    let mut following = stage.follow_with(Duration::from_secs(1), timing);
+    for state in ["Working", "Done"] {
+        following.node("a read", |_| true).await;
+        stage.annotate("state", state);
+        let began = Instant::now();
+        following.state(state).await;
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn forbidden_watch_leaves_the_poll() {
+    let stage = Stage::new();
+    stage.store.inject(Scope::Watch, 1000, status(403));
+    let mut following = stage.follow(Duration::from_secs(1));
+    let began = Instant::now();
+    for state in ["Working", "Done", "Degraded"] {
+        stage.annotate("state", state);
+        following.state(state).await;
+    }
+    let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
+    assert!(stage.count(false) <= seconds + 2, "{} reads in {seconds} s", stage.count(false));
+    assert!(following.told.try_recv().is_err(), "and nobody is worried");
+}
+
+#[tokio::test]
+async fn nothing_loops_hot() {
+    // Whatever the server does, five seconds of it are a handful of requests.
+    let mut tasks = Vec::new();
+    for (scope, fault) in [
+        (Scope::Watch, page("")),
+        (Scope::Watch, Fault::Drop),
+        (Scope::Watch, page("garbage\n")),
+        (Scope::Watch, status(410)),
+        (Scope::Any, Fault::Drop),
+        (Scope::Any, status(500)),
+        (Scope::Any, status(401)),
+        (Scope::Any, status(403)),
+        (Scope::Any, page("{}")),
+    ] {
+        tasks.push(tokio::spawn(async move {
+            let stage = Stage::new();
+            stage.store.inject(scope, usize::MAX, fault.clone());
+            let following = stage.follow(MINUTE);
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            drop(following);
+            let count = stage.server.requests().len();
+            assert!((1..=30).contains(&count), "{scope:?} {fault:?}: {count} requests");
+            eprintln!("{scope:?} {fault:?}: {count} requests in 5 s");
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn certificate_rotated_while_watching() {
+    let stage = Stage::new();
+    let mut following = stage.follow(MINUTE);
+    stage.watched().await;
+    stage.write(&stage.pki, &stage.pki.kubelet_pem(NODE));
+    stage.annotate("state", "Working");
+    following.state("Working").await;
+    stage.store.end_watches();
+    stage.annotate("state", "Done");
+    following.state("Done").await;
+    // The old one is no longer taken, and one 401 is nobody's business.
+    stage.store.inject(Scope::Read, 1, status(401));
+    stage.store.end_watches();
+    stage.annotate("state", "Degraded");
+    following.state("Degraded").await;
+    assert!(following.told.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn expired_certificate_is_told_and_made_good_by_a_new_one() {
+    let stage = Stage::new();
+    stage.write(&stage.pki, &stage.pki.kubelet_pem_valid(NODE, -7200, -3600));
+    let mut following = stage.follow(MINUTE);
+    let error = following.error().await;
+    assert!(matches!(error, ClusterError::Unauthorized), "{error}");
+    assert_eq!(error.reason(), Reason::ClusterForbidden);
+    stage.write(&stage.pki, &stage.pki.kubelet_pem(NODE));
+    following.node("the Node", |_| true).await;
+}
+
+#[tokio::test]
+async fn authority_rotated_while_watching() {
+    let stage = Stage::new();
+    let mut following = stage.follow(MINUTE);
+    stage.watched().await;
+    let new = Pki::new();
+    stage.server.rotate(&new).unwrap();
+    stage.annotate("state", "Working");
+    following.state("Working").await;
+    stage.server.stop().await;
+    stage.server.restart().await;
+    let error = following.error().await;
+    assert!(matches!(&error, ClusterError::Connection(why) if why.contains("certificate")), "{error}");
+    stage.write(&new, &new.kubelet_pem(NODE));
+    stage.annotate("state", "Done");
+    following.state("Done").await;
+}
+
+#[tokio::test]
+async fn retry_after_is_honoured() {
+    for code in [429, 503] {
+        let stage = Stage::new();
+        stage.store.inject(Scope::Any, 1, Fault::Status { code, retry_after: Some(4) });
+        let mut following = stage.follow(MINUTE);
+        following.error().await;
+        let began = Instant::now();
+        following.node("the Node", |_| true).await;
+        assert!((4..=6).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+        assert_eq!(stage.count(false), 2);
+    }
+}
+
+#[tokio::test]
+async fn forbidden_everything_is_told_and_asked_again() {
+    let stage = Stage::new();
+    // As a restarted API server answers until it has read its roles.
+    stage.store.inject(Scope::Any, 2, status(403));
+    let mut following = stage.follow(Duration::from_secs(300));
+    for _ in 0..2 {
+        let error = following.error().await;
+        assert!(matches!(error, ClusterError::Forbidden(_)) && !error.retryable(), "{error}");
+    }
+    following.node("the Node", |_| true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_hour_without_server() {
+    let stage = Stage::new();
+    stage.server.stop().await;
+    let mut following = stage.follow(Duration::from_secs(300));
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    let mut failures = 0;
+    while let Ok(told) = following.told.try_recv() {
+        assert!(matches!(told, Err(ClusterError::Connection(_))), "{told:?}");
+        failures += 1;
+    }
+    assert!((48..=70).contains(&failures), "{failures} attempts in an hour");
+    stage.server.restart().await;
+    tokio::time::advance(Duration::from_secs(75)).await;
+    tokio::time::resume();
+    following.node("the Node", |_| true).await;
+    eprintln!("{failures} attempts in an hour");
+}
+
+#[tokio::test]
+async fn deleted_and_created_anew() {
+    let stage = Stage::new();
+    let mut following = stage.follow(MINUTE);
+    let old = following.node("the Node", |_| true).await;
+    stage.watched().await;
+    stage.store.delete_node(NODE);
+    assert!(matches!(following.error().await, ClusterError::NotFound(_)));
+    assert!(matches!(following.error().await, ClusterError::NotFound(_)), "the read says so, too");
+    stage.store.create_node(NODE, &[]);
+    let new = following.node("the new Node", |node| node.uid != old.uid).await;
+    assert!(!new.is_older_than(&old));
+}
+
+#[tokio::test]
+async fn restored_database_is_believed() {
+    let stage = Stage::new();
+    stage.annotate("state", "Done");
+    let backup = stage.store.backup();
+    for _ in 0..20 {
+        stage.store.heartbeat(NODE);
+    }
+    stage.annotate("state", "Working");
+    let mut following = stage.follow(MINUTE);
+    let before = following.state("Working").await;
+    stage.watched().await;
+    stage.store.restore(&backup);
+    let after = following.state("Done").await;
+    assert_eq!(after.uid, before.uid);
+    assert!(after.resource_version < before.resource_version);
+    assert!(!after.is_older_than(&before), "it was asked for later");
+    stage.annotate("state", "Degraded");
+    let next = following.state("Degraded").await;
+    assert!(!next.is_older_than(&after), "and the watch goes on from there");
+    assert!(next.is_older_than(&before), "which is why the read must be taken over");
+}
+
+#[tokio::test]
+async fn late_event_does_not_undo_a_reply() {
+    let stage = Stage::new();
+    let mut following = stage.follow(MINUTE);
+    let first = following.node("the Node", |_| true).await;
+    stage.watched().await;
+    stage.annotate("state", "Done");
+    let patch = [(format!("{PREFIX}state"), Some("Working".to_owned()))].into();
+    let reply = stage.api().patch(&first.uid, &patch).await.unwrap();
+    let late = following.state("Done").await;
+    assert!(late.is_older_than(&reply) && !reply.is_older_than(&late));
+    // So does a read that was on its way when the patch was made.
+    let (slow, reply) = {
+        let api = Arc::new(stage.api());
+        let reading = tokio::spawn(async move { api.metadata().await.unwrap() });
+        let patch = [(format!("{PREFIX}state"), Some("Degraded".to_owned()))].into();
+        let reply = stage.api().patch(&first.uid, &patch).await.unwrap();
+        (reading.await.unwrap(), reply)
+    };
+    assert_eq!(slow.is_older_than(&reply), slow.resource_version < reply.resource_version);
+}
