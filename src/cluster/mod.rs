@@ -15,10 +15,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::model::{Fault, Reason, printable};
-use crate::report::Patch;
+use crate::report::{MCO, Patch};
 use crate::schedule::{Backoff, full_jitter, jittered, random};
 use kubeconfig::{Access, Credentials};
-use node::{Heard, NodeObject};
+use node::{Heard, NodeObject, VERDICT};
 
 /// Our field manager, by which the API server keeps our writes apart from the MCD's.
 pub const MANAGER: &str = "rebase-agent";
@@ -224,7 +224,9 @@ impl Api {
         let body = serde_json::json!({ "metadata": { "uid": uid, "annotations": patch } });
         let query = format!("?fieldManager={MANAGER}");
         let node = self.ask(Method::PATCH, METADATA, &query, Some(body.to_string())).await?;
-        self.wrote.fetch_max(node.wrote, Relaxed);
+        if VERDICT.iter().any(|key| patch.contains_key(&format!("{MCO}{key}"))) {
+            self.wrote.fetch_max(node.wrote, Relaxed);
+        }
         Ok(node)
     }
 

@@ -13,6 +13,9 @@ use crate::report::{ATTEMPT, HOLD, MCO};
 /// Longest annotation that is taken over, in bytes; the longest of the protocol is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
 
+/// The annotations that say how the node is; whoever writes them takes itself for its daemon.
+pub(super) const VERDICT: [&str; 2] = ["state", "currentConfig"];
+
 /// A Node as one answer of the API server showed it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeObject {
@@ -34,7 +37,8 @@ pub struct Heard {
     pub asked: Option<Instant>,
     /// When it was there.
     pub at: Instant,
-    /// When the last write of this process was stamped, in milliseconds since the epoch; 0 before there was one.
+    /// When the last write of `state` or `currentConfig` by this process was stamped, in milliseconds since the epoch;
+    /// 0 before there was one.
     pub wrote: u64,
 }
 
@@ -85,6 +89,7 @@ impl NodeObject {
         let mco = |key: &str| annotation(&format!("{MCO}{key}")).map(|value| bounded(value));
         let filled = |key: &str| mco(key).filter(|value| !value.is_empty());
         let wrote = last_write(&metadata.managed_fields);
+        let since = if heard.wrote > 0 { heard.wrote } else { wrote };
         let facts = NodeFacts {
             name: metadata.name.clone(),
             // MCC takes an empty config for none.
@@ -100,7 +105,7 @@ impl NodeObject {
             attempt: annotation(ATTEMPT).and_then(|text| attempt(text)),
             hold: annotation(HOLD).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
-            other_writer: other_writer(&metadata.managed_fields, wrote.max(heard.wrote)),
+            other_writer: other_writer(&metadata.managed_fields, since),
         };
         Ok(Self { facts, uid: metadata.uid, resource_version: metadata.resource_version, wrote, heard })
     }
@@ -158,21 +163,20 @@ fn stamp(entry: &ManagedFields) -> Option<u64> {
     entry.time.as_deref().and_then(unix)
 }
 
-/// Whoever took `state` or `currentConfig` over after our last write; the API server moves a field's ownership to the
+/// Whoever took `state` or `currentConfig` over `since` we wrote them, so that a drained node can be given back without
+/// forgetting why. After a restart any write of ours must do for that. The API server moves a field's ownership to the
 /// writer that changes its value, and stamps all that a manager owns with its last change. A person who once set one of
 /// the two with `oc` and now annotates something else is no daemon.
-fn other_writer(fields: &[ManagedFields], wrote: u64) -> Option<OtherWriter> {
+fn other_writer(fields: &[ManagedFields], since: u64) -> Option<OtherWriter> {
     let owns = |entry: &ManagedFields| {
         let annotations = entry.fields_v1.get("f:metadata").and_then(|metadata| metadata.get("f:annotations"));
-        annotations.is_some_and(|owned| {
-            ["state", "currentConfig"].iter().any(|key| owned.get(format!("f:{MCO}{key}")).is_some())
-        })
+        annotations.is_some_and(|owned| VERDICT.iter().any(|key| owned.get(format!("f:{MCO}{key}")).is_some()))
     };
     let others = fields
         .iter()
         .filter(|entry| !(entry.manager == MANAGER || entry.manager.starts_with("kubectl")) && owns(entry));
     let latest = others.filter_map(|entry| Some((stamp(entry)?, entry))).max_by_key(|(time, _)| *time)?;
-    (wrote > 0 && latest.0 > wrote).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
+    (since > 0 && latest.0 > since).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
 }
 
 /// `2026-08-22T10:00:00Z`, the one form that the API server stamps, in milliseconds since the epoch.

@@ -1,0 +1,303 @@
+//! The whole agent in a whole world: what the API server, its controllers and people do to a node while it is updated.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::apiserver::RequestRecord;
+use support::events::Event;
+use support::image::Pushed;
+use support::mcc::{PREFIX, annotation, is_node_done};
+use support::pki::{Pki, rotate_client_pem, write_kubeconfig};
+use support::world::{NODE, World, WorldOptions};
+
+const HOLD: &str = "rebase-agent.openshift.io/hold";
+const MCD: &str = "machine-config-daemon";
+
+fn options() -> WorldOptions {
+    WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")))
+}
+
+/// A world whose node is up and Done on the image it was installed with.
+async fn settled(options: WorldOptions) -> World {
+    let world = World::new(options).await.unwrap();
+    world.target("1", &world.installed);
+    world.machine.power_on().await.unwrap();
+    world.wait_done(&world.installed).await.unwrap();
+    world
+}
+
+fn writes(world: &World) -> Vec<RequestRecord> {
+    world.api.requests().into_iter().filter(|request| request.method == "PATCH").collect()
+}
+
+fn desired_drain(event: &Event, prefix: &str) -> bool {
+    wrote(event, "desiredDrain", prefix)
+}
+
+fn wrote(event: &Event, key: &str, prefix: &str) -> bool {
+    let Event::NodeChanged { changes, .. } = event else { return false };
+    let value = changes.get(&format!("{PREFIX}{key}")).and_then(Option::as_deref);
+    value.is_some_and(|value| value.starts_with(prefix))
+}
+
+/// Waits for `event`, from now on.
+async fn happens(world: &World, what: &str, event: impl Fn(&Event) -> bool) {
+    let mut queue = world.events.subscribe();
+    World::wait_event(&mut queue, what, |seen| event(seen).then_some(())).await.unwrap();
+}
+
+/// Done on `image`, booted, schedulable, and no drain open.
+async fn arrived(world: &World, image: &Pushed) {
+    world.wait_done(image).await.unwrap();
+    let node = world.store().node(NODE).unwrap();
+    assert_eq!(world.machine.booted().unwrap().digest, image.digest);
+    assert_ne!(node["spec"]["unschedulable"], true);
+    assert_eq!(annotation(&node, "desiredDrain"), annotation(&node, "lastAppliedDrain"));
+}
+
+#[tokio::test]
+async fn few_requests_and_at_most_eight_writes_in_an_update() {
+    let world = settled(options()).await;
+    let (requests, patches) = (world.api.requests().len(), writes(&world).len());
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    let requests = world.api.requests().len() - requests;
+    let patches = &writes(&world)[patches..];
+    for patch in patches {
+        eprintln!("{} {}", patch.status, patch.body);
+    }
+    eprintln!("{requests} requests, {} of them writes", patches.len());
+    assert!(patches.len() <= 8, "{patches:#?}");
+    assert!(patches.iter().all(|patch| patch.status == 200));
+
+    // Nobody is told anything by heartbeats.
+    let before = writes(&world).len();
+    for _ in 0..300 {
+        world.store().heartbeat(NODE);
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(writes(&world).len(), before);
+}
+
+#[tokio::test]
+async fn no_server_at_start_is_waited_out() {
+    let world = World::new(options()).await.unwrap();
+    world.target("1", &world.installed);
+    world.api.stop().await;
+    let mut queue = world.events.subscribe();
+    world.machine.power_on().await.unwrap();
+    let ready = |event: &Event| matches!(event, Event::AgentReady).then_some(());
+    World::wait_event(&mut queue, "READY=1 without a cluster", ready).await.unwrap();
+    world.api.restart().await;
+    world.wait_done(&world.installed).await.unwrap();
+}
+
+#[tokio::test]
+async fn credentials_rotated_in_the_middle_of_an_update() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.drains.block_drains(true);
+    world.target("2", &two);
+    world
+        .wait("the drain request", |node| annotation(node, "desiredDrain") == Some("drain-rendered-worker-2"))
+        .await
+        .unwrap();
+    // Another authority on both sides, and no connection lives through it.
+    let new = Pki::new();
+    world.api.rotate(&new).unwrap();
+    world.api.stop().await;
+    let kubelet = world.path().join("kubelet");
+    let pem = rotate_client_pem(&kubelet.join("pki"), &new.kubelet_pem(NODE));
+    write_kubeconfig(&kubelet.join("kubeconfig"), &world.api.url(), &new.ca_pem(), &pem);
+    world.api.restart().await;
+    world.drains.block_drains(false);
+    arrived(&world, &two).await;
+}
+
+#[tokio::test]
+async fn frozen_watches_leave_the_poll() {
+    let mut options = options();
+    options.env.push(("REBASE_AGENT_POLL".to_owned(), "5".to_owned()));
+    let world = settled(options).await;
+    world.store().freeze_watches(true);
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    world
+        .wait("the drain request", |node| annotation(node, "desiredDrain") == Some("drain-rendered-worker-2"))
+        .await
+        .unwrap();
+    world
+        .wait("the uncordon", |node| annotation(node, "desiredDrain") == Some("uncordon-rendered-worker-2"))
+        .await
+        .unwrap();
+    arrived(&world, &two).await;
+}
+
+#[tokio::test]
+async fn daemon_beside_us_makes_us_stand_aside() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.store().annotate("kubectl-annotate", NODE, HOLD, Some("for the test")).unwrap();
+    world.target("2", &two);
+    world.wait_reason("Held").await.unwrap();
+    // The server stamps whole seconds.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let aside = happens(
+        &world,
+        "standing aside",
+        |event| matches!(event, Event::AgentStatus(s) if s.starts_with("OtherDaemon")),
+    );
+    let done = json!({"metadata": {"annotations": {
+        format!("{PREFIX}state"): "Done", format!("{PREFIX}reason"): "", format!("{PREFIX}currentConfig"): "rendered-worker-1",
+    }}});
+    tokio::join!(aside, async { world.store().patch_as(MCD, NODE, done).unwrap() });
+    let (before, boot) = (writes(&world).len(), world.machine.boot_id());
+    world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(writes(&world).len(), before, "{:#?}", writes(&world));
+    assert_eq!((world.machine.boot_id(), world.drains.drains()), (boot, 0));
+}
+
+#[tokio::test]
+async fn single_replica_is_not_drained_and_is_uncordoned() {
+    let world = settled(WorldOptions { topology: "SingleReplica".to_owned(), ..options() }).await;
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    assert_eq!(world.drains.drains(), 0);
+    let acknowledged = world.annotation("lastAppliedDrain");
+    assert_eq!(acknowledged.as_deref(), Some("uncordon-rendered-worker-2"));
+}
+
+#[tokio::test]
+async fn cordoned_by_an_admin_is_not_chosen_and_goes_on_when_it_was() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.store().set_unschedulable(NODE, true);
+    let before = writes(&world).len();
+    world.target("2", &two);
+    world.pool.settle().await;
+    assert_ne!(world.annotation("desiredImage").unwrap(), two.pullspec().as_str(), "MCC does not choose it");
+    assert_eq!(writes(&world).len(), before);
+    world.store().set_unschedulable(NODE, false);
+    world.store().annotate("kubectl-annotate", NODE, HOLD, Some("until cordoned")).unwrap();
+    world.wait_reason("Held").await.unwrap();
+    // Cordoned after it was chosen: drained all the same.
+    world.store().set_unschedulable(NODE, true);
+    world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
+    arrived(&world, &two).await;
+    assert_eq!(world.drains.drains(), 1);
+}
+
+#[tokio::test]
+async fn uncordoned_by_somebody_after_the_drain_is_drained_again() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    // As the drain is acknowledged, before the agent hears of it.
+    let (meddled, store) = (Arc::new(AtomicBool::new(false)), world.store());
+    let runtime = tokio::runtime::Handle::current();
+    let (once, drains) = (meddled.clone(), world.store());
+    world.events.listen(move |event| {
+        if wrote(event, "lastAppliedDrain", "drain-") && !once.swap(true, Ordering::SeqCst) {
+            let store = drains.clone();
+            // Listeners may not write.
+            runtime.spawn_blocking(move || store.set_unschedulable(NODE, false));
+        }
+    });
+    let rebooted = Arc::new(AtomicBool::new(false));
+    let (seen, at_reboot) = (rebooted.clone(), store.clone());
+    world.events.listen(move |event| {
+        if matches!(event, Event::RebootAccepted) {
+            let node = at_reboot.node(NODE).unwrap();
+            seen.store(node["spec"]["unschedulable"] == true, Ordering::SeqCst);
+        }
+    });
+    let again = happens(&world, "the uncordon for good", |event| desired_drain(event, "uncordon-rendered-worker-2"));
+    tokio::join!(again, async { world.target("2", &two) });
+    arrived(&world, &two).await;
+    assert!(meddled.load(Ordering::SeqCst));
+    assert!(rebooted.load(Ordering::SeqCst), "cordoned when the reboot was accepted");
+    assert!(world.drains.drains() >= 2, "{} drains", world.drains.drains());
+}
+
+#[tokio::test]
+async fn retarget_while_draining_boots_only_the_second() {
+    let world = settled(options()).await;
+    let (two, three) = (world.signed("2").await.unwrap(), world.signed("3").await.unwrap());
+    let boot = world.machine.boot_id();
+    world.drains.block_drains(true);
+    world.target("2", &two);
+    world
+        .wait("the drain request", |node| annotation(node, "desiredDrain") == Some("drain-rendered-worker-2"))
+        .await
+        .unwrap();
+    // MCC would wait for the node; whoever sets the annotations by hand does not.
+    let wanted = json!({"metadata": {"annotations": {
+        format!("{PREFIX}desiredConfig"): "rendered-worker-3", format!("{PREFIX}desiredImage"): three.pullspec().as_str(),
+    }}});
+    let boots = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = boots.clone();
+    world.events.listen(move |event| {
+        if let Event::Booted { reference, .. } = event {
+            seen.lock().unwrap().push(reference.clone());
+        }
+    });
+    world.target("3", &three);
+    world.store().patch_as("machine-config-controller", NODE, wanted).unwrap();
+    world.drains.block_drains(false);
+    arrived(&world, &three).await;
+    assert_ne!(world.machine.boot_id(), boot);
+    let boots = boots.lock().unwrap();
+    assert!(boots.len() == 1 && boots[0].contains(&three.digest), "{boots:?}");
+}
+
+#[tokio::test]
+async fn paused_pool_leaves_the_node_alone() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.pool.pause(true);
+    let before = writes(&world).len();
+    world.target("2", &two);
+    world.pool.settle().await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(writes(&world).len(), before);
+    assert!(world.store().node(NODE).is_some_and(|node: Value| is_node_done(&node)));
+    world.pool.pause(false);
+    arrived(&world, &two).await;
+}
+
+#[tokio::test]
+async fn restored_database_is_followed() {
+    let world = settled(options()).await;
+    let backup = world.store().backup();
+    for _ in 0..500 {
+        world.store().heartbeat(NODE);
+    }
+    world.store().restore(&backup);
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+}
+
+#[tokio::test]
+async fn daemon_beside_us_gets_a_drained_node_back_once() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.drains.block_drains(true);
+    world.target("2", &two);
+    world.wait_reason("DrainPending").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let before = writes(&world).len();
+    world.store().annotate(MCD, NODE, &format!("{PREFIX}state"), Some("Done")).unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    // The node is given back, once, and that does not make us forget why.
+    let [given_back] = &writes(&world)[before..] else { panic!("{:#?}", &writes(&world)[before..]) };
+    assert!(given_back.body.contains("\"uncordon-rendered-worker-2\"") && !given_back.body.contains("state"));
+    assert_eq!(world.annotation("lastAppliedDrain").as_deref(), Some("uncordon-rendered-worker-2"));
+    assert_eq!(world.annotation("state").as_deref(), Some("Done"), "the other's word stands");
+}
