@@ -7,6 +7,8 @@
 pub mod apiserver;
 pub mod bus;
 pub mod events;
+pub mod gpg;
+pub mod hostile_registry;
 pub mod image;
 pub mod logind;
 pub mod machine;
@@ -17,6 +19,7 @@ pub mod proxy;
 pub mod registry;
 pub mod rpmostreed;
 pub mod sign;
+pub mod sigstore;
 pub mod systemd;
 pub mod tools;
 pub mod world;

@@ -11,7 +11,7 @@ use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::pkey::{Id, PKey, Private};
 use openssl::rsa::Rsa;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::image::{Blob, Manifest, Media, Pushed};
 use crate::registry::Registry;
@@ -40,7 +40,7 @@ impl KeyKind {
 /// A private key that signs images.
 #[derive(Clone, Debug)]
 pub struct Signer {
-    key: PKey<Private>,
+    pub(crate) key: PKey<Private>,
 }
 
 impl Signer {
@@ -142,6 +142,19 @@ pub fn payload(identity: &str, digest: &str) -> Vec<u8> {
 
 /// Attaches any bytes as a signed document, and any bytes as its signature.
 pub async fn attach(registry: &Registry, digest: &str, repo: &str, payload: Vec<u8>, signature: &[u8]) -> Result<()> {
+    attach_annotated(registry, digest, repo, payload, signature, Map::new()).await
+}
+
+/// As [`attach`], with what else stands beside the signature, such as a certificate.
+pub async fn attach_annotated(
+    registry: &Registry,
+    digest: &str,
+    repo: &str,
+    payload: Vec<u8>,
+    signature: &[u8],
+    mut annotations: Map<String, Value>,
+) -> Result<()> {
+    annotations.insert(SIGNATURE.into(), encode_block(signature).into());
     let tag = signature_tag(digest);
     let payload = Blob::new(payload);
     registry.put_blob(repo, &payload).await?;
@@ -150,7 +163,7 @@ pub async fn attach(registry: &Registry, digest: &str, repo: &str, payload: Vec<
         None => Vec::new(),
     };
     let mut layer = payload.descriptor(PAYLOAD_TYPE);
-    layer["annotations"] = json!({ SIGNATURE: encode_block(signature) });
+    layer["annotations"] = annotations.into();
     layers.push(layer);
 
     let diff_ids: Vec<_> = layers.iter().map(|layer| &layer["digest"]).collect();
