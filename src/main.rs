@@ -179,7 +179,10 @@ async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> ExitCode
         Err(error) => {
             let unknown = matches!(
                 error,
-                RegistryError::Unreachable { .. } | RegistryError::Deadline { .. } | RegistryError::Denied { .. }
+                RegistryError::Unreachable { .. }
+                    | RegistryError::Untrusted { .. }
+                    | RegistryError::Deadline { .. }
+                    | RegistryError::Denied { .. }
             );
             let code = if unknown { cli::NOT_YET } else { cli::REFUSED };
             refused(json, error.reason().as_str(), &Fault::from(&error).message, code)

@@ -743,6 +743,8 @@ reasons! {
     ManifestMissing,
     /// The registry refuses the credentials.
     RegistryDenied,
+    /// The registry's certificate is not trusted.
+    RegistryUntrusted,
     /// The registry cannot be reached or does not answer sense.
     RegistryUnreachable,
     /// The manifest or config of the image makes no sense.

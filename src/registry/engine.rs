@@ -5,7 +5,7 @@ use std::io::{Seek, Write};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -35,8 +35,9 @@ pub struct Fetched {
     pub config: Vec<u8>,
 }
 
-/// Identity of the program file whose version was checked last.
-type Checked = (u64, SystemTime);
+/// Identity of the program file whose version was checked last: device, inode, time of change. No time of
+/// modification: ostree sets all of them to the same.
+type Checked = (u64, u64, i64, i64);
 
 /// The engine and how it is started.
 #[derive(Debug)]
@@ -65,7 +66,8 @@ impl Engine {
         image: &PinnedImage,
         scope: &str,
     ) -> Result<Fetched, RegistryError> {
-        let limit = self.settings.deadline.saturating_add(KILL_AFTER);
+        // Later than the engine's last end, so that nothing is left running when this returns.
+        let limit = self.settings.deadline.saturating_add(KILL_AFTER.saturating_mul(2));
         match tokio::time::timeout(limit, self.fetch_unbounded(policy, image, scope)).await {
             Ok(result) => result,
             Err(_) => Err(self.deadline(image)),
@@ -88,7 +90,11 @@ impl Engine {
         };
         self.check_version().await?;
         let bytes = sealed(&policy.bytes).map_err(|e| self.unfit(format!("no sealed memory for the policy: {e}")))?;
-        let proxy = ImageProxy::new_with_config(self.config(&bytes)).await.map_err(classify)?;
+        // No registry is involved yet.
+        let proxy = ImageProxy::new_with_config(self.config(&bytes)).await.map_err(|error| {
+            let ended = format!("it does not start: {}", printable(&error.to_string(), 400));
+            self.unfit(if started.elapsed() < self.settings.deadline { ended } else { format!("{ended} (deadline)") })
+        })?;
         drop(bytes);
         let version = proxy.protocol_version();
         if (version.major, version.minor, version.patch) < ENFORCING_PROTOCOL {
@@ -150,7 +156,7 @@ impl Engine {
     async fn check_version(&self) -> Result<(), RegistryError> {
         use std::os::unix::fs::MetadataExt;
         let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.unfit(e.to_string()))?;
-        let identity = (metadata.ino(), metadata.modified().map_err(|e| self.unfit(e.to_string()))?);
+        let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
         let checked = || self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if *checked() == Some(identity) {
             return Ok(());
@@ -187,12 +193,15 @@ impl Engine {
     fn classify(&self, error: ProxyError, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
         match error {
             ProxyError::RequestInitiationFailure { error, .. } | ProxyError::RetryableRequestFailure { error, .. } => {
-                classify_text(&error, policy, image, scope)
+                classify_text(&error, &self.scratch(), policy, image, scope)
             }
-            ProxyError::SkopeoSpawnError(error) => self.unfit(format!("setpriv cannot be started: {error}")),
-            error @ ProxyError::ProxyTooOld { .. } => self.unfit(error.to_string()),
             other => RegistryError::Unreachable { image: image.clone(), why: printable(&other.to_string(), 500) },
         }
+    }
+
+    /// Where GnuPG makes its home.
+    fn scratch(&self) -> String {
+        self.settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string())
     }
 }
 
@@ -210,49 +219,85 @@ fn parse_version(text: &str) -> Option<(u64, u64)> {
 }
 
 /// The engine's free text, by anchored match only: what follows an anchor may come from the registry. Pure.
-fn classify_text(text: &str, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
-    const REJECTED: [&str; 13] = [
-        "cryptographic signature verification failed",
+fn classify_text(text: &str, scratch: &str, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
+    const REJECTED: [&str; 17] = [
+        "cryptographic signature verification ",
         "invalid signature when validating",
         "Signature for identity ",
         "Signature for digest ",
+        "Signature by ",
         "None of the signatures were accepted",
         "Invalid GPG signature",
         "No public keys imported",
         "parsing signature ",
         "Required email ",
+        "Unexpected subject hostname",
         "veryfing leaf certificate failed",
+        "parsing leaf certificate",
         "missing dev.sigstore.cosign/",
         "Unexpected Fulcio OIDC issuer",
+        "Fulcio certificate is missing the issuer extension",
         "No public key verified against the RekorSET",
     ];
+    const UNUSABLE: [&str; 5] =
+        ["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"];
+    const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
+    const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
     let why = printable(text, 500);
-    let (image, scope) = (image.clone(), scope.to_owned());
     let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
-        RegistryError::SignatureMissing { image, scope }
+        RegistryError::SignatureMissing { image: image.clone(), scope: scope.to_owned() }
     } else if starts(&REJECTED) {
-        RegistryError::SignatureRejected { image, scope, why }
+        // Said of a good signature too: `cosign sign` names no tag, and the default rule wants one.
+        let tagless = text.contains(&format!("identity \"{}\" is not accepted", image.name()));
+        let hint = if tagless {
+            "; it names no tag, as cosign's do: use signedIdentity matchRepository, or sign with \
+             --sign-container-identity and a tag"
+        } else {
+            ""
+        };
+        RegistryError::SignatureRejected { image: image.clone(), scope: scope.to_owned(), why, hint }
     } else if text == format!("Running image docker://{image} is rejected by policy.") {
-        RegistryError::Rejects { path: policy.path.clone(), image, scope }
-    } else if starts(&["mkdir /tmp/containers-ephemeral-gpg", "mkdir \"/tmp/containers-ephemeral-gpg"]) {
-        RegistryError::GpgScratch(scope)
-    } else if starts(&["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"]) {
+        RegistryError::Rejects { path: policy.path.clone(), image: image.clone(), scope: scope.to_owned() }
+    } else if starts(&[&format!("mkdir {scratch}/containers-ephemeral-gpg-")]) {
+        RegistryError::GpgScratch { scope: scope.to_owned(), why }
+    } else if starts(&UNUSABLE) {
+        // The engine knows the policy by the name of our descriptor only.
+        let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
+        let why = named.map_or(why, |(_, rest)| printable(rest, 500));
         RegistryError::Policy { path: policy.path.clone(), why }
-    } else if text.starts_with("Manifest does not match provided manifest digest") {
-        RegistryError::Invalid { image, why }
+    } else if starts(&DAMAGED) {
+        RegistryError::Invalid { image: image.clone(), why }
+    } else if starts(&NO_INSTANCE) {
+        RegistryError::NoInstance { image: image.clone(), why }
     } else {
-        let own = format!("reading manifest {} in {}: ", image.digest(), image.name());
-        match text.strip_prefix(&own) {
-            Some(rest) if rest.starts_with("manifest unknown") || rest.starts_with("name unknown") => {
-                RegistryError::ManifestMissing(image)
-            }
-            Some(rest) if ["authentication required", "unauthorized", "denied"].iter().any(|a| rest.starts_with(a)) => {
-                RegistryError::Denied { image, why }
-            }
-            _ if text.starts_with("unable to retrieve auth token") => RegistryError::Denied { image, why },
-            _ => RegistryError::Unreachable { image, why },
-        }
+        classify_transport(text, why, image.clone())
+    }
+}
+
+/// The rest of [`classify_text`]: between these classes a registry may choose as it likes. Pure.
+fn classify_transport(text: &str, why: String, image: PinnedImage) -> RegistryError {
+    // The last word is that of the registry that the reference names.
+    let text = match text.strip_prefix("(Mirrors also failed: [") {
+        Some(rest) => rest.rsplit_once(&format!("]): {image}: ")).map_or(rest, |(_, own)| own),
+        None => text,
+    };
+    let host = image.name().split_once('/').map_or(image.name(), |(host, _)| host);
+    let after = |anchor: String, words: &[&str]| {
+        text.strip_prefix(&anchor).is_some_and(|rest| words.iter().any(|word| rest.starts_with(word)))
+    };
+    let reading = || format!("reading manifest {} in {}: ", image.digest(), image.name());
+    let pinging = format!("pinging container registry {host}: Get \"https://{host}/v2/\": ");
+    if after(reading(), &["manifest unknown", "name unknown"]) {
+        RegistryError::ManifestMissing(image)
+    } else if after(reading(), &["authentication required", "unauthorized", "denied"])
+        || text.starts_with("unable to retrieve auth token")
+    {
+        RegistryError::Denied { image, why }
+    } else if after(pinging, &["tls: failed to verify certificate: ", "x509: "]) {
+        RegistryError::Untrusted { image, why }
+    } else {
+        RegistryError::Unreachable { image, why }
     }
 }
 
@@ -305,12 +350,25 @@ mod tests {
             ("reading manifest x: manifest unknown".to_owned(), Reason::RegistryUnreachable),
             ("pinging container registry h: dial tcp".to_owned(), Reason::RegistryUnreachable),
             ("mkdir /tmp/containers-ephemeral-gpg-1: read-only file system".to_owned(), Reason::GpgNeedsScratch),
+            ("mkdir /var/containers-ephemeral-gpg-1: no space left on device".to_owned(), Reason::RegistryUnreachable),
+            (
+                "pinging container registry quay.io: Get \"https://quay.io/v2/\": x509: certificate has expired".into(),
+                Reason::RegistryUntrusted,
+            ),
+            (
+                format!("(Mirrors also failed: [m.example: reading manifest]): {image}: {manifest}manifest unknown"),
+                Reason::ManifestMissing,
+            ),
+            (
+                format!("(Mirrors also failed: [m]): {image}: A signature was required, but no signature exists"),
+                Reason::RegistryUnreachable,
+            ),
             ("Manifest does not match provided manifest digest sha256:0".to_owned(), Reason::ImageInvalid),
             (String::new(), Reason::RegistryUnreachable),
         ] {
-            assert_eq!(classify_text(&text, &policy, &image, "default").reason(), reason, "{text}");
+            assert_eq!(classify_text(&text, "/tmp", &policy, &image, "default").reason(), reason, "{text}");
         }
-        let error = classify_text("x\n\u{1b}[2J fake", &policy, &image, "default");
+        let error = classify_text("x\n\u{1b}[2J fake", "/tmp", &policy, &image, "default");
         assert!(!error.to_string().contains(['\n', '\u{1b}']), "{error}");
     }
 

@@ -114,7 +114,10 @@ pub enum RegistryError {
         scope: String,
     },
     /// The gate or the engine: nothing can pass.
-    #[error("{path} rejects {image} (rule {scope})")]
+    #[error(
+        "{path} rejects {image} (rule {scope}); if it is to be trusted, give its scope a sigstoreSigned or signedBy \
+         requirement and no reject"
+    )]
     Rejects {
         /// The policy file.
         path: PathBuf,
@@ -143,7 +146,7 @@ pub enum RegistryError {
         scope: String,
     },
     /// A signature that is not accepted.
-    #[error("the signature of {image} is not accepted by rule {scope}: {why}")]
+    #[error("the signature of {image} is not accepted by rule {scope}: {why}{hint}")]
     SignatureRejected {
         /// The image.
         image: PinnedImage,
@@ -151,16 +154,31 @@ pub enum RegistryError {
         scope: String,
         /// The engine's words.
         why: String,
+        /// What is usually the matter.
+        hint: &'static str,
     },
     /// GnuPG needs a writable directory.
-    #[error("rule {0} asks for a GPG signature, which needs scratch space: enable the drop-in 10-gpg.conf")]
-    GpgScratch(String),
+    #[error("rule {scope} asks for a GPG signature, which needs scratch space: enable the drop-in 10-gpg.conf ({why})")]
+    GpgScratch {
+        /// The rule.
+        scope: String,
+        /// The engine's words.
+        why: String,
+    },
     /// No such manifest.
     #[error("the registry has no manifest {0}; push the image, or mirror it")]
     ManifestMissing(PinnedImage),
     /// Credentials.
     #[error("the registry refuses to serve {image}: {why}; check the pull secret in the ostree auth file")]
     Denied {
+        /// The image.
+        image: PinnedImage,
+        /// The engine's words.
+        why: String,
+    },
+    /// The registry's certificate.
+    #[error("{image} is served with a certificate that this node does not trust: {why}; add its CA to certs.d")]
+    Untrusted {
         /// The image.
         image: PinnedImage,
         /// The engine's words.
@@ -175,12 +193,23 @@ pub enum RegistryError {
         why: String,
     },
     /// The engine took too long.
-    #[error("verifying {image} took longer than {seconds} s; the registry may accept connections and never answer")]
+    #[error(
+        "verifying {image} took longer than {seconds} s: its registry, or a proxy before it, accepts connections and \
+         does not answer; if it is only slow, raise REBASE_AGENT_VERIFY_TIMEOUT"
+    )]
     Deadline {
         /// The image.
         image: PinnedImage,
         /// The limit.
         seconds: u64,
+    },
+    /// An index without this machine's architecture.
+    #[error("{image} has nothing for this machine: {why}; build the pool's image for it")]
+    NoInstance {
+        /// The image.
+        image: PinnedImage,
+        /// The engine's words.
+        why: String,
     },
     /// Bytes that do not match the digest, or are no manifest or config.
     #[error("{image} is damaged: {why}")]
@@ -201,6 +230,7 @@ impl RegistryError {
             Self::SignatureMissing { .. }
                 | Self::ManifestMissing(_)
                 | Self::Denied { .. }
+                | Self::Untrusted { .. }
                 | Self::Unreachable { .. }
                 | Self::Deadline { .. }
                 | Self::Invalid { .. }
@@ -217,11 +247,13 @@ impl RegistryError {
             Self::Engine { .. } => Reason::EngineUnfit,
             Self::SignatureMissing { .. } => Reason::SignatureMissing,
             Self::SignatureRejected { .. } => Reason::SignatureRejected,
-            Self::GpgScratch(_) => Reason::GpgNeedsScratch,
+            Self::GpgScratch { .. } => Reason::GpgNeedsScratch,
             Self::ManifestMissing(_) => Reason::ManifestMissing,
             Self::Denied { .. } => Reason::RegistryDenied,
+            Self::Untrusted { .. } => Reason::RegistryUntrusted,
             Self::Unreachable { .. } => Reason::RegistryUnreachable,
             Self::Deadline { .. } => Reason::DeadlineExceeded,
+            Self::NoInstance { .. } => Reason::WrongArchitecture,
             Self::Invalid { .. } => Reason::ImageInvalid,
         }
     }
@@ -280,8 +312,19 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<Verified<Pin
     let policy = NodePolicy::read(&engine.settings().policy)?;
     let scope = policy.gate(image)?;
     let fetched = engine.fetch(&policy, image, &scope).await?;
+    for file in policy.policy.files(image).into_iter().filter(|file| root_only(file)) {
+        tracing::warn!(
+            "{file}, which rule {scope} needs, is not readable by everyone; rpm-ostree pulls as an unprivileged user \
+             and will refuse {image}: chmod a+r {file}"
+        );
+    }
     let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
     Ok(Verified { inner: image.clone(), facts, default_is_insecure: policy.policy.default_is_insecure() })
+}
+
+fn root_only(file: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(file).is_ok_and(|metadata| metadata.mode() & 0o004 == 0)
 }
 
 /// What the manifest and config say. Pure.

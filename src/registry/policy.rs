@@ -85,15 +85,40 @@ impl Policy {
     /// # Errors
     /// When the list that applies is empty or has a requirement of unknown type.
     pub fn gate(&self, image: &PinnedImage) -> Result<Gate, PolicyError> {
-        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
-        let scoped = docker.and_then(|docker| {
-            scopes(image)
-                .into_iter()
-                .find_map(|name| docker.0.get(&name).map(|requirements| (format!("docker \"{name}\""), requirements)))
-        });
-        let (scope, requirements) = scoped.unwrap_or_else(|| ("default".to_owned(), &self.default));
+        let (scope, requirements) = self.applicable(image);
         let verdict = verdict(&scope, requirements)?;
         Ok(Gate { scope, verdict })
+    }
+
+    /// Keys and certificates outside the policy that the requirements for `image` name.
+    #[must_use]
+    pub fn files(&self, image: &PinnedImage) -> Vec<&str> {
+        let (_, requirements) = self.applicable(image);
+        let mut files = Vec::new();
+        for (name, value) in requirements.iter().flat_map(|requirement| &requirement.0) {
+            named_files(name, value, &mut files);
+        }
+        files
+    }
+
+    fn applicable(&self, image: &PinnedImage) -> (String, &[Requirement]) {
+        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
+        let scoped = docker.and_then(|docker| {
+            let named = |name: String| Some((format!("docker \"{name}\""), docker.0.get(&name)?.as_slice()));
+            scopes(image).into_iter().find_map(named)
+        });
+        scoped.unwrap_or_else(|| ("default".to_owned(), &self.default))
+    }
+}
+
+/// `keyPath`, `keyPaths`, `rekorPublicKeyPath`, and within `fulcio` and `pki` `caPath`, `caRootsPath` and the like.
+fn named_files<'a>(name: &str, value: &'a serde_json::Value, files: &mut Vec<&'a str>) {
+    if let Some(members) = value.as_object() {
+        members.iter().for_each(|(name, value)| named_files(name, value, files));
+    } else if name.ends_with("Path") {
+        files.extend(value.as_str());
+    } else if name.ends_with("Paths") {
+        files.extend(value.as_array().into_iter().flatten().filter_map(serde_json::Value::as_str));
     }
 }
 
@@ -239,6 +264,21 @@ mod tests {
         assert!(matches!(with(""), Err(PolicyError::Empty(_))));
         assert!(matches!(with(r#"{"type":"weird"}"#), Err(PolicyError::UnknownType { .. })));
         assert!(matches!(with("{}"), Err(PolicyError::UnknownType { .. })));
+    }
+
+    #[test]
+    fn names_the_files_that_a_rule_needs() {
+        let rule = r#"[{"type":"sigstoreSigned","keyPaths":["/a","/b"],"rekorPublicKeyPath":"/c"},
+            {"type":"sigstoreSigned","fulcio":{"caPath":"/d","oidcIssuer":"Path"}},{"type":"signedBy","keyPath":"/e"}]"#;
+        let policy = format!(
+            r#"{{"default":[{{"type":"signedBy","keyPath":"/z"}}],"transports":{{"docker":{{"quay.io":{rule}}}}}}}"#
+        );
+        let policy = Policy::parse(policy.as_bytes()).unwrap();
+        let image = |name: &str| reference::parse(&format!("{name}@sha256:{HEX}")).unwrap();
+        let mut files = policy.files(&image("quay.io/org/os"));
+        files.sort_unstable();
+        assert_eq!(files, ["/a", "/b", "/c", "/d", "/e"]);
+        assert_eq!(policy.files(&image("other.io/org/os")), ["/z"]);
     }
 
     #[test]

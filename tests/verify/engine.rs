@@ -1,0 +1,195 @@
+//! The engine as a program: unfit, stuck, replaced, orphaned, and what it is given.
+
+use rebase_agent::registry::{Engine, Settings, reference, verify};
+use support::hostile_registry::{HostileRegistry, Place, Trick};
+use tokio::task::JoinSet;
+
+use super::*;
+
+/// Answers to `--version` and passes everything else on to `$REAL`.
+fn claims(version: &str, otherwise: &str) -> String {
+    format!("case \"$*\" in --version) echo 'skopeo version {version}'; exit;; esac\n{otherwise}")
+}
+
+#[tokio::test]
+async fn an_engine_that_does_not_enforce_is_refused() {
+    let node = Node::new().await;
+    // Such an engine opens even this.
+    let pushed = node.push(&ImageSpec::default()).await;
+    let mut engines = vec![
+        (node.path("missing"), "No such file"),
+        (node.path("registries.d"), "Permission denied"),
+        (node.engine("mute", "exit 0"), "does not tell its version"),
+        (node.engine("broken", "echo 'cannot load library' >&2; exit 127"), "cannot load library"),
+        (node.engine("other", "echo 'podman version 5.4.0'"), "podman version"),
+        (node.engine("ignores-policy", &claims("1.13.3", "exec $REAL \"$@\"")), "1.13 does not enforce"),
+        (node.engine("ancient", &claims("0.1.41", "exec $REAL \"$@\"")), "0.1 does not enforce"),
+        (node.engine("early", &claims("1.18.0", "echo boom >&2; exit 7")), "exit status: 7"),
+        (node.engine("killed", &claims("1.18.0", "kill -9 $$")), "signal: 9"),
+        (node.engine("babbles", &claims("1.18.0", "echo x >&0; exit 0")), "does not start"),
+    ];
+    match tools::unenforcing_skopeo() {
+        Some(old) => {
+            let lies = claims("1.18.0", &format!("exec {} \"$@\"", old.display()));
+            engines.push((node.engine("lies", &lies), "protocol 0.2.3 does not enforce"));
+            engines.push((old, "skopeo 1.9 does not enforce"));
+        }
+        None => eprintln!("SKIPPED: no skopeo that evaluates no policy; tests/support/install has it on a Debian"),
+    }
+    for (engine, why) in engines {
+        let outcome = node.verify_with(&pushed.pullspec(), &[("REBASE_AGENT_SKOPEO", text(&engine))]).await;
+        let said = outcome.refused(Reason::EngineUnfit);
+        assert!(said.contains(why) && said.contains(text(&engine)), "{engine:?}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_hangs_is_ended() {
+    let mut tasks = JoinSet::new();
+    for (name, body, seconds) in [
+        ("no-version", "exec sleep 300".to_owned(), 1..=3),
+        ("no-answer", claims("1.18.0", "exec sleep 300"), 1..=3),
+        ("stubborn", claims("1.18.0", "trap '' TERM; sleep 300; sleep 300"), 6..=8),
+    ] {
+        tasks.spawn(async move {
+            let node = Node::new().await;
+            let engine = node.engine(name, &body);
+            let spec = format!("{}/{REPO}@sha256:{}", node.registry.host(), "0".repeat(64));
+            let env = [("REBASE_AGENT_SKOPEO", text(&engine)), ("REBASE_AGENT_VERIFY_TIMEOUT", "1")];
+            let outcome = node.verify_with(&spec, &env).await;
+            assert!(outcome.refused(Reason::EngineUnfit).contains(name), "{outcome:?}");
+            assert!(seconds.contains(&outcome.took.as_secs()), "{name}: {:?}", outcome.took);
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+}
+
+/// A killed agent cannot end its engine; the kernel does.
+#[tokio::test]
+async fn the_engine_dies_with_the_agent() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    node.policy(&Policy::new([node.requirement()]));
+    let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), Place::Manifest, Trick::Hang).await.unwrap();
+    let mut command = node.command(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest));
+    let mut agent = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while !node.engines().iter().any(|line| !line.starts_with("timeout") && line.contains("image-proxy")) {
+        assert!(started.elapsed() < Duration::from_secs(20), "no engine was started");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    agent.kill().await.unwrap();
+    let left = node.engines_after(Duration::from_secs(5)).await;
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn an_engine_that_was_replaced_is_checked_again() {
+    let node = Node::new().await;
+    let image = reference::parse(&node.signed().await.pullspec()).unwrap();
+    let (count, path) = (node.path("count"), node.path("engine"));
+    let script = |version: &str| format!("echo >> {}\n{}", count.display(), claims(version, "exit 1"));
+    let asked = || fs::read_to_string(&count).unwrap_or_default().len();
+    node.engine("engine", &script("1.18.0"));
+    let engine = Engine::new(Settings {
+        policy: node.path("policy.json"),
+        registries_d: node.path("registries.d"),
+        skopeo: path.clone(),
+        cert_dir: None,
+        auth_files: vec![],
+        scratch: None,
+        deadline: Duration::from_secs(10),
+    });
+    let mut before = 0;
+    // Version and start, then start alone.
+    for calls in [2, 1] {
+        let why = verify(&engine, &image).await.unwrap_err().to_string();
+        assert!(why.contains("exit status: 1"), "{why}");
+        assert_eq!(asked() - before, calls);
+        before = asked();
+    }
+    // As `rpm-ostree usroverlay` or a layered update would, with the old file's time stamp, as ostree has it.
+    let stamp = fs::metadata(&path).unwrap().modified().unwrap();
+    node.engine("new", &script("1.9.3"));
+    fs::File::open(node.path("new")).unwrap().set_modified(stamp).unwrap();
+    fs::rename(node.path("new"), &path).unwrap();
+    let why = verify(&engine, &image).await.unwrap_err();
+    assert!(why.reason() == Reason::EngineUnfit && why.to_string().contains("1.9 does not enforce"), "{why}");
+    // And in place.
+    node.engine("engine", &script("1.8.0"));
+    fs::File::open(&path).unwrap().set_modified(stamp).unwrap();
+    let why = verify(&engine, &image).await.unwrap_err().to_string();
+    assert!(why.contains("1.8 does not enforce"), "{why}");
+    node.engine("engine", &script("1.18.0"));
+    assert!(verify(&engine, &image).await.unwrap_err().to_string().contains("exit status: 1"));
+}
+
+/// Gate and engine see the same bytes, whatever happens to the file or the descriptor in between.
+#[tokio::test]
+async fn a_policy_that_changes_meanwhile_has_no_effect() {
+    let node = Node::new().await;
+    let (signed, unsigned) = (node.signed().await, node.push(&ImageSpec::new("unsigned")).await);
+    let (seen, refused) = (node.path("seen"), node.path("refused"));
+    let body = |policy: &str| {
+        format!(
+            "case $1 in --policy)\ncat $2 > {}\n(echo '{policy}' > $2) 2> {}\n(echo '{policy}' >> $2) 2>> {1}\n\
+             echo '{policy}' > {};;\nesac\nexec $REAL \"$@\"",
+            seen.display(),
+            refused.display(),
+            node.path("policy.json").display()
+        )
+    };
+    // Scratch space is where the engine may write; here it has to, to play its trick.
+    let env = |engine: &Path| {
+        [("REBASE_AGENT_SKOPEO", text(engine).to_owned()), ("REBASE_AGENT_SCRATCH", text(node.dir.path()).to_owned())]
+    };
+    for (policy, pushed, reason) in [
+        (r#"{"default":[{"type":"insecureAcceptAnything"}]}"#, &unsigned, Some(Reason::SignatureMissing)),
+        (r#"{"default":[{"type":"reject"}]}"#, &signed, None),
+    ] {
+        node.require([node.requirement()]);
+        let original = fs::read(node.path("policy.json")).unwrap();
+        let engine = node.engine("changer", &body(policy));
+        let env = env(&engine);
+        let env: Vec<_> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let outcome = node.verify_with(&pushed.pullspec(), &env).await;
+        match reason {
+            Some(reason) => drop(outcome.refused(reason).to_owned()),
+            None => drop(outcome.facts()),
+        }
+        assert_eq!(fs::read_to_string(node.path("policy.json")).unwrap().trim(), policy);
+        assert_eq!(fs::read(&seen).unwrap(), original);
+        let refused = fs::read_to_string(&refused).unwrap();
+        assert!(refused.contains("not permitted") && refused.contains("I/O error"), "{refused}");
+    }
+}
+
+/// The agent's confinement covers the engine; a verification leaves nothing behind.
+#[tokio::test]
+async fn the_engine_cannot_write() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let (here, there) = (node.path("written"), std::env::temp_dir().join(format!("written-{}", std::process::id())));
+    let engine = node.engine("writer", &format!("touch {0} {1}; exec $REAL \"$@\"", here.display(), there.display()));
+    node.verify_with(&pushed.pullspec(), &[("REBASE_AGENT_SKOPEO", text(&engine))]).await.facts();
+    assert!(!here.exists() && !there.exists(), "Landlock is absent, or the engine escaped it");
+}
+
+/// Variables that would change the engine or the crate that speaks to it.
+#[tokio::test]
+async fn the_agents_environment_does_not_weaken_the_engine() {
+    let node = Node::new().await;
+    let pushed = node.push(&ImageSpec::default()).await;
+    let accepting = node.path("home/.config/containers/policy.json");
+    Policy::accept_by_default().write(&accepting).unwrap();
+    let home = node.path("home");
+    let env = [
+        ("HOME", text(&home)),
+        ("XDG_CONFIG_HOME", text(&home)),
+        ("CONTAINERS_POLICY_JSON", text(&accepting)),
+        ("CONTAINERS_IMAGE_PROXY_DEBUG", "1"),
+    ];
+    node.verify_with(&pushed.pullspec(), &env).await.refused(Reason::SignatureMissing);
+}

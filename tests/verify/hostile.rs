@@ -1,0 +1,114 @@
+//! A registry that lies, stalls or breaks. Whatever it does, the image is refused.
+
+use std::sync::Arc;
+
+use support::hostile_registry::{HostileRegistry, Place, Trick};
+use support::sign::signature_tag;
+use tokio::task::JoinSet;
+
+use super::*;
+
+/// How long one verification may take here, in seconds.
+const DEADLINE: u64 = 3;
+
+/// Verifies an image that is signed for the good registry, through one that plays a trick.
+async fn through(node: &Node, pushed: &Pushed, place: Place, trick: Trick) -> Outcome {
+    let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), place, trick).await.unwrap();
+    let deadline = DEADLINE.to_string();
+    let env = [("REBASE_AGENT_VERIFY_TIMEOUT", deadline.as_str())];
+    node.verify_with(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest), &env).await
+}
+
+/// A node whose policy demands the good registry's signature of everything, wherever it comes from.
+async fn node() -> (Node, Pushed) {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let identity = Identity::ExactRepository(pushed.repository());
+    node.policy(&Policy::new([Requirement::sigstore_key_path(&node.key()).identity(&identity)]));
+    // Ports are not known yet; what has no scope of its own goes by this.
+    fs::write(node.path("registries.d/default.yaml"), "default-docker:\n  use-sigstore-attachments: true\n").unwrap();
+    (node, pushed)
+}
+
+#[tokio::test]
+async fn every_lie_is_refused_by_its_class() {
+    use Place::{Config, Manifest, Payload, Ping, Signature};
+    let (node, pushed) = node().await;
+    let other = node.push(&ImageSpec::new("other")).await;
+    node.sign(&other).await;
+    through(&node, &pushed, Ping, Trick::Honest).await.facts();
+
+    let portal = "<html><title>A signature was required, but no signature exists</title></html>";
+    let error = |status, code| Trick::Error(status, code, "msg".to_owned());
+    let fake = "A signature was required, but no signature exists\n\u{1b}[2J fake log line".to_owned();
+    let swapped = format!("/v2/{REPO}/manifests/{}", other.digest);
+    let other_signature = format!("/v2/{REPO}/manifests/{}", signature_tag(&other.digest));
+    let (unreachable, denied, missing) = (Reason::RegistryUnreachable, Reason::RegistryDenied, Reason::ManifestMissing);
+    for (place, trick, reason) in [
+        (Ping, error(500, "X"), unreachable),
+        (Ping, Trick::Page(503, "busy"), unreachable),
+        (Ping, Trick::Cut, unreachable),
+        (Manifest, Trick::Tamper, Reason::ImageInvalid),
+        (Manifest, Trick::Swap(swapped), Reason::ImageInvalid),
+        (Manifest, error(401, "UNAUTHORIZED"), denied),
+        (Manifest, error(403, "DENIED"), denied),
+        (Manifest, error(403, "X"), unreachable),
+        (Manifest, error(404, "MANIFEST_UNKNOWN"), missing),
+        (Manifest, error(404, "NAME_UNKNOWN"), missing),
+        (Manifest, error(404, "X"), unreachable),
+        (Manifest, error(500, "X"), unreachable),
+        (Manifest, error(502, "X"), unreachable),
+        (Manifest, error(503, "X"), unreachable),
+        (Manifest, Trick::Error(404, "X", fake.clone()), unreachable),
+        (Manifest, Trick::Error(404, "MANIFEST_UNKNOWN", "A".repeat(200_000)), unreachable),
+        (Manifest, Trick::Page(200, portal), Reason::ImageInvalid),
+        (Manifest, Trick::Page(404, portal), unreachable),
+        (Manifest, Trick::Cut, unreachable),
+        (Manifest, Trick::Inflate, unreachable),
+        (Signature, error(404, "MANIFEST_UNKNOWN"), Reason::SignatureMissing),
+        (Signature, error(401, "UNAUTHORIZED"), unreachable),
+        (Signature, error(500, "X"), unreachable),
+        (Signature, Trick::Error(500, "X", fake), unreachable),
+        (Signature, Trick::Swap(other_signature), Reason::SignatureRejected),
+        (Signature, Trick::Page(200, portal), unreachable),
+        (Signature, Trick::Cut, unreachable),
+        (Signature, Trick::Inflate, unreachable),
+        (Payload, Trick::Tamper, unreachable),
+        (Payload, Trick::Inflate, unreachable),
+        (Payload, error(500, "X"), unreachable),
+        (Config, Trick::Tamper, Reason::ImageInvalid),
+        (Config, Trick::Inflate, unreachable),
+        (Config, Trick::Page(200, portal), Reason::ImageInvalid),
+        (Config, error(404, "BLOB_UNKNOWN"), unreachable),
+        (Config, Trick::Cut, unreachable),
+    ] {
+        let shown = format!("{:.60}", format!("{place:?} {trick:?}"));
+        let outcome = through(&node, &pushed, place, trick).await;
+        assert_eq!(outcome.said["reason"], reason.as_str(), "{shown}: {outcome:?}");
+        outcome.refused(reason);
+        assert!(outcome.took.as_secs() <= DEADLINE + 2, "{shown}: {:?}", outcome.took);
+    }
+}
+
+#[tokio::test]
+async fn silence_ends_at_the_deadline_wherever_it_falls() {
+    let (node, pushed) = node().await;
+    let node = Arc::new(node);
+    let mut tasks = JoinSet::new();
+    for place in [Place::Ping, Place::Manifest, Place::Signature, Place::Payload, Place::Config] {
+        let (node, pushed) = (Arc::clone(&node), pushed.clone());
+        tasks.spawn(async move { (place, through(&node, &pushed, place, Trick::Hang).await) });
+    }
+    {
+        // containers/image itself waits for half a minute then.
+        let (node, pushed) = (Arc::clone(&node), pushed.clone());
+        let busy = Trick::Error(429, "TOOMANYREQUESTS", "later".into());
+        tasks.spawn(async move { (Place::Manifest, through(&node, &pushed, Place::Manifest, busy).await) });
+    }
+    while let Some(done) = tasks.join_next().await {
+        let (place, outcome) = done.unwrap();
+        let said = outcome.refused(Reason::DeadlineExceeded);
+        assert!(said.contains(&format!("{DEADLINE} s")), "{place:?}: {said}");
+        assert!((DEADLINE..=DEADLINE + 2).contains(&outcome.took.as_secs()), "{place:?}: {:?}", outcome.took);
+    }
+}

@@ -1,0 +1,190 @@
+//! The way to the registry: credentials, certificates, mirrors, proxies.
+
+use support::hostile_registry::{ConnectProxy, mumble};
+use support::policy::RegistriesConf;
+
+use super::*;
+
+#[tokio::test]
+async fn what_keeps_an_image_away_is_told_apart() {
+    let mut node = Node::new().await;
+    let pushed = node.signed().await;
+    let (spec, zeros) = (pushed.pullspec(), "0".repeat(64));
+
+    for missing in [format!("{}/{REPO}@sha256:{zeros}", pushed.host), format!("{}/none@{}", pushed.host, pushed.digest)]
+    {
+        let outcome = node.verify(&missing).await;
+        assert!(outcome.refused(Reason::ManifestMissing).contains(&missing), "{outcome:?}");
+    }
+    let outcome = node.verify_with(&spec, &[("REBASE_AGENT_CERT_DIR", "")]).await;
+    let said = outcome.refused(Reason::RegistryUntrusted);
+    assert!(said.contains("unknown authority") && said.contains("certs.d"), "{said}");
+
+    node.registry.stop();
+    let outcome = node.verify(&spec).await;
+    assert!(outcome.refused(Reason::RegistryUnreachable).contains("connection refused"), "{outcome:?}");
+
+    for (bytes, why) in [
+        (b"HTTP/1.1 302 Found\r\nLocation: http://portal.example/\r\n\r\n".as_slice(), "HTTP response to HTTPS client"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "first record does not look like a TLS handshake"),
+        (b"", "EOF"),
+    ] {
+        let (address, task) = mumble(bytes).await.unwrap();
+        node.policy(&Policy::new([node.requirement()]));
+        let outcome = node.verify(&format!("{address}/{REPO}@{}", pushed.digest)).await;
+        assert!(outcome.refused(Reason::RegistryUnreachable).contains(why), "{outcome:?}");
+        task.abort();
+    }
+    let outcome = node.verify(&format!("no.such.host.invalid/{REPO}@{}", pushed.digest)).await;
+    outcome.refused(Reason::RegistryUnreachable);
+}
+
+/// The first of the ostree auth files is used alone, as the pull does; nobody's own credentials are.
+#[tokio::test]
+async fn credentials_come_from_the_first_ostree_auth_file() {
+    let node = Node::with(Some(Credentials::PULLER)).await;
+    let pushed = node.signed().await;
+    let host = node.registry.host();
+    let good = Credentials::PULLER.auth_file(&host).to_string();
+    let wrong = good.replace("cHVsbGVyOnJlYmFzZQ==", "cHVsbGVyOndyb25n");
+    assert_ne!(good, wrong);
+    let other = Credentials::PULLER.auth_file("other.example").to_string();
+    let set = |file: &str, content: &str| {
+        let path = node.path("root").join(file).join("ostree/auth.json");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    };
+
+    // Where people and other tools keep theirs.
+    let home = node.path("home");
+    for file in [".docker/config.json", ".config/containers/auth.json", "containers/auth.json"] {
+        fs::create_dir_all(home.join(file).parent().unwrap()).unwrap();
+        fs::write(home.join(file), &good).unwrap();
+    }
+    let outcome = node
+        .verify_with(
+            &pushed.pullspec(),
+            &[
+                ("HOME", text(&home)),
+                ("XDG_RUNTIME_DIR", text(&home)),
+                ("XDG_CONFIG_HOME", text(&home.join(".config"))),
+                ("DOCKER_CONFIG", text(&home.join(".docker"))),
+                ("REGISTRY_AUTH_FILE", text(&home.join("containers/auth.json"))),
+            ],
+        )
+        .await;
+    let said = outcome.refused(Reason::RegistryDenied);
+    assert!(said.contains("authentication required") && said.contains("pull secret"), "{said}");
+
+    set("usr/lib", &good);
+    node.verify(&pushed.pullspec()).await.facts();
+    set("etc", &wrong);
+    node.verify(&pushed.pullspec()).await.refused(Reason::RegistryDenied);
+    set("etc", &good);
+    set("usr/lib", &wrong);
+    node.verify(&pushed.pullspec()).await.facts();
+    set("run", &other);
+    node.verify(&pushed.pullspec()).await.refused(Reason::RegistryDenied);
+    set("run", "no JSON");
+    let outcome = node.verify(&pushed.pullspec()).await;
+    assert_ne!(outcome.code, 0, "{outcome:?}");
+    set("run", &good);
+    set("etc", &wrong);
+    node.verify(&pushed.pullspec()).await.facts();
+}
+
+/// What the unit's drop-in sets for a cluster-wide proxy reaches the engine, in both spellings; nothing else does.
+#[tokio::test]
+async fn proxy_variables_reach_the_engine() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let port = pushed.host.rsplit_once(':').unwrap().1;
+    let named = format!("{NAMED}:{port}");
+    node.policy(&Policy::reject_by_default().scope(
+        &named,
+        [Requirement::sigstore_key_path(&node.key()).identity(&Identity::ExactRepository(pushed.repository()))],
+    ));
+    node.attachments(&RegistriesD::new().attachments(&named, true));
+    let spec = format!("{named}/{REPO}@{}", pushed.digest);
+    node.verify(&spec).await.refused(Reason::RegistryUnreachable);
+    for name in ["HTTPS_PROXY", "https_proxy"] {
+        let proxy = ConnectProxy::start().await.unwrap();
+        node.verify_with(&spec, &[(name, &proxy.url())]).await.facts();
+        assert!(!proxy.asked().is_empty() && proxy.asked().iter().all(|asked| *asked == named), "{:?}", proxy.asked());
+        for exempt in ["NO_PROXY", "no_proxy"] {
+            node.verify_with(&spec, &[(name, &proxy.url()), (exempt, NAMED)])
+                .await
+                .refused(Reason::RegistryUnreachable);
+        }
+    }
+    let environment = node.path("environment");
+    let engine = node.engine("spy", &format!("env > {}.$$; exec $REAL \"$@\"", environment.display()));
+    // The spy has to write, so it is started by hand, as the agent starts it.
+    let seen = tools::run(
+        {
+            let mut command = node.command(&spec);
+            command.env("REBASE_AGENT_SKOPEO", &engine).env("REBASE_AGENT_SCRATCH", node.dir.path());
+            command.env("LD_LIBRARY_PATH", "/nowhere").env("SSL_CERT_FILE", "/nowhere").env("CONTAINERS_CONF", "/x");
+            command.env("HTTPS_PROXY", "http://p.example").env("NO_PROXY", "127.0.0.1");
+            command
+        },
+        Duration::from_secs(30),
+    );
+    seen.await.unwrap();
+    let files = fs::read_dir(node.dir.path()).unwrap().flatten().map(|entry| entry.path());
+    let mut dumps = files.filter(|path| text(path).contains("/environment."));
+    let environment = fs::read_to_string(dumps.next().unwrap()).unwrap();
+    let mut names: Vec<_> = environment.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+    names.retain(|name| !["PWD", "_", "SHLVL", "OLDPWD"].contains(name));
+    names.sort_unstable();
+    assert_eq!(names, ["HOME", "HTTPS_PROXY", "NO_PROXY", "PATH", "TMPDIR"], "{environment}");
+    assert!(environment.contains("HOME=/nonexistent\n"), "{environment}");
+}
+
+/// `registries.conf` is the node's own: the agent passes no other, and the engine does as it says.
+#[tokio::test]
+async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let logical = "quay.test.example/team/os";
+    let mirror = pushed.repository();
+    let conf = node.path("registries.conf");
+    let engine = node.engine("configured", &format!("exec $REAL --registries-conf {} \"$@\"", conf.display()));
+    let env = [("REBASE_AGENT_SKOPEO", text(&engine))];
+    let spec = format!("{logical}@{}", pushed.digest);
+    let mirrors = |at: &[&str]| {
+        RegistriesConf::new().mirrors(logical, at.iter().copied()).write(&conf).unwrap();
+    };
+    mirrors(&[&mirror]);
+    let rule = Requirement::sigstore_key_path(&node.key()).identity(&Identity::ExactRepository(mirror.clone()));
+    node.policy(&Policy::reject_by_default().scope("quay.test.example/team", [rule.clone()]));
+    let facts = node.verify_with(&spec, &env).await.facts();
+    assert_eq!(facts.vouched_by, "docker \"quay.test.example/team\"");
+    assert_eq!(facts.image.to_string(), spec);
+
+    // An unreachable mirror is passed over.
+    mirrors(&["127.0.0.1:1/ns/os", &mirror]);
+    node.verify_with(&spec, &env).await.facts();
+
+    // Signatures are looked for where the image came from: attachments of the logical name are no use.
+    node.attachments(&RegistriesD::new().attachments("quay.test.example", true));
+    let outcome = node.verify_with(&spec, &env).await;
+    assert!(outcome.refused(Reason::SignatureMissing).contains("mirrors"), "{outcome:?}");
+    node.attachments(&RegistriesD::new().attachments(&node.registry.host(), true));
+
+    // A rule for the mirror does not cover the name.
+    node.policy(&Policy::accept_by_default().scope(&node.registry.host(), [rule.clone()]));
+    node.verify_with(&spec, &env).await.refused(Reason::PolicyAcceptsAnything);
+
+    node.policy(&Policy::new([rule]));
+    let zeros = format!("{logical}@sha256:{}", "0".repeat(64));
+    let outcome = node.verify_with(&zeros, &env).await;
+    assert!(outcome.refused(Reason::RegistryUnreachable).contains("Mirrors also failed"), "{outcome:?}");
+    let gone = RegistriesConf::new().mirrors(&format!("{}/gone", node.registry.host()), [mirror.as_str()]);
+    gone.write(&conf).unwrap();
+    let zeros = format!("{}/gone@sha256:{}", node.registry.host(), "0".repeat(64));
+    node.verify_with(&zeros, &env).await.refused(Reason::ManifestMissing);
+    RegistriesConf::new().blocked("quay.test.example").write(&conf).unwrap();
+    let outcome = node.verify_with(&spec, &env).await;
+    assert!(outcome.refused(Reason::RegistryUnreachable).contains("is blocked"), "{outcome:?}");
+}
