@@ -85,6 +85,33 @@ async fn the_engine_dies_with_the_agent() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// A retarget drops a verification; its engine lives no longer than it would have.
+#[tokio::test]
+async fn an_abandoned_verification_ends_by_its_deadline() {
+    let node = Node::new().await;
+    let image = reference::parse(&node.signed().await.pullspec()).unwrap();
+    let engine = Engine::new(settings(&node, node.engine("stuck", &claims("1.18.0", "exec sleep 300")), 2));
+    let started = Instant::now();
+    tokio::select! {
+        result = verify(&engine, &image) => panic!("{result:?}"),
+        () = async { while node.engines().is_empty() { tokio::time::sleep(Duration::from_millis(10)).await } } => {}
+    }
+    let left = node.engines_after(Duration::from_secs(10)).await;
+    assert!(left.is_empty() && started.elapsed() < Duration::from_secs(6), "{left:?}");
+}
+
+fn settings(node: &Node, skopeo: PathBuf, seconds: u64) -> Settings {
+    Settings {
+        policy: node.path("policy.json"),
+        registries_d: node.path("registries.d"),
+        skopeo,
+        cert_dir: None,
+        auth_files: vec![],
+        scratch: None,
+        deadline: Duration::from_secs(seconds),
+    }
+}
+
 #[tokio::test]
 async fn an_engine_that_was_replaced_is_checked_again() {
     let node = Node::new().await;
@@ -93,15 +120,7 @@ async fn an_engine_that_was_replaced_is_checked_again() {
     let script = |version: &str| format!("echo >> {}\n{}", count.display(), claims(version, "exit 1"));
     let asked = || fs::read_to_string(&count).unwrap_or_default().len();
     node.engine("engine", &script("1.18.0"));
-    let engine = Engine::new(Settings {
-        policy: node.path("policy.json"),
-        registries_d: node.path("registries.d"),
-        skopeo: path.clone(),
-        cert_dir: None,
-        auth_files: vec![],
-        scratch: None,
-        deadline: Duration::from_secs(10),
-    });
+    let engine = Engine::new(settings(&node, path.clone(), 10));
     let mut before = 0;
     // Version and start, then start alone.
     for calls in [2, 1] {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use openssl::base64::encode_block;
 use serde_json::json;
 use support::gpg::GpgSigner;
-use support::image::{Media, host_architecture};
+use support::image::{Blob, Manifest, Media, host_architecture};
 use support::sign::{sign_all, sign_badly, sign_claiming, unsign};
 use support::sigstore::{Authority, Leaf, Log, sign_certified, sign_keyed};
 
@@ -67,6 +67,45 @@ async fn refusals_are_told_apart() {
     message(node.verify(&spec).await, Reason::PolicyAcceptsAnything);
     node.policy(&Policy::reject_by_default());
     message(node.verify(&spec).await, Reason::PolicyRejects);
+}
+
+/// What cosign 3 attaches by itself, and what is attached but not looked at, is no signature to the engine.
+#[tokio::test]
+async fn signatures_that_the_engine_does_not_see_have_a_hint() {
+    let node = Node::new().await;
+    let pushed = node.push(&ImageSpec::default()).await;
+    let bundle = Blob::new(br#"{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json"}"#.to_vec());
+    let empty = Blob::new(b"{}".to_vec());
+    for blob in [&bundle, &empty] {
+        node.registry.put_blob(REPO, blob).await.unwrap();
+    }
+    let artifact = Manifest::new(
+        Media::Oci.manifest(),
+        &json!({
+            "schemaVersion": 2,
+            "mediaType": Media::Oci.manifest(),
+            "artifactType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+            "config": empty.descriptor("application/vnd.oci.empty.v1+json"),
+            "layers": [bundle.descriptor("application/vnd.dev.sigstore.bundle.v0.3+json")],
+            "subject": { "mediaType": Media::Oci.manifest(), "digest": pushed.digest, "size": 1 },
+        }),
+    );
+    node.registry.put_manifest(REPO, &artifact.digest, &artifact).await.unwrap();
+    let descriptor = json!({
+        "mediaType": artifact.media_type, "digest": artifact.digest, "size": artifact.bytes.len(),
+    });
+    let index = json!({ "schemaVersion": 2, "mediaType": Media::Oci.index(), "manifests": [descriptor] });
+    let referrers = Manifest::new(Media::Oci.index(), &index);
+    node.registry.put_manifest(REPO, &pushed.digest.replace(':', "-"), &referrers).await.unwrap();
+    let outcome = node.verify(&pushed.pullspec()).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains("cosign 3: with --new-bundle-format=false"), "{said}");
+
+    node.sign(&pushed).await;
+    node.attachments(&RegistriesD::new().attachments(&node.registry.host(), false));
+    let outcome = node.verify(&pushed.pullspec()).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains("registries.d enables sigstore attachments for its registry and mirrors"), "{said}");
 }
 
 #[tokio::test]
