@@ -284,12 +284,13 @@ impl Api {
         );
         let request =
             session.client.get(url).header(ACCEPT, METADATA).timeout(length.saturating_add(self.timing.grace));
-        let mut response = request.send().await.map_err(|e| connection(&e))?;
+        let silent = |_| ClusterError::Connection("the API server accepted a watch and fell silent".to_owned());
+        let response = timeout(self.timing.request, request.send()).await.map_err(silent)?;
+        let mut response = response.map_err(|e| connection(&e))?;
         if response.status() != StatusCode::OK {
             return checked(response, &session.access.node).await.map(|_| ());
         }
         let mut lines = Lines::default();
-        let silent = |_| ClusterError::Connection(format!("nothing was heard for {:?}", self.timing.silence));
         loop {
             let chunk = timeout(self.timing.silence, response.chunk()).await.map_err(silent)?;
             let Some(chunk) = chunk.map_err(|e| connection(&e))? else { return Ok(()) };

@@ -111,7 +111,15 @@ async fn refusals_are_told_apart() {
         let error = api.patch(&node.uid, &patch("state", "Done")).await.unwrap_err();
         assert_eq!((error.reason(), error.retryable()), (reason, retryable), "{code}");
     }
-    for (code, body) in [(200, "<html>\u{1b}[2J"), (502, "<html>Bad Gateway"), (302, "elsewhere"), (200, "{}")] {
+    let huge = "x".repeat(5 << 20);
+    for (code, body) in [
+        (200, "<html>\u{1b}[2J"),
+        (502, "<html>Bad Gateway"),
+        (302, "elsewhere"),
+        (200, "{}"),
+        (200, &huge),
+        (500, &huge),
+    ] {
         stage.store.inject(Scope::Write, 1, Fault::Page { code, body: body.to_owned() });
         let text = api.patch(&node.uid, &patch("state", "Done")).await.unwrap_err().to_string();
         assert!(!text.chars().any(char::is_control) && text.len() < 600, "{text:?}");
