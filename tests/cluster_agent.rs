@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::apiserver::RequestRecord;
+use support::apiserver::{Fault, RequestRecord, Scope};
 use support::events::Event;
 use support::image::Pushed;
 use support::mcc::{PREFIX, annotation, is_node_done};
@@ -205,6 +205,8 @@ async fn uncordoned_by_somebody_after_the_drain_is_drained_again() {
     world.events.listen(move |event| {
         if wrote(event, "lastAppliedDrain", "drain-") && !once.swap(true, Ordering::SeqCst) {
             let store = drains.clone();
+            // The answer to what the agent asks next is of after that.
+            store.inject(Scope::Read, 1, Fault::Delay(Duration::from_millis(300)));
             // Listeners may not write.
             runtime.spawn_blocking(move || store.set_unschedulable(NODE, false));
         }
@@ -278,6 +280,8 @@ async fn restored_database_is_followed() {
     for _ in 0..500 {
         world.store().heartbeat(NODE);
     }
+    // Long enough that the agent has heard of them all.
+    tokio::time::sleep(Duration::from_secs(1)).await;
     world.store().restore(&backup);
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);
@@ -300,4 +304,35 @@ async fn daemon_beside_us_gets_a_drained_node_back_once() {
     assert!(given_back.body.contains("\"uncordon-rendered-worker-2\"") && !given_back.body.contains("state"));
     assert_eq!(world.annotation("lastAppliedDrain").as_deref(), Some("uncordon-rendered-worker-2"));
     assert_eq!(world.annotation("state").as_deref(), Some("Done"), "the other's word stands");
+}
+
+#[tokio::test]
+async fn lost_replies_and_a_busy_server_only_delay() {
+    let world = settled(options()).await;
+    let before = writes(&world).len();
+    let two = world.signed("2").await.unwrap();
+    let busy = Fault::Status { code: 429, retry_after: Some(1) };
+    for fault in [Fault::Lost, busy.clone(), Fault::Cut] {
+        world.store().inject(Scope::Write, 1, fault);
+    }
+    world.store().inject(Scope::Read, 2, busy);
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    let writes = writes(&world).len() - before;
+    assert!(writes <= 8 + 3, "{writes} writes");
+    assert_eq!(world.drains.drains(), 1);
+}
+
+#[tokio::test]
+async fn node_deleted_and_created_anew_is_published_again() {
+    let world = settled(options()).await;
+    let uid = world.store().node(NODE).unwrap()["metadata"]["uid"].clone();
+    world.store().delete_node(NODE);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    world.store().create_node(NODE, &[]);
+    world.wait_done(&world.installed).await.unwrap();
+    assert_ne!(world.store().node(NODE).unwrap()["metadata"]["uid"], uid);
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
 }
