@@ -290,7 +290,7 @@ async fn hostile_files_are_refused_quickly_and_quietly() {
     ] {
         let began = Instant::now();
         stage.refusal(&text, None).await;
-        assert!(began.elapsed() < Duration::from_secs(5), "{what} took {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(10), "{what} took {:?}", began.elapsed());
     }
     fs::remove_file(stage.kubeconfig()).unwrap();
     let text = stage.api().metadata().await.unwrap_err().to_string();

@@ -25,7 +25,7 @@ use tokio::time::timeout;
 /// The node of these tests.
 const NODE: &str = "worker-0.example.com";
 /// Longest wait for what must come.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// An API server with one Node, and a kubelet's files.
 struct Stage {

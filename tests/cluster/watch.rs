@@ -9,6 +9,8 @@ use support::mcc::PREFIX;
 use super::*;
 
 const MINUTE: Duration = Duration::from_secs(60);
+/// Far less than the minute after which the poll would have come, and enough for a machine that is busy.
+const SOON: Duration = Duration::from_secs(30);
 
 fn page(body: impl Into<String>) -> Fault {
     Fault::Page { code: 200, body: body.into() }
@@ -94,7 +96,7 @@ async fn watches_that_break_or_lie_are_left() {
             following.state("Working").await;
             let kind = format!("{fault:?}");
             let kind = kind.get(..40).unwrap_or(&kind);
-            assert!(began.elapsed() < Duration::from_secs(4), "{kind} took {:?}", began.elapsed());
+            assert!(began.elapsed() < SOON, "{kind} took {:?}", began.elapsed());
             stage.annotate("state", "Done");
             following.state("Done").await;
         }));
@@ -117,7 +119,7 @@ async fn silent_watch_is_left_in_bounded_time() {
     stage.annotate("state", "Working");
     let began = Instant::now();
     following.state("Working").await;
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
 }
 
 #[tokio::test]
@@ -131,7 +133,7 @@ async fn hanging_server_is_left_in_bounded_time() {
         stage.annotate("state", "Working");
         let began = Instant::now();
         following.state("Working").await;
-        assert!(began.elapsed() < Duration::from_secs(3), "{scope:?}: {:?}", began.elapsed());
+        assert!(began.elapsed() < SOON, "{scope:?}: {:?}", began.elapsed());
     }
 }
 
@@ -146,7 +148,7 @@ async fn frozen_watches_leave_the_poll() {
         stage.annotate("state", state);
         let began = Instant::now();
         following.state(state).await;
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
     }
 }
 
@@ -184,6 +186,9 @@ async fn nothing_loops_hot() {
             let stage = Stage::new();
             stage.store.inject(scope, usize::MAX, fault.clone());
             let following = stage.follow(MINUTE);
+            while stage.server.requests().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             tokio::time::sleep(Duration::from_secs(5)).await;
             drop(following);
             let count = stage.server.requests().len();
@@ -254,7 +259,7 @@ async fn retry_after_is_honoured() {
         following.error().await;
         let began = Instant::now();
         following.node("the Node", |_| true).await;
-        assert!((2..=4).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+        assert!((Duration::from_secs(2)..SOON).contains(&began.elapsed()), "{:?}", began.elapsed());
         assert_eq!(stage.count(false), 2);
     }
 }
