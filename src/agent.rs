@@ -275,10 +275,11 @@ impl Agent {
             }
             Event::Looked(readings) => {
                 self.looking = false;
-                self.confirmed = matches!(readings.node, Some(Ok(_)));
+                self.confirmed = false;
                 match readings.node {
                     Some(Ok(node)) => {
                         self.cluster_failures = 0;
+                        self.confirmed = !self.is_outdated(&node);
                         self.take_node(Ok(node));
                     }
                     // The watch is the one to say that the Node is gone; this only has to be asked again.
@@ -319,18 +320,26 @@ impl Agent {
         self.confirmed = false;
     }
 
+    fn is_outdated(&self, node: &NodeObject) -> bool {
+        self.node.as_ref().is_some_and(|current| node.is_older_than(current))
+    }
+
     /// Takes a state of our Node over, unless it is an older one; true if anything changed.
     fn take_node(&mut self, told: Told) -> bool {
         let first = !std::mem::replace(&mut self.seen.0, true);
         match told {
             Ok(node) => {
-                if self.node.as_ref().is_some_and(|current| node.is_older_than(current)) {
+                if self.is_outdated(&node) {
                     return first;
                 }
                 let before = self.observed.cluster.known().map(|node| node.desired_image.clone());
                 let retargeted = before.is_some_and(|before| before != node.facts.desired_image);
                 let facts = observe::cluster(Ok(node.facts.clone()));
                 let changed = facts != self.observed.cluster;
+                if changed {
+                    // A write whose reply was lost may be what we see.
+                    self.cluster_failures = 0;
+                }
                 self.observed.cluster = facts;
                 self.node = Some(node);
                 if retargeted {
