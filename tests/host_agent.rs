@@ -516,3 +516,16 @@ async fn the_watchdog_is_satisfied_during_long_work_and_kills_a_frozen_agent() {
     assert_eq!(annotation(&stage.world.store().node(NODE).unwrap(), "reason"), Some(""));
     assert_eq!(stage.count(rebase_requested), 1, "the next agent attached");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_we_staged_ourselves_may_be_dropped_as_often_as_it_takes() {
+    let stage = Stage::new().await;
+    stage.annotate(HOLD, Some("not tonight"));
+    let images = [stage.world.signed("2").await.unwrap(), stage.world.signed("3").await.unwrap()];
+    for turn in 0..5 {
+        let index = turn % 2;
+        stage.retarget(["2", "3"][index], &images[index]);
+        stage.until(&format!("turn {turn}"), || stage.staged() == Some(images[index].digest.clone())).await;
+        stage.world.wait_reason("Held").await.unwrap();
+    }
+}
