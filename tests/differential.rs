@@ -98,7 +98,7 @@ async fn the_gate_chooses_as_the_engine_does() {
     let full = std::env::var_os("FULL").is_some_and(|full| full == "1");
     let cases = number("REBASE_TEST_CASES", if full { 2400 } else { 150 });
     let seed = number("REBASE_TEST_SEED", u64::from(std::process::id()));
-    println!("{cases} cases, REBASE_TEST_SEED={seed}");
+    eprintln!("{cases} cases, REBASE_TEST_SEED={seed}");
     let mut random = Random(seed);
 
     let directory = tempfile::tempdir().unwrap();
@@ -177,7 +177,7 @@ async fn the_gate_chooses_as_the_engine_does() {
         *chosen.entry(theirs.split(['/', '.', ':']).count()).or_insert(0) += 1;
         *verdicts.entry(format!("{:?}", gate.verdict)).or_insert(0) += 1;
     }
-    println!("{compared} agreements; by number of parts of the scope: {chosen:?}; verdicts: {verdicts:?}");
+    eprintln!("{compared} agreements; by number of parts of the scope: {chosen:?}; verdicts: {verdicts:?}");
     assert!(compared * 10 >= cases * 7, "only {compared} of {cases} could be compared");
     assert_eq!(verdicts.len(), 3, "{verdicts:?}");
     assert!(chosen.len() >= 4, "{chosen:?}");

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -81,12 +82,13 @@ impl Engine {
         scope: &str,
     ) -> Result<Fetched, RegistryError> {
         let started = std::time::Instant::now();
+        let asked = self.question(policy, image, scope);
         let classify = |error: ProxyError| {
             // The limit of timeout(1) shows as whatever the proxy's end breaks first.
             if started.elapsed() >= self.settings.deadline {
                 return self.deadline(image);
             }
-            self.classify(error, policy, image, scope)
+            classify(error, &asked)
         };
         self.check_version().await?;
         let bytes = sealed(&policy.bytes).map_err(|e| self.unfit(format!("no sealed memory for the policy: {e}")))?;
@@ -123,13 +125,17 @@ impl Engine {
         command.arg(&self.settings.skopeo);
         command.arg("--policy").arg(format!("/proc/self/fd/{}", policy.as_raw_fd()));
         command.arg("--registries.d").arg(&self.settings.registries_d);
-        let authfile = self.settings.auth_files.iter().find(|path| path.exists()).cloned();
+        let authfile = self.authfile().cloned();
         let mut config = ImageProxyConfig::default();
         config.auth_anonymous = authfile.is_none();
         config.authfile = authfile;
         config.certificate_directory = self.settings.cert_dir.clone();
         config.skopeo_cmd = Some(command);
         config
+    }
+
+    fn authfile(&self) -> Option<&PathBuf> {
+        self.settings.auth_files.iter().find(|path| path.exists())
     }
 
     /// `setpriv --pdeathsig` is tied to the thread that spawns, which is the runtime's only one and the process's
@@ -190,18 +196,33 @@ impl Engine {
         RegistryError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
     }
 
-    fn classify(&self, error: ProxyError, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
-        match error {
-            ProxyError::RequestInitiationFailure { error, .. } | ProxyError::RetryableRequestFailure { error, .. } => {
-                classify_text(&error, &self.scratch(), policy, image, scope)
-            }
-            other => RegistryError::Unreachable { image: image.clone(), why: printable(&other.to_string(), 500) },
-        }
+    fn question<'a>(&self, policy: &'a NodePolicy, image: &'a PinnedImage, scope: &'a str) -> Question<'a> {
+        let credentials = match self.authfile() {
+            Some(path) => format!("with the credentials in {}", path.display()),
+            None => "without credentials, as there is no ostree auth file".to_owned(),
+        };
+        let scratch =
+            self.settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string());
+        Question { image, policy: &policy.path, scope, credentials, scratch }
     }
+}
 
+/// What the engine was asked, and how.
+struct Question<'a> {
+    image: &'a PinnedImage,
+    policy: &'a Path,
+    scope: &'a str,
+    credentials: String,
     /// Where GnuPG makes its home.
-    fn scratch(&self) -> String {
-        self.settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string())
+    scratch: String,
+}
+
+fn classify(error: ProxyError, asked: &Question<'_>) -> RegistryError {
+    match error {
+        ProxyError::RequestInitiationFailure { error, .. } | ProxyError::RetryableRequestFailure { error, .. } => {
+            classify_text(&error, asked)
+        }
+        other => RegistryError::Unreachable { image: asked.image.clone(), why: printable(&other.to_string(), 500) },
     }
 }
 
@@ -219,7 +240,7 @@ fn parse_version(text: &str) -> Option<(u64, u64)> {
 }
 
 /// The engine's free text, by anchored match only: what follows an anchor may come from the registry. Pure.
-fn classify_text(text: &str, scratch: &str, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
+fn classify_text(text: &str, asked: &Question<'_>) -> RegistryError {
     const REJECTED: [&str; 17] = [
         "cryptographic signature verification ",
         "invalid signature when validating",
@@ -243,10 +264,12 @@ fn classify_text(text: &str, scratch: &str, policy: &NodePolicy, image: &PinnedI
         ["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"];
     const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
     const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
+    let Question { image, scope, policy, scratch, .. } = asked;
+    let (image, scope, path) = ((*image).clone(), (*scope).to_owned(), policy.to_path_buf());
     let why = printable(text, 500);
     let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
-        RegistryError::SignatureMissing { image: image.clone(), scope: scope.to_owned() }
+        RegistryError::SignatureMissing { image, scope }
     } else if starts(&REJECTED) {
         // Said of a good signature too: `cosign sign` names no tag, and the default rule wants one.
         let tagless = text.contains(&format!("identity \"{}\" is not accepted", image.name()));
@@ -256,27 +279,33 @@ fn classify_text(text: &str, scratch: &str, policy: &NodePolicy, image: &PinnedI
         } else {
             ""
         };
-        RegistryError::SignatureRejected { image: image.clone(), scope: scope.to_owned(), why, hint }
+        RegistryError::SignatureRejected { image, scope, why, hint }
     } else if text == format!("Running image docker://{image} is rejected by policy.") {
-        RegistryError::Rejects { path: policy.path.clone(), image: image.clone(), scope: scope.to_owned() }
+        RegistryError::Rejects { path, image, scope }
     } else if starts(&[&format!("mkdir {scratch}/containers-ephemeral-gpg-")]) {
-        RegistryError::GpgScratch { scope: scope.to_owned(), why }
+        RegistryError::GpgScratch { scope, why }
     } else if starts(&UNUSABLE) {
         // The engine knows the policy by the name of our descriptor only.
         let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
         let why = named.map_or(why, |(_, rest)| printable(rest, 500));
-        RegistryError::Policy { path: policy.path.clone(), why }
+        RegistryError::Policy { path, why }
     } else if starts(&DAMAGED) {
-        RegistryError::Invalid { image: image.clone(), why }
+        RegistryError::Invalid { image, why }
     } else if starts(&NO_INSTANCE) {
-        RegistryError::NoInstance { image: image.clone(), why }
+        RegistryError::NoInstance { image, why }
     } else {
-        classify_transport(text, why, image.clone())
+        classify_transport(text, why, asked)
     }
 }
 
 /// The rest of [`classify_text`]: between these classes a registry may choose as it likes. Pure.
-fn classify_transport(text: &str, why: String, image: PinnedImage) -> RegistryError {
+fn classify_transport(text: &str, why: String, asked: &Question<'_>) -> RegistryError {
+    const DENIED: [&str; 3] = [
+        "unable to retrieve auth token",
+        "Requesting bearer token: invalid status code from registry 403 ",
+        "getting username and password: ",
+    ];
+    let image = asked.image.clone();
     // The last word is that of the registry that the reference names.
     let text = match text.strip_prefix("(Mirrors also failed: [") {
         Some(rest) => rest.rsplit_once(&format!("]): {image}: ")).map_or(rest, |(_, own)| own),
@@ -291,9 +320,9 @@ fn classify_transport(text: &str, why: String, image: PinnedImage) -> RegistryEr
     if after(reading(), &["manifest unknown", "name unknown"]) {
         RegistryError::ManifestMissing(image)
     } else if after(reading(), &["authentication required", "unauthorized", "denied"])
-        || text.starts_with("unable to retrieve auth token")
+        || DENIED.iter().any(|anchor| text.starts_with(anchor))
     {
-        RegistryError::Denied { image, why }
+        RegistryError::Denied { image, why, credentials: asked.credentials.clone() }
     } else if after(pinging, &["tls: failed to verify certificate: ", "x509: "]) {
         RegistryError::Untrusted { image, why }
     } else {
@@ -317,17 +346,18 @@ fn sealed(bytes: &[u8]) -> std::io::Result<File> {
 mod tests {
     use super::*;
     use crate::model::Reason;
-    use crate::registry::policy::Policy;
     use crate::registry::reference;
 
     #[test]
     fn engine_texts_are_classified_by_their_start_only() {
         let hex = "ab".repeat(32);
         let image = reference::parse(&format!("quay.io/o/i@sha256:{hex}")).unwrap();
-        let policy = NodePolicy {
-            bytes: vec![],
-            policy: Policy::parse(br#"{"default":[{"type":"reject"}]}"#).unwrap(),
-            path: "/etc/containers/policy.json".into(),
+        let asked = Question {
+            image: &image,
+            policy: Path::new("/etc/containers/policy.json"),
+            scope: "default",
+            credentials: "without credentials".into(),
+            scratch: "/tmp".into(),
         };
         let manifest = format!("reading manifest sha256:{hex} in quay.io/o/i: ");
         for (text, reason) in [
@@ -366,9 +396,9 @@ mod tests {
             ("Manifest does not match provided manifest digest sha256:0".to_owned(), Reason::ImageInvalid),
             (String::new(), Reason::RegistryUnreachable),
         ] {
-            assert_eq!(classify_text(&text, "/tmp", &policy, &image, "default").reason(), reason, "{text}");
+            assert_eq!(classify_text(&text, &asked).reason(), reason, "{text}");
         }
-        let error = classify_text("x\n\u{1b}[2J fake", "/tmp", &policy, &image, "default");
+        let error = classify_text("x\n\u{1b}[2J fake", &asked);
         assert!(!error.to_string().contains(['\n', '\u{1b}']), "{error}");
     }
 

@@ -169,10 +169,12 @@ pub enum RegistryError {
     #[error("the registry has no manifest {0}; push the image, or mirror it")]
     ManifestMissing(PinnedImage),
     /// Credentials.
-    #[error("the registry refuses to serve {image}: {why}; check the pull secret in the ostree auth file")]
+    #[error("the registry refuses to serve {image} {credentials}: {why}; check the pull secret")]
     Denied {
         /// The image.
         image: PinnedImage,
+        /// With which credentials it was asked.
+        credentials: String,
         /// The engine's words.
         why: String,
     },
@@ -347,7 +349,7 @@ fn facts(
     Ok(ImageFacts {
         image: image.clone(),
         instance,
-        architecture: config.architecture().to_string(),
+        architecture: printable(&config.architecture().to_string(), 64),
         bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| label(name).is_some()),
         rendered_config: label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253)),
         size: manifest.layers().iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size())),

@@ -45,6 +45,9 @@ async fn every_lie_is_refused_by_its_class() {
     let other_signature = format!("/v2/{REPO}/manifests/{}", signature_tag(&other.digest));
     let (unreachable, denied, missing) = (Reason::RegistryUnreachable, Reason::RegistryDenied, Reason::ManifestMissing);
     for (place, trick, reason) in [
+        (Ping, Trick::Token(401), denied),
+        (Ping, Trick::Token(403), denied),
+        (Ping, Trick::Token(503), unreachable),
         (Ping, error(500, "X"), unreachable),
         (Ping, Trick::Page(503, "busy"), unreachable),
         (Ping, Trick::Cut, unreachable),

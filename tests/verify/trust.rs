@@ -29,6 +29,13 @@ async fn a_signed_image_yields_its_facts() {
     let facts = node.verify(&pushed.pullspec()).await.facts();
     assert_eq!((facts.architecture.as_str(), facts.bootable, facts.rendered_config), ("s390x", false, None));
     assert_eq!(facts.instance.as_str(), pushed.digest);
+
+    // A signature does not make text fit to print.
+    let odd = node.push(&ImageSpec::new("3").architectures(["a\n\u{1b}[2J"]).rendered_config("r\n\u{1b}")).await;
+    node.sign(&odd).await;
+    let facts = node.verify(&odd.pullspec()).await.facts();
+    assert_eq!(facts.architecture, "a \\u{1b}[2J");
+    assert_eq!(facts.rendered_config.as_deref(), Some("r \\u{1b}"));
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context as _, Result};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue, WWW_AUTHENTICATE};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
@@ -59,6 +59,8 @@ pub enum Trick {
     Tamper,
     /// Adds megabytes of space.
     Inflate,
+    /// Sends the client to a token server, as quay.io does, which answers with that status.
+    Token(u16),
     /// Answers with what the good registry has at that path.
     Swap(String),
 }
@@ -128,6 +130,7 @@ struct Behaviour {
 struct Good {
     status: u16,
     content_type: Option<HeaderValue>,
+    challenge: Option<String>,
     body: Vec<u8>,
 }
 
@@ -136,6 +139,10 @@ impl Behaviour {
         let accepts = request.headers().get_all(ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
         let accepts = accepts.collect::<Vec<_>>().join(", ");
         let path = request.uri().path().to_owned();
+        if let (Trick::Token(status), "/token") = (&self.trick, path.as_str()) {
+            let body = br#"{"errors":[{"code":"UNAUTHORIZED","message":"msg"}]}"#.to_vec();
+            return Good { status: *status, content_type: None, challenge: None, body }.response();
+        }
         let mut good = self.fetch(&path, &accepts).await?;
         if place(&path, &good.body) != Some(self.place) {
             return good.response();
@@ -144,10 +151,16 @@ impl Behaviour {
             Trick::Honest => {}
             Trick::Error(status, code, message) => {
                 let body = json!({ "errors": [{ "code": code, "message": message }] }).to_string().into_bytes();
-                good = Good { status: *status, content_type: Some("application/json".parse()?), body };
+                good = Good { status: *status, content_type: Some("application/json".parse()?), challenge: None, body };
             }
             Trick::Page(status, page) => {
-                good = Good { status: *status, content_type: Some("text/html".parse()?), body: page.as_bytes().into() };
+                let body = page.as_bytes().into();
+                good = Good { status: *status, content_type: Some("text/html".parse()?), challenge: None, body };
+            }
+            Trick::Token(_) => {
+                let host = request.headers().get(HOST).context("no host")?.to_str()?;
+                good.challenge = Some(format!("Bearer realm=\"https://{host}/token\",service=\"{host}\""));
+                good.status = 401;
             }
             Trick::Hang => std::future::pending().await,
             Trick::Cut => anyhow::bail!("cut"),
@@ -165,7 +178,7 @@ impl Behaviour {
         }
         let response = request.send().await.with_context(|| path.to_owned())?;
         let (status, content_type) = (response.status().as_u16(), response.headers().get(CONTENT_TYPE).cloned());
-        Ok(Good { status, content_type, body: response.bytes().await?.into() })
+        Ok(Good { status, content_type, challenge: None, body: response.bytes().await?.into() })
     }
 }
 
@@ -174,6 +187,9 @@ impl Good {
         let mut response = Response::builder().status(self.status);
         if let Some(content_type) = self.content_type {
             response = response.header(CONTENT_TYPE, content_type);
+        }
+        if let Some(challenge) = self.challenge {
+            response = response.header(WWW_AUTHENTICATE, challenge);
         }
         Ok(response.body(Full::new(self.body.into()))?)
     }
