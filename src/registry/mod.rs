@@ -364,3 +364,49 @@ pub fn rendered_config_label(config: &str) -> Option<String> {
     let labels = config.config().as_ref()?.labels().as_ref()?;
     labels.get(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_others_may_put_right_is_retried_soon() {
+        let image = || reference::parse(&format!("quay.io/o/i@sha256:{}", "ab".repeat(32))).unwrap();
+        let (path, why, scope) = (|| PathBuf::from("/p"), || "w".to_owned(), || "default".to_owned());
+        let source = std::io::ErrorKind::NotFound.into();
+        let table = [
+            // The build signs, the registry comes back, the pull secret is rotated, the image is pushed.
+            (RegistryError::SignatureMissing { image: image(), scope: scope() }, Reason::SignatureMissing, true),
+            (RegistryError::ManifestMissing(image()), Reason::ManifestMissing, true),
+            (RegistryError::Denied { image: image(), credentials: why(), why: why() }, Reason::RegistryDenied, true),
+            (RegistryError::Untrusted { image: image(), why: why() }, Reason::RegistryUntrusted, true),
+            (RegistryError::Unreachable { image: image(), why: why() }, Reason::RegistryUnreachable, true),
+            (RegistryError::Deadline { image: image(), seconds: 1 }, Reason::DeadlineExceeded, true),
+            (RegistryError::Invalid { image: image(), why: why() }, Reason::ImageInvalid, true),
+            // Only this node's files, or another image, help.
+            (RegistryError::ReadPolicy { path: path(), source }, Reason::PolicyInvalid, false),
+            (RegistryError::Policy { path: path(), why: why() }, Reason::PolicyInvalid, false),
+            (
+                RegistryError::AcceptsAnything { path: path(), image: image(), scope: scope() },
+                Reason::PolicyAcceptsAnything,
+                false,
+            ),
+            (RegistryError::Rejects { path: path(), image: image(), scope: scope() }, Reason::PolicyRejects, false),
+            (RegistryError::Engine { skopeo: path(), why: why() }, Reason::EngineUnfit, false),
+            (
+                RegistryError::SignatureRejected { image: image(), scope: scope(), why: why(), hint: "" },
+                Reason::SignatureRejected,
+                false,
+            ),
+            (RegistryError::GpgScratch { scope: scope(), why: why() }, Reason::GpgNeedsScratch, false),
+            (RegistryError::NoInstance { image: image(), why: why() }, Reason::WrongArchitecture, false),
+        ];
+        for (error, reason, retryable) in table {
+            let fault = Fault::from(&error);
+            assert_eq!((fault.reason, fault.retryable), (reason, retryable), "{error}");
+        }
+        let long = RegistryError::Unreachable { image: image(), why: "\u{1b}".repeat(5000) };
+        let message = Fault::from(&long).message;
+        assert!(message.chars().count() <= 900 && !message.contains('\u{1b}'), "{message}");
+    }
+}

@@ -119,7 +119,8 @@ async fn proxy_variables_reach_the_engine() {
         }
     }
     let environment = node.path("environment");
-    let engine = node.engine("spy", &format!("env > {}.$$; exec $REAL \"$@\"", environment.display()));
+    let engine = node
+        .engine("spy", &format!("env > {0}.$$; echo \"$*\" > {0}-args.$$; exec $REAL \"$@\"", environment.display()));
     // The spy has to write, so it is started by hand, as the agent starts it.
     let seen = tools::run(
         {
@@ -132,14 +133,30 @@ async fn proxy_variables_reach_the_engine() {
         Duration::from_secs(30),
     );
     seen.await.unwrap();
-    let files = fs::read_dir(node.dir.path()).unwrap().flatten().map(|entry| entry.path());
-    let mut dumps = files.filter(|path| text(path).contains("/environment."));
-    let environment = fs::read_to_string(dumps.next().unwrap()).unwrap();
+    let files = || fs::read_dir(node.dir.path()).unwrap().flatten().map(|entry| entry.path());
+    let environment = files().find(|path| text(path).contains("/environment.")).unwrap();
+    let environment = fs::read_to_string(environment).unwrap();
     let mut names: Vec<_> = environment.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
     names.retain(|name| !["PWD", "_", "SHLVL", "OLDPWD"].contains(name));
     names.sort_unstable();
     assert_eq!(names, ["HOME", "HTTPS_PROXY", "NO_PROXY", "PATH", "TMPDIR"], "{environment}");
     assert!(environment.contains("HOME=/nonexistent\n"), "{environment}");
+    // Everything else is as the node has it, registries.conf above all.
+    let args = files().filter(|path| text(path).contains("/environment-args."));
+    let mut args: Vec<_> = args.map(|path| fs::read_to_string(path).unwrap()).collect();
+    args.sort();
+    let (version, proxy) = (&args[1], args[0].split_once("/fd/").unwrap());
+    assert_eq!((version.as_str(), proxy.0), ("--version\n", "--policy /proc/self"));
+    let (_, rest) = proxy.1.split_once(' ').unwrap();
+    let (registries_d, certificates) = (node.path("registries.d"), node.registry.cert_dir());
+    assert_eq!(
+        rest.trim(),
+        format!(
+            "--registries.d {} experimental-image-proxy --no-creds --cert-dir {}",
+            registries_d.display(),
+            certificates.display()
+        )
+    );
 }
 
 /// `registries.conf` is the node's own: the agent passes no other, and the engine does as it says.

@@ -113,6 +113,8 @@ async fn signatures_that_the_engine_does_not_see_have_a_hint() {
     let outcome = node.verify(&pushed.pullspec()).await;
     let said = outcome.refused(Reason::SignatureMissing);
     assert!(said.contains("registries.d enables sigstore attachments for its registry and mirrors"), "{said}");
+    fs::remove_dir_all(node.path("registries.d")).unwrap();
+    node.verify(&pushed.pullspec()).await.refused(Reason::SignatureMissing);
 }
 
 #[tokio::test]
