@@ -21,8 +21,6 @@ const ENFORCING_PROTOCOL: (u64, u64, u64) = (0, 2, 6);
 const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
 /// Between the engine's own end (SIGTERM at the deadline) and ours; then SIGKILL follows.
 const KILL_AFTER: Duration = Duration::from_secs(5);
-/// Largest manifest or config accepted, in bytes; containers/image itself stops manifests at 4 MiB.
-const MAX_DOCUMENT: usize = 8 << 20;
 /// Passed on to the engine: how a unit drop-in tells it about a proxy.
 const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
@@ -93,7 +91,7 @@ impl Engine {
         self.check_version().await?;
         let bytes = sealed(&policy.bytes).map_err(|e| self.unfit(format!("no sealed memory for the policy: {e}")))?;
         // No registry is involved yet.
-        let proxy = ImageProxy::new_with_config(self.config(&bytes)).await.map_err(|error| {
+        let proxy = ImageProxy::new_with_config(self.config(&bytes, started.elapsed())).await.map_err(|error| {
             let ended = format!("it does not start: {}", printable(&error.to_string(), 400));
             self.unfit(if started.elapsed() < self.settings.deadline { ended } else { format!("{ended} (deadline)") })
         })?;
@@ -110,18 +108,11 @@ impl Engine {
         if let Err(error) = proxy.finalize().await {
             tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300));
         }
-        let fetched = fetched?;
-        if fetched.manifest.len().max(fetched.config.len()) > MAX_DOCUMENT {
-            return Err(RegistryError::Invalid {
-                image: image.clone(),
-                why: format!("its manifest or config is larger than {MAX_DOCUMENT} bytes"),
-            });
-        }
-        Ok(fetched)
+        fetched
     }
 
-    fn config(&self, policy: &File) -> ImageProxyConfig {
-        let mut command = self.command();
+    fn config(&self, policy: &File, spent: Duration) -> ImageProxyConfig {
+        let mut command = self.command(spent);
         command.arg(&self.settings.skopeo);
         command.arg("--policy").arg(format!("/proc/self/fd/{}", policy.as_raw_fd()));
         command.arg("--registries.d").arg(&self.settings.registries_d);
@@ -141,10 +132,13 @@ impl Engine {
     /// `setpriv --pdeathsig` is tied to the thread that spawns, which is the runtime's only one and the process's
     /// first; `timeout` bounds what the proxy itself does not.
     #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
-    fn command(&self) -> Command {
+    fn command(&self, spent: Duration) -> Command {
+        let left = self.settings.deadline.saturating_sub(spent);
+        // Rounded up: an engine that ends before the deadline has another reason to.
+        let seconds = left.as_secs().saturating_add(u64::from(left.subsec_nanos() > 0)).max(1);
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "--", "timeout"]);
-        command.arg("-k").arg(KILL_AFTER.as_secs().to_string()).arg(self.settings.deadline.as_secs().to_string());
+        command.arg("-k").arg(KILL_AFTER.as_secs().to_string()).arg(seconds.to_string());
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/nonexistent");
         if let Some(scratch) = &self.settings.scratch {
             command.env("TMPDIR", scratch);
@@ -167,7 +161,7 @@ impl Engine {
         if *checked() == Some(identity) {
             return Ok(());
         }
-        let mut command = self.command();
+        let mut command = self.command(Duration::ZERO);
         command.arg(&self.settings.skopeo).arg("--version").stdin(std::process::Stdio::null());
         let output = tokio::task::spawn_blocking(move || command.output())
             .await
@@ -227,7 +221,8 @@ fn classify(error: ProxyError, asked: &Question<'_>) -> RegistryError {
 }
 
 async fn read(proxy: &ImageProxy, opened: &OpenedImage) -> Result<Fetched, ProxyError> {
-    // Under a tampered registry OpenImage may pass and only GetManifest finds out, so both must succeed.
+    // Under a tampered registry OpenImage may pass and only GetManifest finds out, so both must succeed. The engine
+    // stops either document at 4 MiB.
     let (instance, manifest) = proxy.fetch_manifest_raw_oci(opened).await?;
     let config = proxy.fetch_config_raw(opened).await?;
     Ok(Fetched { instance, manifest, config })

@@ -8,13 +8,17 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-/// How long one verification may take here, in seconds.
-const DEADLINE: u64 = 3;
+/// How long a verification may take that is answered, in seconds: more than any machine needs.
+const ANSWERED: u64 = 30;
+/// How long one may take that is not.
+const UNANSWERED: u64 = 3;
+/// What a busy machine may add.
+const SLACK: u64 = 4;
 
 /// Verifies an image that is signed for the good registry, through one that plays a trick.
-async fn through(node: &Node, pushed: &Pushed, place: Place, trick: Trick) -> Outcome {
+async fn through(node: &Node, pushed: &Pushed, place: Place, trick: Trick, seconds: u64) -> Outcome {
     let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), place, trick).await.unwrap();
-    let deadline = DEADLINE.to_string();
+    let deadline = seconds.to_string();
     let env = [("REBASE_AGENT_VERIFY_TIMEOUT", deadline.as_str())];
     node.verify_with(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest), &env).await
 }
@@ -36,7 +40,7 @@ async fn every_lie_is_refused_by_its_class() {
     let (node, pushed) = node().await;
     let other = node.push(&ImageSpec::new("other")).await;
     node.sign(&other).await;
-    through(&node, &pushed, Ping, Trick::Honest).await.facts();
+    through(&node, &pushed, Ping, Trick::Honest, ANSWERED).await.facts();
 
     let portal = "<html><title>A signature was required, but no signature exists</title></html>";
     let error = |status, code| Trick::Error(status, code, "msg".to_owned());
@@ -86,10 +90,10 @@ async fn every_lie_is_refused_by_its_class() {
         (Config, Trick::Cut, unreachable),
     ] {
         let shown = format!("{:.60}", format!("{place:?} {trick:?}"));
-        let outcome = through(&node, &pushed, place, trick).await;
+        let outcome = through(&node, &pushed, place, trick, ANSWERED).await;
         assert_eq!(outcome.said["reason"], reason.as_str(), "{shown}: {outcome:?}");
         outcome.refused(reason);
-        assert!(outcome.took.as_secs() <= DEADLINE + 2, "{shown}: {:?}", outcome.took);
+        assert!(outcome.took.as_secs() < ANSWERED, "{shown}: {:?}", outcome.took);
     }
 }
 
@@ -100,18 +104,18 @@ async fn silence_ends_at_the_deadline_wherever_it_falls() {
     let mut tasks = JoinSet::new();
     for place in [Place::Ping, Place::Manifest, Place::Signature, Place::Payload, Place::Config] {
         let (node, pushed) = (Arc::clone(&node), pushed.clone());
-        tasks.spawn(async move { (place, through(&node, &pushed, place, Trick::Hang).await) });
+        tasks.spawn(async move { (place, through(&node, &pushed, place, Trick::Hang, UNANSWERED).await) });
     }
     {
         // containers/image itself waits for half a minute then.
         let (node, pushed) = (Arc::clone(&node), pushed.clone());
         let busy = Trick::Error(429, "TOOMANYREQUESTS", "later".into());
-        tasks.spawn(async move { (Place::Manifest, through(&node, &pushed, Place::Manifest, busy).await) });
+        tasks.spawn(async move { (Place::Manifest, through(&node, &pushed, Place::Manifest, busy, UNANSWERED).await) });
     }
     while let Some(done) = tasks.join_next().await {
         let (place, outcome) = done.unwrap();
         let said = outcome.refused(Reason::DeadlineExceeded);
-        assert!(said.contains(&format!("{DEADLINE} s")), "{place:?}: {said}");
-        assert!((DEADLINE..=DEADLINE + 2).contains(&outcome.took.as_secs()), "{place:?}: {:?}", outcome.took);
+        assert!(said.contains(&format!("{UNANSWERED} s")), "{place:?}: {said}");
+        assert!((UNANSWERED..=UNANSWERED + SLACK).contains(&outcome.took.as_secs()), "{place:?}: {:?}", outcome.took);
     }
 }
