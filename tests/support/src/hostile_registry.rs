@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
@@ -69,6 +70,7 @@ pub enum Trick {
 #[derive(Debug)]
 pub struct HostileRegistry {
     address: SocketAddr,
+    played: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -86,14 +88,21 @@ impl HostileRegistry {
             .build()?;
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let behaviour = Arc::new(Behaviour { client, upstream: upstream.into(), place, trick });
+        let played = Arc::new(AtomicUsize::new(0));
+        let behaviour =
+            Arc::new(Behaviour { client, upstream: upstream.into(), place, trick, played: Arc::clone(&played) });
         let task = tokio::spawn(async move {
             loop {
                 let Ok((stream, _)) = listener.accept().await else { continue };
                 tokio::spawn(serve(stream, context.clone(), Arc::clone(&behaviour)));
             }
         });
-        Ok(Self { address, task })
+        Ok(Self { address, played, task })
+    }
+
+    /// How often it has played its trick so far.
+    pub fn played(&self) -> usize {
+        self.played.load(Ordering::Relaxed)
     }
 
     /// `127.0.0.1:PORT`.
@@ -125,6 +134,7 @@ struct Behaviour {
     upstream: String,
     place: Place,
     trick: Trick,
+    played: Arc<AtomicUsize>,
 }
 
 struct Good {
@@ -147,6 +157,7 @@ impl Behaviour {
         if place(&path, &good.body) != Some(self.place) {
             return good.response();
         }
+        self.played.fetch_add(1, Ordering::Relaxed);
         match &self.trick {
             Trick::Honest => {}
             Trick::Error(status, code, message) => {
