@@ -205,7 +205,7 @@ async fn power_fails(choose: fn(&Event) -> bool) {
     stage.world.machine.power_on().await.unwrap();
     assert_eq!(stage.booted(), stage.world.installed.digest);
     stage.done(&image).await;
-    assert_eq!(stage.boots(), 2);
+    assert_eq!(stage.boots(), 2, "{:#?}", stage.seen.lock().unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

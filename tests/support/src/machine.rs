@@ -264,14 +264,20 @@ impl Machine {
     /// Shuts down in an orderly way and stays off; says `false` when power was cut meanwhile.
     pub async fn shut_down(&self) -> bool {
         let inner = &self.inner;
+        // A power cut takes the number of this boot away, and the machine may be on again by the time we look.
+        let boot = inner.boot.load(Ordering::SeqCst);
+        let is_over = || inner.boot.load(Ordering::SeqCst) != boot;
         self.stop_agent().await;
-        if !inner.on.load(Ordering::SeqCst) {
+        if is_over() || !inner.on.load(Ordering::SeqCst) {
             return false;
         }
         let finalizes = inner.systemd.unit(FINALIZER).is_some_and(|unit| unit.active == "active");
         let failure = inner.finalize_failure.lock().unwrap().clone();
         let staged = inner.sysroot.load().iter().any(|deployment| deployment.staged);
         inner.rpm_ostreed.power_off().await;
+        if is_over() {
+            return false;
+        }
         match failure {
             Some(text) if finalizes && staged => {
                 *inner.finalize_failure.lock().unwrap() = None;
@@ -282,11 +288,11 @@ impl Machine {
             _ if finalizes && inner.sysroot.finalize().is_err() => return false,
             _ => {}
         }
-        inner.sysroot.cut_power();
-        if !inner.on.swap(false, Ordering::SeqCst) {
+        if inner.boot.compare_exchange(boot, boot + 1, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return false;
         }
-        inner.boot.fetch_add(1, Ordering::SeqCst);
+        inner.sysroot.cut_power();
+        inner.on.store(false, Ordering::SeqCst);
         inner.options.events.emit(Event::Down);
         inner.down.store(true, Ordering::SeqCst);
         true
