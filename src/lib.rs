@@ -14,6 +14,7 @@ pub mod host;
 pub mod journal;
 pub mod model;
 pub mod observe;
+pub mod reason;
 pub mod registry;
 pub mod report;
 pub mod schedule;
