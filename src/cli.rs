@@ -212,8 +212,9 @@ pub fn required(policy: &std::path::Path, desired: Option<&PinnedImage>) -> Opti
 /// The exit code for a decision.
 #[must_use]
 pub fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
+    let not_image_mode = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostNotImageMode);
     match decision.state {
-        _ if decision.reason == Reason::HostNotImageMode => NOT_IMAGE_MODE,
+        _ if not_image_mode => NOT_IMAGE_MODE,
         Some(NodeState::Degraded | NodeState::Unreconcilable) => REFUSED,
         Some(NodeState::Working | NodeState::Done) => NOT_YET,
         None if observed.cluster.known().is_none() || observed.host.known().is_none() => UNREADABLE,
