@@ -25,8 +25,8 @@ use crate::schedule::{Backoff, jittered, random};
 use crate::{act, model};
 
 /// The longest sleep: what nobody tells us (a deployment written by hand, a changed policy) is noticed by then. Also
-/// the one own timer of an idle agent.
-const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// the one own timer of an idle agent, which tokio's wheel splits into up to three: one a minute.
+const HOUSEKEEPING: Duration = Duration::from_secs(180);
 /// systemd hears `READY=1` by then, whatever is still unknown.
 const FIRST_PASS: Duration = Duration::from_secs(30);
 /// Events that may wait for the loop.

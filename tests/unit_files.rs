@@ -22,7 +22,7 @@ const UNIT: &[(&str, &str, &str)] = &[
     ("Service", "Type", "notify"),
     ("Service", "ExecStart", "/usr/bin/rebase-agent run"),
     ("Service", "EnvironmentFile", "-/etc/mco/proxy.env"),
-    ("Service", "WatchdogSec", "180"),
+    ("Service", "WatchdogSec", "360"),
     ("Service", "Restart", "always"),
     ("Service", "RestartSec", "30"),
     ("Service", "RestartPreventExitStatus", "5"),
