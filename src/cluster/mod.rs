@@ -493,13 +493,14 @@ struct Lines {
 
 impl Lines {
     fn push(&mut self, chunk: &[u8]) -> Result<Vec<Vec<u8>>, ClusterError> {
-        self.rest.extend_from_slice(chunk);
         let mut lines = Vec::new();
-        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-            let tail = self.rest.split_off(end.saturating_add(1));
-            let line = std::mem::replace(&mut self.rest, tail);
-            if !line.trim_ascii().is_empty() {
-                lines.push(line);
+        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
+            self.rest.extend_from_slice(piece);
+            if piece.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.rest);
+                if !line.trim_ascii().is_empty() {
+                    lines.push(line);
+                }
             }
         }
         if self.rest.len() > MAX_LINE {
@@ -527,6 +528,13 @@ mod tests {
             assert_eq!(lines.rest, b"three");
         }
         assert!(Lines::default().push(&vec![b'x'; MAX_LINE + 1]).is_err());
+    }
+
+    #[test]
+    fn lines_take_what_they_are_long() {
+        let lines = Lines::default().push(&b"{}\n".repeat(10_000)).unwrap();
+        assert_eq!(lines.len(), 10_000);
+        assert!(lines.iter().map(Vec::capacity).sum::<usize>() < 1 << 20);
     }
 
     #[test]
