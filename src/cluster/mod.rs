@@ -511,6 +511,23 @@ impl Lines {
     }
 }
 
+/// What tests/fuzz reaches of the private parsers: the server and the node in a kubeconfig, and the watch.
+#[cfg(fuzzing)]
+#[allow(missing_docs, reason = "the names are those of the parsers")]
+pub mod fuzzing {
+    use super::{Api, ClusterError as Error, Lines, NodeObject, event, kubeconfig};
+    pub fn load(path: &std::path::Path, node: Option<&str>) -> Result<(String, String), Error> {
+        kubeconfig::load(path, node).map(|access| (access.server, access.node))
+    }
+    pub fn watch(chunks: &[&[u8]], api: &Api, node: &str, told: &mut Vec<NodeObject>) -> Result<(), Error> {
+        let mut lines = Lines::default();
+        chunks.iter().try_for_each(|chunk| {
+            let objects = lines.push(chunk)?.into_iter().map(|line| Ok(event(&line, node)?.map(<[u8]>::to_vec)));
+            objects.filter_map(Result::transpose).try_for_each(|json| Ok(told.push(api.own(&json?, None, node)?)))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

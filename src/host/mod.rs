@@ -434,3 +434,20 @@ fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &
         _ => HostError::Confused { what, why },
     }
 }
+
+/// What tests/fuzz reaches of the private parsers.
+#[cfg(fuzzing)]
+#[allow(missing_docs, reason = "the names are those of the parsers")]
+pub mod fuzzing {
+    use super::{HostError, Progress, rpm_ostree};
+
+    #[must_use]
+    pub fn deployments(properties: &rpm_ostree::Dict) -> Option<Vec<Option<crate::model::Deployment>>> {
+        let dicts: Vec<rpm_ostree::Dict> = rpm_ostree::property(properties, "Deployments")?;
+        Some(dicts.iter().map(rpm_ostree::deployment).collect())
+    }
+
+    pub fn heard(message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
+        rpm_ostree::heard("the transaction", message, progress)
+    }
+}

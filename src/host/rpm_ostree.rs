@@ -29,7 +29,7 @@ const LOOKS: u32 = 3;
 /// Largest JSON document taken out of commit metadata, in bytes.
 const MAX_METADATA: usize = 4 << 20;
 
-type Dict = HashMap<String, OwnedVariant>;
+pub(super) type Dict = HashMap<String, OwnedVariant>;
 /// Ordered: the daemon tells an identical request, which joins, from another by the marshalled bytes.
 type Options<'a> = BTreeMap<&'static str, Variant<'a>>;
 
@@ -446,7 +446,7 @@ impl<'h> Client<'h> {
 }
 
 /// What a message of a transaction says: progress, or how it ended.
-fn heard(what: &'static str, message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
+pub(super) fn heard(what: &'static str, message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
     let header = message.header();
     if message.message_type() != Type::Signal || header.interface().is_none_or(|name| name.as_str() != TRANSACTION) {
         return None;
@@ -474,12 +474,12 @@ fn is_lost(error: &zbus::Error) -> bool {
         if matches!(**fdo, Fdo::NoReply(_) | Fdo::ServiceUnknown(_) | Fdo::NameHasNoOwner(_) | Fdo::TimedOut(_)))
 }
 
-fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {
+pub(super) fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {
     T::try_from(dict.get(key)?.try_clone().ok()?).ok()
 }
 
 /// One dictionary of `Deployments`; keys that are missing or of another type count as absent. Pure.
-fn deployment(dict: &Dict) -> Option<Deployment> {
+pub(super) fn deployment(dict: &Dict) -> Option<Deployment> {
     let flag = |key: &str| property::<bool>(dict, key).unwrap_or(false);
     let text = |key: &str| property::<String>(dict, key);
     let id = text("id")?;

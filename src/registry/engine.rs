@@ -190,7 +190,7 @@ impl Engine {
         RegistryError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
     }
 
-    fn question<'a>(&self, policy: &'a NodePolicy, image: &'a PinnedImage, scope: &'a str) -> Question<'a> {
+    pub(super) fn question<'a>(&self, policy: &'a NodePolicy, image: &'a PinnedImage, scope: &'a str) -> Question<'a> {
         let credentials = match self.authfile() {
             Some(path) => format!("with the credentials in {}", path.display()),
             None => "without credentials, as there is no ostree auth file".to_owned(),
@@ -202,7 +202,7 @@ impl Engine {
 }
 
 /// What the engine was asked, and how.
-struct Question<'a> {
+pub(super) struct Question<'a> {
     image: &'a PinnedImage,
     policy: &'a Path,
     scope: &'a str,
@@ -235,7 +235,7 @@ fn parse_version(text: &str) -> Option<(u64, u64)> {
 }
 
 /// The engine's free text, by anchored match only: what follows an anchor may come from the registry. Pure.
-fn classify_text(text: &str, asked: &Question<'_>) -> RegistryError {
+pub(super) fn classify_text(text: &str, asked: &Question<'_>) -> RegistryError {
     const REJECTED: [&str; 17] = [
         "cryptographic signature verification ",
         "invalid signature when validating",

@@ -365,6 +365,22 @@ pub fn rendered_config_label(config: &str) -> Option<String> {
     labels.get(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
 }
 
+/// What tests/fuzz reaches of the private parsers.
+#[cfg(fuzzing)]
+#[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
+pub mod fuzzing {
+    use super::{Engine, NodePolicy, PinnedImage, Policy, RegistryError, engine, unusable};
+
+    pub fn policy(bytes: &[u8], path: &std::path::Path) -> Result<NodePolicy, RegistryError> {
+        let policy = Policy::parse(bytes).map_err(|e| unusable(path, &e))?;
+        Ok(NodePolicy { bytes: bytes.to_vec(), policy, path: path.to_owned() })
+    }
+
+    pub fn classify(text: &str, by: &Engine, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
+        engine::classify_text(text, &by.question(policy, image, scope))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
