@@ -58,14 +58,8 @@ pub async fn perform(
             Some(_) => host.reboot(&format!("rebooting into the desired OS image {}", image.digest().short())).await,
             None => return Err(unproven(&image)),
         },
-        Action::Nothing
-        | Action::Publish { .. }
-        | Action::AbortTask
-        | Action::ConfirmDrain
-        | Action::RequestDrain { .. }
-        | Action::RequestUncordon { .. }
-        | Action::RecordAttempt { .. }
-        | Action::Settle => Ok(()),
+        // The rest only changes the Node object or this process; `step` names each.
+        _ => Ok(()),
     };
     done.map(|()| None).map_err(|error| Fault::from(&error))
 }
