@@ -170,3 +170,40 @@ fn the_readme_names_every_reason_and_message() {
     }
     assert!(readme.lines().count() < 400, "README.md is to be read, not searched");
 }
+
+#[test]
+fn the_catalog_explains_every_message_and_no_other() {
+    let catalog = read("systemd/rebase-agent.catalog");
+    let mut explained: Vec<&str> = catalog.lines().filter_map(|line| line.strip_prefix("-- ")).collect();
+    let mut sent: Vec<&str> = id::ALL.iter().map(|(_, id)| *id).collect();
+    explained.sort_unstable();
+    sent.sort_unstable();
+    assert_eq!(explained, sent);
+    // journalctl fills these in; a field that the agent never sends stays as it is.
+    let sends = ["@REBASE_AGENT_REASON@", "@REBASE_AGENT_RULE@", "@REBASE_AGENT_IMAGE@"];
+    for word in catalog.split_whitespace().filter(|word| word.matches('@').count() > 1) {
+        assert!(sends.contains(&word.trim_end_matches(['.', ','])), "{word}");
+    }
+}
+
+#[test]
+fn journalctl_takes_the_catalog() {
+    let Some(journalctl) = ["/usr/bin/journalctl", "/bin/journalctl"].into_iter().find(|path| Path::new(path).exists())
+    else {
+        eprintln!("journalctl is absent, so the catalog is not compiled");
+        return;
+    };
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("usr/lib/systemd/catalog");
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::create_dir_all(root.path().join("var/lib/systemd/catalog")).unwrap();
+    std::fs::copy(file("systemd/rebase-agent.catalog"), directory.join("rebase-agent.catalog")).unwrap();
+    let root = root.path().to_str().unwrap();
+    let updated = run(Command::new(journalctl).args(["--root", root, "--update-catalog"]));
+    assert!(updated.status.success(), "{updated:?}");
+    let listed = run(Command::new(journalctl).args(["--root", root, "--list-catalog"]));
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for (name, id) in id::ALL {
+        assert!(listed.contains(id), "{name}: {listed}");
+    }
+}
