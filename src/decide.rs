@@ -127,7 +127,7 @@ impl<'a> Rules<'a> {
         }
         let wanted = match self.wanted() {
             Ok(wanted) => wanted,
-            Err(decision) => return *decision,
+            Err(decision) => return self.without_work(*decision),
         };
         self.obsolete(&wanted).or_else(|| self.staged_by_other(&wanted)).unwrap_or_else(|| {
             match self.host.booted().filter(|booted| self.is_wanted(booted, &wanted)) {
@@ -328,14 +328,24 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// While nothing valid is desired, what was begun for an image is stopped; a node that was drained is given back
+    /// first.
+    fn without_work(&self, decision: Decision) -> Decision {
+        match &self.observed.running {
+            Some(running) if is_for_an_image(running.step) && decision.action == Action::Nothing => {
+                decision.doing(Action::AbortTask)
+            }
+            _ => decision,
+        }
+    }
+
     // --- what must go before anything else ---------------------------------------------------------------------------
 
     /// Row 19, the part that cannot wait for row 17: what we do for an image that is no longer desired.
     fn obsolete(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let subject = wanted.image.to_string();
         if let Some(running) = &self.observed.running {
-            let for_an_image = matches!(running.step, Step::Verify | Step::Stage | Step::KernelArguments);
-            if for_an_image && running.subject != subject {
+            if is_for_an_image(running.step) && running.subject != subject {
                 let message = format!("{} is no longer desired; stopping the work on it", running.subject);
                 return Some(rule("19", Reason::Cancelled, message).doing(Action::AbortTask));
             }
@@ -392,6 +402,10 @@ impl<'a> Rules<'a> {
         let message = format!("dropping {what}, which is staged and not desired");
         Some(rule("9", Reason::StagedByOther, message).doing(Action::DropStaged { checksum }))
     }
+}
+
+fn is_for_an_image(step: Step) -> bool {
+    matches!(step, Step::Verify | Step::Stage | Step::KernelArguments)
 }
 
 /// Failures that waiting does not mend.
