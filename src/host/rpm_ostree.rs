@@ -14,7 +14,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Vari
 use super::boot::split_arguments;
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image};
 use crate::model::{Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
-use crate::registry::{Verified, reference, rendered_config_label};
+use crate::registry::{Verified, reference, rendered_config_label, without_queries};
 
 const NAME: &str = "org.projectatomic.rpmostree1";
 const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
@@ -558,7 +558,7 @@ fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostErr
     } else {
         Reason::StageFailed
     };
-    Err(HostError::Transaction { what, reason, why: printable(text, 500) })
+    Err(HostError::Transaction { what, reason, why: printable(&without_queries(text), 500) })
 }
 
 #[cfg(test)]
@@ -651,6 +651,8 @@ mod tests {
             assert_eq!(finished("staging", false, &text).unwrap_err().reason(), reason, "{text}");
         }
         assert!(finished("staging", true, "No change.").is_ok());
+        let presigned = finished("staging", false, "Get \"https://cdn/blob?Signature=secret\": EOF").unwrap_err();
+        assert!(!presigned.to_string().contains("secret") && presigned.to_string().ends_with("EOF"), "{presigned}");
         let error = finished("staging", false, &"x\n".repeat(100_000)).unwrap_err();
         assert!(error.to_string().len() < 1_200);
     }

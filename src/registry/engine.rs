@@ -294,7 +294,7 @@ pub(super) fn classify_text(text: &str, asked: &Question<'_>) -> RegistryError {
 }
 
 /// A blob store's presigned URLs are long enough to push the cause out of sight, and secret while they last. Pure.
-fn without_queries(text: &str) -> String {
+pub(crate) fn without_queries(text: &str) -> String {
     let mut parts = text.split('?');
     let mut out = parts.next().unwrap_or_default().to_owned();
     for part in parts {

@@ -14,6 +14,7 @@ use crate::model::{Digest, Fault, ImageFacts, PinnedImage, Reason, printable};
 use policy::{MAX_POLICY, Policy, PolicyError, Verdict};
 
 pub use engine::Engine;
+pub(crate) use engine::without_queries;
 
 /// The label that MCO's image build puts on an image: the rendered config it was built from.
 const CONFIG_LABEL: &str = "machineconfig";
