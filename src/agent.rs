@@ -42,7 +42,8 @@ enum Event {
     Looked(Box<Readings>),
     Patched(Told, Patch),
     Progress(String),
-    Ended(Running, Box<Result<Option<Verified<PinnedImage>>, Fault>>),
+    /// The number of the task, and what it came to.
+    Ended(u64, Box<Result<Option<Verified<PinnedImage>>, Fault>>),
 }
 
 /// One look around, as far as it went.
@@ -73,6 +74,8 @@ enum Look {
 }
 
 struct Task {
+    /// Tells it from one for the same subject that was dropped, whose end may still be on its way.
+    number: u64,
     running: Running,
     handle: JoinHandle<()>,
     cancel: watch::Sender<bool>,
@@ -90,6 +93,8 @@ struct Agent {
     /// What has been asked at least once.
     seen: (bool, bool),
     task: Option<Task>,
+    /// Tasks begun so far.
+    tasks: u64,
     /// A look is under way.
     looking: bool,
     /// Another was asked for meanwhile: what is under way may not see what happened since.
@@ -194,6 +199,7 @@ impl Agent {
             },
             seen: (false, false),
             task: None,
+            tasks: 0,
             looking: false,
             again: None,
             stale: false,
@@ -255,6 +261,10 @@ impl Agent {
             self.memory.verified.clear();
             self.proofs.clear();
             self.memory.succeeded(Step::Verify);
+            // What is being verified may have read the policy before it changed.
+            if self.task.as_ref().is_some_and(|task| task.running.step == Step::Verify) {
+                self.abort();
+            }
         }
         self.stamps = stamps;
         let unknown = self.observed.host.known().is_none();
@@ -314,7 +324,7 @@ impl Agent {
                 self.tell_status();
                 return;
             }
-            Event::Ended(running, outcome) => self.ended(&running, *outcome),
+            Event::Ended(number, outcome) => self.ended(number, *outcome),
         }
         self.step();
         self.confirmed = false;
@@ -438,7 +448,8 @@ impl Agent {
     fn begin(&mut self, action: Action, running: Running) {
         let proof = self.desired().and_then(|image| self.proofs.get(&image)).cloned();
         let (cancel, cancelled) = watch::channel(false);
-        let (neighbours, events, done) = (self.neighbours.clone(), self.events.clone(), running.clone());
+        self.tasks = self.tasks.saturating_add(1);
+        let (neighbours, events, number) = (self.neighbours.clone(), self.events.clone(), self.tasks);
         let handle = tokio::spawn(async move {
             let telling = events.clone();
             let progress = move |line: String| {
@@ -446,10 +457,10 @@ impl Agent {
                 let _ = telling.try_send(Event::Progress(line));
             };
             let outcome = act::perform(action, &neighbours, proof, cancelled, &progress).await;
-            let _ = events.send(Event::Ended(done, Box::new(outcome))).await;
+            let _ = events.send(Event::Ended(number, Box::new(outcome))).await;
         });
         self.progress = None;
-        self.task = Some(Task { running, handle, cancel });
+        self.task = Some(Task { number, running, handle, cancel });
     }
 
     /// Verification is simply dropped; a transaction must be cancelled at its daemon, and its end awaited.
@@ -464,9 +475,10 @@ impl Agent {
         }
     }
 
-    fn ended(&mut self, running: &Running, outcome: Result<Option<Verified<PinnedImage>>, Fault>) {
+    fn ended(&mut self, number: u64, outcome: Result<Option<Verified<PinnedImage>>, Fault>) {
         // A task that was dropped may have ended just before.
-        let Some(task) = self.task.take_if(|task| task.running == *running) else { return };
+        let Some(task) = self.task.take_if(|task| task.number == number) else { return };
+        let running = &task.running;
         self.progress = None;
         let now = self.now();
         let asked_to_stop = *task.cancel.borrow();
