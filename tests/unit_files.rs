@@ -7,6 +7,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use clap::CommandFactory as _;
+use clap_mangen::Man;
+use rebase_agent::cli::Cli;
 use rebase_agent::journal::id;
 use rebase_agent::model::Reason;
 
@@ -132,10 +135,20 @@ fn preset_and_tmpfiles_name_what_exists() {
     assert_eq!(lines("systemd/80-rebase-agent.preset"), ["enable rebase-agent.service"]);
     // The first of the places where ostree's pull looks.
     assert_eq!(lines("systemd/10-ostree-auth.conf"), ["L /run/ostree/auth.json - - - - /var/lib/kubelet/config.json"]);
-    for entry in std::fs::read_dir(file("systemd")).unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
-        assert!(read("README.md").contains(&name), "README.md does not name systemd/{name}");
+    let (readme, mut named) = (read("README.md"), 0);
+    let mut directories = vec![file("systemd")];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_dir() {
+                directories.push(entry.path());
+            } else {
+                let name = entry.file_name().into_string().unwrap();
+                assert!(readme.contains(&name), "README.md does not name systemd's {name}");
+                named += 1;
+            }
+        }
     }
+    assert!(named > 10, "only {named} files were looked for");
 }
 
 #[test]
@@ -168,7 +181,7 @@ fn the_readme_names_every_reason_and_message() {
             "README.md should explain the message id of {name}"
         );
     }
-    assert!(readme.lines().count() < 400, "README.md is to be read, not searched");
+    assert!(readme.lines().count() < 480, "README.md is to be read, not searched");
 }
 
 #[test]
@@ -206,4 +219,103 @@ fn journalctl_takes_the_catalog() {
     for (name, id) in id::ALL {
         assert!(listed.contains(id), "{name}: {listed}");
     }
+}
+
+/// `%files` of the package, with the macros that RHEL and Fedora define.
+fn packaged() -> Vec<String> {
+    let spec = read("systemd/rebase-agent.spec");
+    let files = spec.split_once("%files\n").unwrap().1;
+    let macros = [
+        ("%{name}", "rebase-agent"),
+        ("%{_docdir}", "/usr/share/doc"),
+        ("%{_bindir}", "/usr/bin"),
+        ("%{_unitdir}", "/usr/lib/systemd/system"),
+        ("%{_presetdir}", "/usr/lib/systemd/system-preset"),
+        ("%{_tmpfilesdir}", "/usr/lib/tmpfiles.d"),
+        ("%{_journalcatalogdir}", "/usr/lib/systemd/catalog"),
+        ("%{_datadir}", "/usr/share"),
+        ("%{_mandir}", "/usr/share/man"),
+    ];
+    let expand = |line: &str| macros.iter().fold(line.to_owned(), |line, (name, value)| line.replace(name, value));
+    files.lines().filter(|line| !line.is_empty() && !line.starts_with("%license")).map(expand).collect()
+}
+
+#[test]
+fn what_is_installed_is_what_is_packaged() {
+    let destination = tempfile::tempdir().unwrap();
+    let module = destination.path().join("module.pp");
+    std::fs::write(&module, "").unwrap();
+    let root = destination.path().join("root");
+    let installed = run(Command::new(file("systemd/install"))
+        .env("REBASE_AGENT_BINARY", AGENT)
+        .env("REBASE_AGENT_POLICY_MODULE", &module)
+        .arg(&root));
+    assert!(installed.status.success(), "{installed:?}");
+    let found = run(Command::new("find").arg(&root).args(["-type", "f", "-printf", "/%P %m\n"]));
+    let found = String::from_utf8(found.stdout).unwrap();
+    let matches = |pattern: &str, path: &str| match pattern.split_once('*') {
+        Some((start, end)) => path.starts_with(start) && path.ends_with(end),
+        None => path == pattern || (pattern.ends_with('/') && path.starts_with(pattern)),
+    };
+    let packaged: Vec<String> = packaged().into_iter().filter(|line| !line.starts_with("%doc")).collect();
+    let mut used = BTreeSet::new();
+    for line in found.lines() {
+        let (path, mode) = line.rsplit_once(' ').unwrap();
+        assert_eq!(mode, if path.starts_with("/usr/bin/") { "755" } else { "644" }, "{path}");
+        let path = if path.ends_with("/module.pp") { "/usr/share/selinux/packages/rebase_agent.pp" } else { path };
+        let by = packaged.iter().find(|pattern| matches(pattern, path));
+        used.insert(by.unwrap_or_else(|| panic!("the package has no {path}: {packaged:?}")));
+    }
+    assert_eq!(used.len(), packaged.len(), "{packaged:?} names more than is installed: {found}");
+    assert!(found.contains("/usr/bin/rebase-agent "), "{found}");
+    assert!(!found.contains("/usr/lib/systemd/system/rebase-agent.service.d/"), "an example is in force: {found}");
+}
+
+/// Written anew with `UPDATE_DOCS=1`.
+fn is_current(path: &str, text: &str) {
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(file(path), text).unwrap();
+    }
+    assert!(
+        read(path) == text,
+        "{path} is not of this command line: UPDATE_DOCS=1 cargo test --test unit_files writes it anew"
+    );
+}
+
+#[test]
+fn the_completion_is_of_this_command_line() {
+    let mut script = Vec::new();
+    clap_complete::generate(clap_complete::Shell::Bash, &mut Cli::command(), "rebase-agent", &mut script);
+    is_current("systemd/rebase-agent.bash", &String::from_utf8(script).unwrap());
+}
+
+/// One page for all: the program, then each command under its own heading.
+#[test]
+fn the_manual_is_of_this_command_line() {
+    let mut page = Vec::new();
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let man = Man::new(command.clone()).section("8").date("").manual("System administration");
+    man.render_title(&mut page).unwrap();
+    man.render_name_section(&mut page).unwrap();
+    man.render_synopsis_section(&mut page).unwrap();
+    man.render_description_section(&mut page).unwrap();
+    man.render_options_section(&mut page).unwrap();
+    for sub in command.get_subcommands() {
+        let title = sub.get_name().to_uppercase();
+        // What every command has is explained once, above.
+        let man = Man::new(sub.clone().mut_args(|arg| match arg.is_global_set() || arg.get_id() == "help" {
+            true => arg.hide(true),
+            false => arg,
+        }));
+        let mut part = Vec::new();
+        man.render_synopsis_section(&mut part).unwrap();
+        man.render_description_section(&mut part).unwrap();
+        man.render_options_section(&mut part).unwrap();
+        // Sections of the command become paragraphs of its heading.
+        let part = String::from_utf8(part).unwrap().replace(".SH ", ".SS ");
+        page.extend_from_slice(format!(".SH {title}\n{part}").as_bytes());
+    }
+    man.render_extra_section(&mut page).unwrap();
+    is_current("systemd/rebase-agent.8", &String::from_utf8(page).unwrap().replace(".SH EXTRA", ".SH NOTES"));
 }
