@@ -10,8 +10,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::cli::CONFINEMENT;
 use crate::cluster::node::NodeObject;
 use crate::cluster::{ClusterError, Told, follow};
+use crate::confine::Confinement;
 use crate::decide::decide;
 use crate::journal::id;
 use crate::model::{
@@ -33,7 +35,7 @@ const FIRST_PASS: Duration = Duration::from_secs(30);
 const QUEUE: usize = 64;
 /// How many dropped checksums are remembered; a host has few deployments.
 const DROPPED: usize = 32;
-/// Longest `STATUS=`, in characters.
+/// Longest rule in `STATUS=`, in characters.
 const STATUS: usize = 400;
 
 /// What a task came to.
@@ -60,6 +62,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Time between two reads of our Node.
     pub poll: Duration,
+    /// How far the kernel confines this process.
+    pub confinement: Confinement,
 }
 
 /// How far to look.
@@ -385,6 +389,8 @@ impl Agent {
         }
         let now = self.now();
         self.observed.running = self.task.as_ref().map(|task| task.running.clone());
+        #[cfg(feature = "faults")]
+        crate::faults::twist(&mut self.observed);
         let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
         self.memory.note(&self.observed, &decision, now);
         self.say(&decision);
@@ -568,6 +574,7 @@ impl Agent {
         let Some(last) = &self.last else { return };
         let progress = self.progress.as_deref().map(|line| format!(" [{line}]")).unwrap_or_default();
         let status = model::printable(&format!("{}: {}{progress}", last.reason, last.message), STATUS);
+        let status = format!("{status}{CONFINEMENT}{}", self.settings.confinement.sentence());
         if status != self.status {
             notify(&[NotifyState::Status(&status)]);
             self.status = status;

@@ -15,6 +15,8 @@ use crate::report::Patch;
 
 /// Width of a terminal nobody made wider.
 const WIDTH: usize = 80;
+/// What stands in `StatusText` before the sentence about confinement.
+pub const CONFINEMENT: &str = " | ";
 /// Column where values begin.
 const INDENT: usize = 10;
 
@@ -31,6 +33,10 @@ pub struct Cli {
     /// error, warn, info, debug or trace.
     #[arg(long, global = true, env = "REBASE_AGENT_LOG", default_value = "info", value_name = "LEVEL")]
     pub log: tracing::Level,
+    /// Do not start unless Landlock denies every change of a file.
+    #[arg(long, global = true, env = "REBASE_AGENT_REQUIRE_LANDLOCK",
+          value_parser = clap::builder::FalseyValueParser::new())]
+    pub require_landlock: bool,
 }
 
 const EXIT_CODES: &str = "Every option has an environment form, so a unit drop-in is the configuration.
@@ -197,6 +203,20 @@ pub struct Service {
     pub active: String,
     /// `StatusText`: the rule that the running service applies.
     pub status: String,
+    /// How far the kernel confines it, in its own words.
+    pub confinement: Option<String>,
+}
+
+impl Service {
+    /// From systemd's properties of the running service.
+    #[must_use]
+    pub fn new(active: String, status_text: &str) -> Self {
+        let (status, confinement) = match status_text.rsplit_once(CONFINEMENT) {
+            Some((status, confinement)) => (status, Some(confinement.to_owned())),
+            None => (status_text, None),
+        };
+        Self { active, status: status.to_owned(), confinement }
+    }
 }
 
 /// What the policy demands of `desired`; asks nobody. `None` while nothing valid is desired.
@@ -274,6 +294,9 @@ impl Status {
             status => format!("{}; {status}", self.service.active),
         };
         line(&mut out, "Service", &service);
+        if let Some(confinement) = &self.service.confinement {
+            line(&mut out, "Confined", confinement);
+        }
         // The service has seen more than a command that just came; its own word goes, unless it is another.
         if !self.service.status.starts_with(self.decision.reason.as_str()) {
             line(&mut out, "Rule", &rule(&self.decision));

@@ -10,6 +10,8 @@ pub mod cli;
 pub mod cluster;
 pub mod confine;
 pub mod decide;
+#[cfg(feature = "faults")]
+pub mod faults;
 pub mod host;
 pub mod journal;
 pub mod model;

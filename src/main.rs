@@ -28,7 +28,7 @@ const AUTH_FILES: [&str; 3] = ["run/ostree/auth.json", "etc/ostree/auth.json", "
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let confinement = match confine(cli.paths.scratch.as_deref()) {
+    let confinement = match confine(cli.paths.scratch.as_deref(), cli.require_landlock) {
         Ok(confinement) => confinement,
         Err(error) => return fail(&error),
     };
@@ -81,13 +81,11 @@ async fn run(neighbours: Neighbours, confinement: Confinement, tuning: &Tuning) 
         tracing::error!("this host was not booted from an ostree deployment; there is nothing to rebase");
         return ExitCode::from(cli::NOT_IMAGE_MODE);
     }
-    let landlock = match confinement {
-        Confinement::Full => "Landlock denies every write",
-        Confinement::Partial => "Landlock denies what this kernel knows of writing",
-        Confinement::Absent => "this kernel has no Landlock; the unit's own sandbox is all there is",
-    };
-    tracing::info!(message_id = id::STARTED, "rebase-agent {}; {landlock}", env!("CARGO_PKG_VERSION"));
-    let settings = agent::Settings { limits: tuning.limits(), poll: Duration::from_secs(tuning.poll) };
+    let (version, landlock) = (env!("CARGO_PKG_VERSION"), confinement.sentence());
+    tracing::info!(message_id = id::STARTED, "rebase-agent {version}; {landlock}");
+    #[cfg(feature = "faults")]
+    rebase_agent::faults::announce(neighbours.host.root());
+    let settings = agent::Settings { limits: tuning.limits(), poll: Duration::from_secs(tuning.poll), confinement };
     match agent::run(neighbours, settings).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
@@ -133,8 +131,8 @@ async fn status(neighbours: &Neighbours, look: &Look) -> ExitCode {
     let decision = decide(&seen.observed, &seen.memory, &look.tuning.limits(), now());
     let code = cli::exit_code(&seen.observed, &decision);
     let service = match service {
-        Ok((status, active)) => Service { active, status },
-        Err(error) => Service { active: "unknown".to_owned(), status: error.to_string() },
+        Ok((status, active)) => Service::new(active, &status),
+        Err(error) => Service::new("unknown".to_owned(), &error.to_string()),
     };
     let Observed { cluster, host, machine, .. } = seen.observed;
     let status = Status { cluster, host, machine, trust: seen.trust, service, decision };

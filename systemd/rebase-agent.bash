@@ -53,7 +53,7 @@ _rebase__agent() {
 
     case "${cmd}" in
         rebase__agent)
-            opts="-h -V --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --help --version run status explain verify help"
+            opts="-h -V --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help --version run status explain verify help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -107,7 +107,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__explain)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -261,7 +261,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__run)
-            opts="-h --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --help"
+            opts="-h --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -331,7 +331,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__status)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -401,7 +401,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__verify)
-            opts="-h --json --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --help"
+            opts="-h --json --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -109,11 +109,14 @@ impl Root {
         stat.blocks_available().checked_mul(stat.fragment_size())
     }
 
-    /// Bytes of the running kernel and its initramfs.
+    /// Bytes of the running kernel and its initramfs: what finalizing another one takes on `/boot`. Read from the booted
+    /// deployment itself, because the unit hides `/usr/lib/modules`.
     #[must_use]
     pub fn boot_needed(&self) -> Option<u64> {
         let release = uname().ok()?.release().to_owned();
-        let directory = self.join("usr/lib/modules").join(release);
+        let arguments = self.command_line().ok()?;
+        let booted = arguments.iter().find_map(|argument| argument.strip_prefix("ostree=/"))?;
+        let directory = self.join(booted).join("usr/lib/modules").join(release);
         let size = |name: &str| std::fs::metadata(directory.join(name)).map(|m| m.len()).ok();
         size("vmlinuz")?.checked_add(size("initramfs.img").unwrap_or(0))
     }
@@ -237,13 +240,17 @@ mod tests {
         put("run/ostree-booted", "");
         put("proc/sys/kernel/random/boot_id", "0f0e2c3a-0000-4000-8000-000000000001\n");
         put("proc/uptime", "12.34 99.0\n");
-        put("proc/cmdline", "root=UUID=1 ro\n");
+        put("proc/cmdline", "root=UUID=1 ro ostree=/ostree/boot.1/rhcos/abc/0\n");
+        let modules = format!("ostree/boot.1/rhcos/abc/0/usr/lib/modules/{}", uname().unwrap().release().display());
+        put(&format!("{modules}/vmlinuz"), "1234");
+        put(&format!("{modules}/initramfs.img"), "123456");
         put(FIRST_BOOT, r#"{"machineconfiguration.openshift.io/state":"Done"}"#);
         put(&format!("ostree/deploy/rhcos/deploy/abc.0/{RENDERED_CONFIG}"), r#"{"spec":{"kernelArguments":["x"]}}"#);
         assert!(root.is_image_mode());
         assert_eq!(root.boot_id().unwrap().0, "0f0e2c3a-0000-4000-8000-000000000001");
         assert_eq!(root.uptime().unwrap(), 12_300);
-        assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro"]);
+        assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro", "ostree=/ostree/boot.1/rhcos/abc/0"]);
+        assert_eq!(root.boot_needed(), Some(10));
         assert_eq!(root.first_boot().unwrap().len(), 1);
         assert_eq!(root.wanted_arguments("rhcos", "abc.0").unwrap(), ["x"]);
         assert_eq!(root.wanted_arguments("..", "abc.0"), None);
