@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::host::leftovers::Leftovers;
 use crate::model::{
     Decision, Deployment, Digest, HostFacts, ImageFacts, Limits, MachineFacts, NodeFacts, NodeState, Observed,
-    PinnedImage, Reading, Reason,
+    PinnedImage, Reading, Reason, printable,
 };
 use crate::registry::{NodePolicy, reference};
 use crate::report::Patch;
@@ -178,6 +179,8 @@ pub struct Status {
     pub machine: Reading<MachineFacts>,
     /// The rule of the policy that the desired image must meet, or why it cannot.
     pub trust: Option<Trust>,
+    /// What the MCD left in `/etc`.
+    pub leftovers: Option<Leftovers>,
     /// What the running service says of itself.
     pub service: Service,
     /// The rule that applies to what is shown here.
@@ -289,6 +292,9 @@ impl Status {
             line(&mut out, "Attempt", &attempt);
             line(&mut out, "Hold", node.hold.as_deref().unwrap_or("none"));
         }
+        if let Some(leftovers) = self.leftovers.as_ref().filter(|leftovers| !leftovers.differing.is_empty()) {
+            line(&mut out, "MCD", &shadows(leftovers));
+        }
         let service = match self.service.status.as_str() {
             "" => self.service.active.clone(),
             status => format!("{}; {status}", self.service.active),
@@ -359,6 +365,18 @@ fn drain(node: &NodeFacts) -> String {
         (Some(desired), Some(applied)) if desired == applied => format!("{cordoned}; {desired}, done"),
         (Some(desired), _) => format!("{cordoned}; {desired}, not yet done"),
     }
+}
+
+/// Files of the MCD in `/etc` that shadow the image's.
+fn shadows(Leftovers { managed, differing }: &Leftovers) -> String {
+    const SHOWN: usize = 3;
+    let mut text = format!("{} of the {managed} paths in /etc that the config names differ", differing.len());
+    text.push_str(" from the image's /usr/etc and shadow it: ");
+    text.push_str(&differing.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "));
+    if differing.len() > SHOWN {
+        text.push_str(", … (`--json` lists them)");
+    }
+    printable(&text, 900)
 }
 
 /// `label`, then `value` wrapped and indented.

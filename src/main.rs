@@ -13,6 +13,7 @@ use rebase_agent::confine::{Confinement, confine};
 use rebase_agent::decide::decide;
 use rebase_agent::host::Host;
 use rebase_agent::host::boot::Root;
+use rebase_agent::host::leftovers::leftovers;
 use rebase_agent::journal::{self, id};
 use rebase_agent::model::{Fault, Memory, Now, Observed, PinnedImage, Step};
 use rebase_agent::observe::{Neighbours, everything};
@@ -135,7 +136,8 @@ async fn status(neighbours: &Neighbours, look: &Look) -> ExitCode {
         Err(error) => Service::new("unknown".to_owned(), &error.to_string()),
     };
     let Observed { cluster, host, machine, .. } = seen.observed;
-    let status = Status { cluster, host, machine, trust: seen.trust, service, decision };
+    let leftovers = leftovers(neighbours.host.root());
+    let status = Status { cluster, host, machine, trust: seen.trust, leftovers, service, decision };
     print(look.json, &status, || status.text());
     ExitCode::from(code)
 }

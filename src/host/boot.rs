@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::model::{BootId, printable};
 
 /// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
-const MAX_CONFIG: u64 = 16 << 20;
+pub(super) const MAX_CONFIG: u64 = 16 << 20;
 /// Largest of the small files read, in bytes.
 const MAX_SMALL: u64 = 64 << 10;
 /// MCS puts the first annotations here through Ignition; the MCD renames the file once it has applied them.

@@ -6,6 +6,7 @@
 //! nothing that could go stale.
 
 pub mod boot;
+pub mod leftovers;
 mod login;
 mod rpm_ostree;
 mod systemd;

@@ -1,0 +1,147 @@
+//! What the Machine Config Daemon wrote to `/etc` and the image does not say: it shadows what later images bring, because
+//! the merge of `/etc` keeps local changes. Only `status` looks.
+
+use std::collections::BTreeSet;
+use std::path::{Component, Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::boot::{MAX_CONFIG, Root, read_bounded};
+
+/// The rendered config that the MCD wrote last, or else the image's own.
+const CONFIGS: [&str; 2] = ["etc/machine-config-daemon/currentconfig", "usr/etc/machine-config-daemon/currentconfig"];
+/// Largest file compared, in bytes; Ignition's come out of an object of a few megabytes.
+const MAX_FILE: u64 = 4 << 20;
+/// Most paths looked at; rendered configs have about a hundred.
+const MAX_PATHS: usize = 4_000;
+
+/// Paths in `/etc` that a rendered config names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Leftovers {
+    /// How many there are.
+    pub managed: usize,
+    /// Those that `/usr/etc` has otherwise, or not at all.
+    pub differing: Vec<String>,
+}
+
+/// Compares. `None` where no MCD ever was, or its config makes no sense.
+#[must_use]
+pub fn leftovers(root: &Root) -> Option<Leftovers> {
+    let config = CONFIGS.iter().find_map(|path| read_bounded(&root.join(path), MAX_CONFIG).ok())?;
+    let paths = paths(&config).ok()?;
+    let differs = |path: &&String| {
+        let live = read_bounded(&root.join("etc").join(path), MAX_FILE).ok();
+        let pristine = read_bounded(&root.join("usr/etc").join(path), MAX_FILE).ok();
+        live != pristine
+    };
+    let differing = paths.iter().filter(differs).map(|path| format!("/etc/{path}")).collect();
+    Some(Leftovers { managed: paths.len(), differing })
+}
+
+#[derive(Deserialize)]
+struct MachineConfig {
+    spec: Spec,
+}
+
+#[derive(Deserialize)]
+struct Spec {
+    #[serde(default)]
+    config: Ignition,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Ignition {
+    storage: Storage,
+    systemd: Systemd,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Storage {
+    files: Vec<FileEntry>,
+}
+
+#[derive(Deserialize)]
+struct FileEntry {
+    path: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Systemd {
+    units: Vec<Unit>,
+}
+
+#[derive(Deserialize)]
+struct Unit {
+    name: String,
+    #[serde(default)]
+    contents: Option<String>,
+    #[serde(default)]
+    dropins: Vec<DropIn>,
+}
+
+#[derive(Deserialize)]
+struct DropIn {
+    name: String,
+}
+
+/// The paths that a rendered config writes below `/etc`, relative to it. Pure.
+fn paths(config: &[u8]) -> serde_json::Result<BTreeSet<String>> {
+    let Ignition { storage, systemd } = serde_json::from_slice::<MachineConfig>(config)?.spec.config;
+    let files = storage.files.into_iter().filter_map(|file| Some(file.path.strip_prefix("/etc/")?.to_owned()));
+    let units = systemd.units.into_iter().flat_map(|Unit { name, contents, dropins }| {
+        let dropins: Vec<String> = dropins.iter().map(|dropin| format!("{name}.d/{}", dropin.name)).collect();
+        let unit = contents.is_some_and(|contents| !contents.is_empty()).then_some(name);
+        unit.into_iter().chain(dropins).map(|path| format!("systemd/system/{path}"))
+    });
+    let inside = |path: &String| Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
+    Ok(files.chain(units).filter(inside).take(MAX_PATHS).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = r#"{"spec":{"config":{
+        "storage":{"files":[{"path":"/etc/same"},{"path":"/etc/changed"},{"path":"/etc/gone"},{"path":"/etc/neither"},
+                            {"path":"/var/lib/kubelet/config.json"},{"path":"/etc/../secret"}]},
+        "systemd":{"units":[{"name":"a.service","contents":"[Unit]\n","dropins":[{"name":"10-b.conf"}]},
+                            {"name":"masked.service","mask":true}]}}}}"#;
+
+    #[test]
+    fn what_differs_from_the_image_is_found() {
+        let tree = tempfile::tempdir().unwrap();
+        let root = Root::new(tree.path().to_owned());
+        let put = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        assert_eq!(leftovers(&root), None);
+        put(CONFIGS[1], CONFIG);
+        put("usr/etc/same", "1");
+        put("etc/same", "1");
+        put("usr/etc/changed", "1");
+        put("etc/changed", "2");
+        put("usr/etc/gone", "1");
+        put("etc/systemd/system/a.service", "[Unit]\n");
+        put("secret", "1");
+        let found = leftovers(&root).unwrap();
+        assert_eq!(found.managed, 6);
+        assert_eq!(found.differing, ["/etc/changed", "/etc/gone", "/etc/systemd/system/a.service"]);
+        // What the MCD wrote last goes first.
+        put(CONFIGS[0], r#"{"spec":{"config":{"storage":{"files":[{"path":"/etc/same"}]}}}}"#);
+        assert_eq!(leftovers(&root), Some(Leftovers { managed: 1, differing: Vec::new() }));
+        put(CONFIGS[0], "{");
+        assert_eq!(leftovers(&root), None);
+    }
+
+    #[test]
+    fn configs_without_files_are_read_tolerantly() {
+        assert!(paths(br#"{"spec":{}}"#).unwrap().is_empty());
+        assert!(paths(br#"{"spec":{"config":{"storage":{},"systemd":{"units":[]}}}}"#).unwrap().is_empty());
+        assert!(paths(b"[]").is_err());
+    }
+}
