@@ -103,12 +103,14 @@ impl Engine {
             );
         }
         let opened = proxy.open_image(&format!("docker://{image}")).await.map_err(classify)?;
-        let fetched = read(&proxy, &opened).await.map_err(classify);
+        // `finalize` panics while a request is under way, which it may be after a failure: then the socket's end, or
+        // the deadline, ends the engine.
+        let fetched = read(&proxy, &opened).await.map_err(classify)?;
         // A proxy that stays is ended by its deadline; what it read has been checked.
         if let Err(error) = proxy.finalize().await {
             tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300));
         }
-        fetched
+        Ok(fetched)
     }
 
     fn config(&self, policy: &File, spent: Duration) -> ImageProxyConfig {

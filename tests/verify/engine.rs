@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use super::*;
 
 /// Answers to `--version` and passes everything else on to `$REAL`.
-fn claims(version: &str, otherwise: &str) -> String {
+pub fn claims(version: &str, otherwise: &str) -> String {
     format!("case \"$*\" in --version) echo 'skopeo version {version}'; exit;; esac\n{otherwise}")
 }
 

@@ -6,6 +6,7 @@ use support::hostile_registry::{HostileRegistry, Place, Trick};
 use support::sign::signature_tag;
 use tokio::task::JoinSet;
 
+use super::engine::claims;
 use super::*;
 
 /// How long a verification may take that is answered, in seconds: more than any machine needs.
@@ -118,4 +119,28 @@ async fn silence_ends_at_the_deadline_wherever_it_falls() {
         assert!(said.contains(&format!("{UNANSWERED} s")), "{place:?}: {said}");
         assert!((UNANSWERED..=UNANSWERED + SLACK).contains(&outcome.took.as_secs()), "{place:?}: {:?}", outcome.took);
     }
+}
+
+/// Its end and the silence of whoever keeps its socket are one failed verification, not the agent's end.
+#[tokio::test]
+async fn an_engine_that_dies_while_it_is_asked_is_only_a_failure() {
+    let (node, pushed) = node().await;
+    let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), Place::Config, Trick::Hang).await.unwrap();
+    let asked = node.path("asked");
+    let body = format!(
+        "exec 3<&0\n$REAL \"$@\" <&3 2>/dev/null &\nengine=$!\nuntil [ -e {} ]; do sleep 0.05; done\nsleep 60 <&3 >/dev/null 2>&1 &\n\
+         kill -9 $engine; exit 3",
+        asked.display()
+    );
+    let engine = node.engine("leaves", &claims("1.18.0", &body));
+    let pullspec = format!("{}/{REPO}@{}", hostile.host(), pushed.digest);
+    let env = [("REBASE_AGENT_SKOPEO", text(&engine))];
+    let (outcome, ()) = tokio::join!(node.verify_with(&pullspec, &env), async {
+        while hostile.played() == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        fs::write(&asked, "").unwrap();
+    });
+    let said = outcome.refused(Reason::RegistryUnreachable);
+    assert!(said.contains("exit status: 3"), "{said}");
 }
