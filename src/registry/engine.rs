@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use cap_std_ext::cmdext::CapStdExtCommandExt as _;
 use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -131,15 +132,15 @@ impl Engine {
         self.settings.auth_files.iter().find(|path| path.exists())
     }
 
-    /// `setpriv --pdeathsig` is tied to the thread that spawns, which is the runtime's only one and the process's
-    /// first; `timeout` bounds what the proxy itself does not.
+    /// The kernel ends it with the thread that spawns, which is the runtime's only one and the process's first, or waits
+    /// for it; `timeout` bounds what the proxy itself does not. (setpriv(1) would need a system call of @privileged.)
     #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
     fn command(&self, spent: Duration) -> Command {
         let left = self.settings.deadline.saturating_sub(spent);
         // Rounded up: an engine that ends before the deadline has another reason to.
         let seconds = left.as_secs().saturating_add(u64::from(left.subsec_nanos() > 0)).max(1);
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "TERM", "--", "timeout"]);
+        let mut command = Command::new("timeout");
+        command.lifecycle_bind_to_parent_thread();
         command.arg("-k").arg(KILL_AFTER.as_secs().to_string()).arg(seconds.to_string());
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/nonexistent");
         if let Some(scratch) = &self.settings.scratch {
@@ -168,7 +169,7 @@ impl Engine {
         let output = tokio::task::spawn_blocking(move || command.output())
             .await
             .map_err(|e| self.unfit(e.to_string()))?
-            .map_err(|e| self.unfit(format!("setpriv cannot be started: {e}")))?;
+            .map_err(|e| self.unfit(format!("timeout cannot be started: {e}")))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));
