@@ -1,6 +1,8 @@
 //! The whole agent in a whole world: what the API server, its controllers and people do to a node while it is updated.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
+#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +14,7 @@ use support::events::Event;
 use support::image::Pushed;
 use support::mcc::{PREFIX, annotation, is_node_done};
 use support::pki::{Pki, rotate_client_pem, write_kubeconfig};
+use support::policy::Policy;
 use support::world::{NODE, World, WorldOptions};
 
 const HOLD: &str = "rebase-agent.openshift.io/hold";
@@ -335,4 +338,36 @@ async fn node_deleted_and_created_anew_is_published_again() {
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);
     arrived(&world, &two).await;
+}
+
+/// A verdict under a policy that is gone counts for nothing, even where it was asked for before.
+#[tokio::test]
+async fn a_policy_that_changes_during_a_verification_ends_it() {
+    let tools = tempfile::tempdir().unwrap();
+    let (gate, engine) = (tools.path().join("gate"), tools.path().join("skopeo"));
+    let real = support::tools::skopeo().unwrap().display().to_string();
+    let waits = format!(
+        "case $1 in --version) exec {real} --version;; esac\nuntil [ -e {} ]; do sleep 0.1; done",
+        gate.display()
+    );
+    std::fs::write(&engine, format!("#!/bin/sh\n{waits}\nexec {real} \"$@\"\n")).unwrap();
+    std::fs::set_permissions(&engine, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(&gate, "").unwrap();
+
+    let world = settled(WorldOptions { agent_skopeo: Some(engine), ..options() }).await;
+    std::fs::remove_file(&gate).unwrap();
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    world.wait_reason("Verifying").await.unwrap();
+    Policy::reject_by_default().write(&world.path().join("containers/policy.json")).unwrap();
+    // The engine still waits, so this is of the new policy.
+    world.wait_reason("PolicyRejects").await.unwrap();
+    std::fs::write(&gate, "").unwrap();
+    let three = world.unsigned("3").await.unwrap();
+    world.target("3", &three);
+    // An answer for image 3 comes after whatever the first engine still says.
+    let short = &three.digest[..19];
+    let rejected = |reason: &str| reason.starts_with("PolicyRejects") && reason.contains(short);
+    world.wait("an answer for image 3", |node| annotation(node, "reason").is_some_and(rejected)).await.unwrap();
+    assert!(world.machine.deployments().iter().all(|d| !d.staged), "an image was staged under a policy that was gone");
 }
