@@ -206,3 +206,21 @@ async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
     let outcome = node.verify_with(&spec, &env).await;
     assert!(outcome.refused(Reason::RegistryUnreachable).contains("is blocked"), "{outcome:?}");
 }
+
+/// Go's runtime asks for IPv6 by binding a port, which Landlock denies; it must go on without the answer. Only a proxy
+/// can be named by its IPv6 address.
+#[tokio::test]
+async fn the_engine_is_left_ipv6() {
+    let node = Node::new().await;
+    let Ok(listener) = tokio::net::TcpListener::bind("[::1]:0").await else {
+        eprintln!("SKIPPED: this machine has no ::1");
+        return;
+    };
+    let proxy = format!("http://{}", listener.local_addr().unwrap());
+    node.policy(&Policy::new([node.requirement()]));
+    let accepted = tokio::spawn(async move { listener.accept().await.map(drop) });
+    let spec = format!("quay.test.example/team/os@sha256:{}", "0".repeat(64));
+    let outcome = node.verify_with(&spec, &[("HTTPS_PROXY", &proxy)]).await;
+    let said = outcome.refused(Reason::RegistryUnreachable);
+    assert!(accepted.is_finished(), "the engine did not ask {proxy}: {said}");
+}
