@@ -25,7 +25,7 @@ use support::pki::Pki;
 use support::policy::{Identity, Policy, RegistriesD, Requirement};
 use support::registry::{Credentials, Registry, ServerTls};
 use support::sign::{KeyKind, Signer, sign};
-use support::tools;
+use support::{tools, trace};
 use tempfile::TempDir;
 use tokio::process::Command;
 
@@ -134,7 +134,7 @@ impl Node {
 
     /// `rebase-agent verify` on this node.
     fn command(&self, pullspec: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rebase-agent"));
+        let mut command = Command::from(trace::agent(Path::new(env!("CARGO_BIN_EXE_rebase-agent"))));
         command.args(["verify", pullspec]);
         for (name, value) in [
             ("POLICY", self.path("policy.json")),

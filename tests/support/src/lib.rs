@@ -22,4 +22,5 @@ pub mod sign;
 pub mod sigstore;
 pub mod systemd;
 pub mod tools;
+pub mod trace;
 pub mod world;

@@ -20,6 +20,7 @@ use crate::events::{Event, Events};
 use crate::logind::Logind;
 use crate::rpmostreed::{self, Deployment, RpmOstreed, Sysroot};
 use crate::systemd::Systemd;
+use crate::trace;
 
 const AGENT: &str = "rebase-agent.service";
 const KUBELET: &str = "kubelet.service";
@@ -463,7 +464,7 @@ impl Inner {
 
     fn spawn_agent(&self) -> std::io::Result<tokio::process::Child> {
         let agent = self.agent.lock().unwrap().clone();
-        let mut command = tokio::process::Command::new(&agent.program);
+        let mut command = tokio::process::Command::from(trace::agent(&agent.program));
         command
             .args(&agent.args)
             .env("DBUS_SYSTEM_BUS_ADDRESS", self.bus.address())

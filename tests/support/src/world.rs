@@ -19,6 +19,7 @@ use crate::policy::{Policy, RegistriesD, Requirement};
 use crate::registry::{Registry, ServerTls};
 use crate::sign::{KeyKind, Signer, sign};
 use crate::tools;
+use crate::trace;
 
 /// The node's name.
 pub const NODE: &str = "worker-0";
@@ -239,7 +240,7 @@ impl World {
 
     /// Runs a command of the agent beside the service, with its environment: exit code, standard output and error.
     pub async fn command(&self, args: &[&str]) -> anyhow::Result<(i32, String, String)> {
-        let mut command = tokio::process::Command::new(&self.agent.program);
+        let mut command = tokio::process::Command::from(trace::agent(&self.agent.program));
         command.args(args).envs(self.agent.env.iter().cloned());
         command
             .env("DBUS_SYSTEM_BUS_ADDRESS", self.machine.bus_address())
