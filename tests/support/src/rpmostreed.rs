@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -37,6 +38,31 @@ const NOT_FOUND: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dqu
 const FAILED: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code0";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const UNIT: &str = "rpm-ostreed.service";
+
+/// Who runs the units that the daemon needs.
+enum Units {
+    /// The double, which also runs the daemon.
+    Double(Systemd),
+    /// The systemd that this process is a service of.
+    Real,
+}
+
+impl Units {
+    async fn activate(&self, unit: &str) -> Result<(), String> {
+        match self {
+            Self::Double(systemd) => systemd.activate(unit).await,
+            Self::Real => {
+                let mut command = tokio::process::Command::new("systemctl");
+                command.args(["start", unit]).stdin(Stdio::null()).kill_on_drop(true);
+                let output = command.output().await.map_err(|error| error.to_string())?;
+                if output.status.success() {
+                    return Ok(());
+                }
+                Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+            }
+        }
+    }
+}
 
 /// What a transaction does once started.
 pub(crate) enum Work {
@@ -82,7 +108,7 @@ pub(crate) struct Inner {
     pub(crate) events: Events,
     sysroot: Arc<Sysroot>,
     engine: Mutex<Engine>,
-    systemd: Systemd,
+    units: Units,
     state: Mutex<State>,
     faults: Mutex<Faults>,
     hanging: AtomicBool,
@@ -128,22 +154,8 @@ impl RpmOstreed {
         engine: Engine,
         systemd: Systemd,
     ) -> Self {
-        let inner = Arc::new(Inner {
-            address,
-            dir: dir.to_owned(),
-            events,
-            sysroot,
-            engine: Mutex::new(engine),
-            systemd: systemd.clone(),
-            state: Mutex::default(),
-            faults: Mutex::default(),
-            hanging: AtomicBool::new(false),
-            release: Notify::new(),
-            lazy_finalizer: AtomicBool::new(false),
-            force_close: Mutex::new(Duration::from_secs(30)),
-            transactions: std::sync::atomic::AtomicU64::new(0),
-        });
-        let weak = Arc::downgrade(&inner);
+        let this = Self::with(address, dir, events, sysroot, engine, Units::Double(systemd.clone()));
+        let weak = Arc::downgrade(&this.inner);
         systemd.on_start(UNIT, move || {
             let weak = weak.clone();
             async move {
@@ -152,6 +164,32 @@ impl RpmOstreed {
                     None => Err("resources".to_owned()),
                 }
             }
+        });
+        this
+    }
+
+    /// The daemon as the main process of a real `rpm-ostreed.service` on a real system bus: it asks that systemd for
+    /// the finalizer, and answers nobody but root.
+    #[must_use]
+    pub fn service(address: String, dir: &Path, events: Events, sysroot: Arc<Sysroot>, engine: Engine) -> Self {
+        Self::with(address, dir, events, sysroot, engine, Units::Real)
+    }
+
+    fn with(address: String, dir: &Path, events: Events, sysroot: Arc<Sysroot>, engine: Engine, units: Units) -> Self {
+        let inner = Arc::new(Inner {
+            address,
+            dir: dir.to_owned(),
+            events,
+            sysroot,
+            engine: Mutex::new(engine),
+            units,
+            state: Mutex::default(),
+            faults: Mutex::default(),
+            hanging: AtomicBool::new(false),
+            release: Notify::new(),
+            lazy_finalizer: AtomicBool::new(false),
+            force_close: Mutex::new(Duration::from_secs(30)),
+            transactions: std::sync::atomic::AtomicU64::new(0),
         });
         Self { inner }
     }
@@ -267,7 +305,10 @@ impl RpmOstreed {
 
     /// Starts the daemon as its unit does.
     pub async fn start(&self) -> Result<(), String> {
-        self.inner.systemd.activate(UNIT).await
+        match &self.inner.units {
+            Units::Double(systemd) => systemd.activate(UNIT).await,
+            Units::Real => self.inner.start().await,
+        }
     }
 
     /// The title of the active transaction.
@@ -312,12 +353,7 @@ impl RpmOstreed {
 
     /// Pulls and deploys `reference` outside of the daemon, as an installer does, with `engine`.
     pub async fn install(&self, engine: &Engine, reference: &str, kernel_arguments: &[String]) -> anyhow::Result<()> {
-        let parsed = Reference::parse(reference).map_err(anyhow::Error::msg)?;
-        let image = pull::pull(engine, &self.inner.sysroot, &parsed, &parsed.canonical(), None)
-            .await
-            .map_err(anyhow::Error::msg)?;
-        self.inner.sysroot.install(&image, kernel_arguments)?;
-        Ok(())
+        install(&self.inner.sysroot, engine, reference, kernel_arguments).await
     }
 
     /// Pulls and stages `reference` behind the daemon's back, as bootc does: the daemon knows after `Reload`.
@@ -349,6 +385,19 @@ impl RpmOstreed {
         let (address,): (String,) = reply.body().deserialize()?;
         run_transaction(&address).await
     }
+}
+
+/// Pulls `reference` with `engine` and deploys it as the only deployment of `sysroot`, as an installer does.
+pub async fn install(
+    sysroot: &Sysroot,
+    engine: &Engine,
+    reference: &str,
+    kernel_arguments: &[String],
+) -> anyhow::Result<()> {
+    let parsed = Reference::parse(reference).map_err(anyhow::Error::msg)?;
+    let image = pull::pull(engine, sysroot, &parsed, &parsed.canonical(), None).await.map_err(anyhow::Error::msg)?;
+    sysroot.install(&image, kernel_arguments)?;
+    Ok(())
 }
 
 /// Connects to a transaction, starts it and waits for its end, as the command line does.
@@ -410,7 +459,9 @@ impl Inner {
     }
 
     async fn crash(self: &Arc<Self>) {
-        self.systemd.fail(UNIT, "signal");
+        if let Units::Double(systemd) = &self.units {
+            systemd.fail(UNIT, "signal");
+        }
         self.stop().await;
     }
 
@@ -418,7 +469,9 @@ impl Inner {
         if self.state.lock().unwrap().active.is_some() {
             return false;
         }
-        self.systemd.set(UNIT, "inactive", "dead");
+        if let Units::Double(systemd) = &self.units {
+            systemd.set(UNIT, "inactive", "dead");
+        }
         self.stop().await;
         true
     }
@@ -512,6 +565,20 @@ impl Inner {
 
     pub(crate) fn chatters(&self) -> u32 {
         self.faults.lock().unwrap().chatter
+    }
+
+    /// The real daemon believes the bus about who calls: root may do everything, others what polkit says.
+    async fn authorize(&self, connection: &Connection, call: &Call) -> Result<(), Failure> {
+        if matches!(self.units, Units::Double(_)) {
+            return Ok(());
+        }
+        let reply = bus::bus_call(connection, "GetConnectionUnixUser", &(call.sender.as_str(),)).await?;
+        let (uid,): (u32,) = reply.body().deserialize()?;
+        println!("{} is called by uid {uid}", call.member);
+        if uid == 0 {
+            return Ok(());
+        }
+        Err(Failure::new("org.freedesktop.DBus.Error.AccessDenied", format!("{} is not for uid {uid}", call.member)))
     }
 
     fn create(self: &Arc<Self>, request: Request) -> Result<Arc<Transaction>, Failure> {
@@ -693,7 +760,7 @@ impl Inner {
             .map_err(|error| format!("{error:#}"))?;
         self.events.emit(Event::Staged { reference: staged.reference.clone(), checksum: staged.checksum.clone() });
         if !self.lazy_finalizer.load(Ordering::SeqCst) {
-            self.systemd.activate(FINALIZER).await.map_err(|result| format!("{FINALIZER}: {result}"))?;
+            self.units.activate(FINALIZER).await.map_err(|result| format!("{FINALIZER}: {result}"))?;
         }
         Ok(staged)
     }
@@ -928,7 +995,8 @@ impl Service for Inner {
         asked && self.idle_exit().await
     }
 
-    async fn call(self: &Arc<Self>, _connection: &Connection, call: &Call) -> Answer {
+    async fn call(self: &Arc<Self>, connection: &Connection, call: &Call) -> Answer {
+        self.authorize(connection, call).await?;
         if call.path == SYSROOT_PATH {
             self.call_sysroot(call).await
         } else if call.path == self.os_path() {

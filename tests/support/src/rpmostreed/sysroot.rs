@@ -68,6 +68,11 @@ impl Deployment {
         words.join(" ")
     }
 
+    /// What the kernel says that it was started with.
+    fn command_line(&self) -> String {
+        format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", self.checksum, self.options())
+    }
+
     /// The dictionary of the `Deployments` property.
     pub(crate) fn dict(&self) -> Dict {
         let mut meta: BTreeMap<String, zbus::Variant<'static>> = BTreeMap::new();
@@ -155,6 +160,13 @@ impl Sysroot {
         if fs::symlink_metadata(&link).is_err() {
             std::os::unix::fs::symlink("../ostree", link)?;
         }
+        Ok(this)
+    }
+
+    /// The tree of a machine that runs: whoever asks is on it.
+    pub fn running(root: &Path, osname: &str) -> anyhow::Result<Self> {
+        let this = Self::create(root, osname)?;
+        this.powered.store(true, Ordering::SeqCst);
         Ok(this)
     }
 
@@ -562,10 +574,7 @@ impl Sysroot {
         let order = self.in_boot_order();
         let deployment = order.get(index).or(order.first()).context("nothing to boot")?.clone();
         fs::create_dir_all(self.root.join("proc/sys/kernel/random"))?;
-        fs::write(
-            self.root.join("proc/cmdline"),
-            format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", deployment.checksum, deployment.options()),
-        )?;
+        fs::write(self.root.join("proc/cmdline"), deployment.command_line())?;
         fs::write(run.join("ostree-booted"), "")?;
         let usr = self.root.join("usr");
         let _ = fs::remove_file(&usr);
@@ -575,6 +584,12 @@ impl Sysroot {
         )?;
         self.collect()?;
         Ok(Deployment { booted: true, ..deployment })
+    }
+
+    /// The kernel command line of the first boot entry, as the boot loader passes it on.
+    pub fn command_line(&self) -> anyhow::Result<String> {
+        let _disk = self.disk();
+        Ok(self.in_boot_order().first().context("nothing to boot")?.command_line())
     }
 
     /// Layers packages on the booted deployment.
