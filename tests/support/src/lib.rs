@@ -5,6 +5,7 @@
 #![allow(clippy::disallowed_methods, reason = "the doubles own the disk that the agent must not write")]
 
 pub mod apiserver;
+pub mod booted;
 pub mod bus;
 pub mod events;
 pub mod gpg;

@@ -1,0 +1,65 @@
+//! The shipped unit on a real systemd as PID 1 of a container: outside, what is around the node and the story; inside,
+//! what plays the rest of the node.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use support::booted::{node, story};
+
+#[derive(Debug, Parser)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot the disk and tell the story.
+    Story {
+        /// systemd's major version on that disk.
+        #[arg(long)]
+        version: u32,
+        /// The disk, with the agent installed.
+        #[arg(long)]
+        root: PathBuf,
+        /// The agent with the feature `faults`.
+        #[arg(long)]
+        faulty: PathBuf,
+        /// Where everything else is kept.
+        #[arg(long)]
+        directory: PathBuf,
+    },
+    /// Play a part of the node.
+    #[command(subcommand)]
+    Node(Part),
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// The boot loader and the initramfs.
+    Boot,
+    /// rpm-ostreed.
+    RpmOstreed,
+    /// ostree-finalize-staged.service, when it is stopped.
+    Finalize,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let ended = match Options::parse().command {
+        Command::Story { version, root, faulty, directory } => {
+            story::tell(&story::Plan { version, root, faulty, directory }).await
+        }
+        Command::Node(Part::Boot) => node::boot(),
+        Command::Node(Part::RpmOstreed) => node::rpm_ostreed().await,
+        Command::Node(Part::Finalize) => node::finalize(),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("booted: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What plays the rest of the node inside the container, one process each: the boot loader and the initramfs,
+//! rpm-ostreed, and the finalizer.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::events::{Event, Events};
+use crate::machine::Engine;
+use crate::rpmostreed::{NAME, RpmOstreed, Sysroot};
+
+/// The stateroot.
+pub const OSNAME: &str = "rhcos";
+/// Where this program is inside.
+pub const PROGRAM: &str = "/usr/libexec/booted";
+/// Where the registry's certificate authority is; the name of the only directory in it is the registry's.
+const CERTS_D: &str = "/etc/containers/certs.d";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What the container is shown instead of the kernel's own.
+const PROC: &str = "/run/proc";
+
+/// The services around the agent, each with its path and content.
+const FILES: [(&str, &str); 10] = [
+    // Debian's systemd does not know ostree. The kernel was not booted with the command line of a boot entry, so the
+    // whole container is shown the one that a boot loader would have passed on; before anybody asks for the boot id.
+    (
+        "usr/lib/systemd/system/ostree-prepare-root.service",
+        "[Unit]\nDescription=OSTree Prepare OS/\nDefaultDependencies=no\n\
+         Before=systemd-journald.service sysinit.target\n\
+         [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/libexec/booted node boot\n",
+    ),
+    (
+        "usr/lib/systemd/system/rpm-ostreed.service",
+        "[Unit]\nDescription=rpm-ostree System Management Daemon\nConditionPathExists=/ostree\n\
+         [Service]\nType=dbus\nBusName=org.projectatomic.rpmostree1\nRuntimeDirectory=rpm-ostree\n\
+         ExecStart=/usr/libexec/booted node rpm-ostreed\n",
+    ),
+    (
+        "usr/lib/systemd/system/ostree-finalize-staged.service",
+        "[Unit]\nDescription=OSTree Finalize Staged Deployment\nConditionPathExists=/run/ostree-booted\n\
+         RequiresMountsFor=/sysroot /boot\nAfter=local-fs.target\n\
+         [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n\
+         ExecStop=/usr/libexec/booted node finalize\nTimeoutStopSec=5m\n",
+    ),
+    (
+        "usr/lib/systemd/system/kubelet.service",
+        "[Unit]\nDescription=Kubernetes Kubelet\n[Service]\nExecStart=/usr/bin/sleep infinity\n",
+    ),
+    (
+        "usr/share/dbus-1/system-services/org.projectatomic.rpmostree1.service",
+        "[D-BUS Service]\nName=org.projectatomic.rpmostree1\nExec=/bin/false\nUser=root\n\
+         SystemdService=rpm-ostreed.service\n",
+    ),
+    // Root owns the name; who may do what is the daemon's decision.
+    (
+        "usr/share/dbus-1/system.d/org.projectatomic.rpmostree1.conf",
+        r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <policy user="root">
+    <allow own="org.projectatomic.rpmostree1"/>
+    <allow send_destination="org.projectatomic.rpmostree1"/>
+  </policy>
+  <policy context="default">
+    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Introspectable"/>
+    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Peer"/>
+    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Properties"/>
+    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.projectatomic.rpmostree1.Sysroot"/>
+    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.projectatomic.rpmostree1.OS"/>
+    <deny send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Properties" send_member="Set"/>
+  </policy>
+</busconfig>
+"#,
+    ),
+    // Other updaters, for their exclusion while the agent is enabled.
+    ("usr/lib/systemd/system/zincati.service", UPDATER),
+    ("usr/lib/systemd/system/rpm-ostreed-automatic.service", UPDATER),
+    ("usr/lib/systemd/system/bootc-fetch-apply-updates.service", UPDATER),
+    // The proc file system that ProtectProc= mounts is the kernel's own again on systemd 252: without the container's
+    // boot id and without the boot loader's command line. The host's uptime is nothing to wait for.
+    (
+        "etc/systemd/system/rebase-agent.service.d/50-container.conf",
+        "[Service]\nBindReadOnlyPaths=/proc/cmdline /proc/sys/kernel/random/boot_id\n\
+         Environment=REBASE_AGENT_UPTIME_FLOOR=0 REBASE_AGENT_SIGNATURE_GRACE=2\n",
+    ),
+];
+
+/// Units and the targets that want them.
+const WANTED: [(&str, &str); 2] =
+    [("ostree-prepare-root.service", "sysinit.target"), ("kubelet.service", "multi-user.target")];
+
+const UPDATER: &str = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n";
+
+/// Puts the services around the agent on the disk at `root`.
+pub fn furnish(root: &Path) -> Result<()> {
+    for (path, text) in FILES {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().context("a file in no directory")?)?;
+        fs::write(path, text)?;
+    }
+    for (unit, target) in WANTED {
+        let wants = root.join("usr/lib/systemd/system").join(format!("{target}.wants"));
+        fs::create_dir_all(&wants)?;
+        std::os::unix::fs::symlink(format!("../{unit}"), wants.join(unit))?;
+    }
+    // The mount point of this program.
+    fs::write(root.join(PROGRAM.trim_start_matches('/')), "")?;
+    Ok(())
+}
+
+/// What the boot loader and the initramfs do.
+pub fn boot() -> Result<()> {
+    let sysroot = Sysroot::running(Path::new("/"), OSNAME)?;
+    show("cmdline", &sysroot.command_line()?)?;
+    // systemd-nspawn made one for this boot, from a file that it deleted: nothing can be mounted from it or over it.
+    let boot_id = fs::read_to_string(BOOT_ID)?;
+    run("umount", &[BOOT_ID])?;
+    show("sys/kernel/random/boot_id", &boot_id)?;
+    fs::write("/run/ostree-booted", "")?;
+    Ok(())
+}
+
+fn show(name: &str, text: &str) -> Result<()> {
+    let file = Path::new(PROC).join(name);
+    fs::create_dir_all(file.parent().context("a file in no directory")?)?;
+    fs::write(&file, text)?;
+    run("mount", &["--bind", &file.display().to_string(), &format!("/proc/{name}")])
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let status = Command::new(program).args(arguments).status()?;
+    ensure!(status.success(), "{program} {}: {status}", arguments.join(" "));
+    Ok(())
+}
+
+/// What `ostree admin finalize-staged` does.
+pub fn finalize() -> Result<()> {
+    match Sysroot::running(Path::new("/"), OSNAME)?.finalize()? {
+        Some(deployment) => println!("Finalized deployment {} of {}", deployment.checksum, deployment.reference),
+        None => println!("Nothing to finalize"),
+    }
+    Ok(())
+}
+
+/// The daemon, until it is stopped.
+pub async fn rpm_ostreed() -> Result<()> {
+    let cert_dir = fs::read_dir(CERTS_D)?.next().context("no registry is trusted")??.path();
+    let engine = Engine {
+        skopeo: "/usr/bin/skopeo".into(),
+        policy: "/etc/containers/policy.json".into(),
+        registries_d: "/etc/containers/registries.d".into(),
+        cert_dir,
+    };
+    let events = Events::new();
+    events.listen(|event| match event {
+        Event::TransactionRequested { method, argument } => println!("requested: {method} {argument}"),
+        Event::Staged { reference, .. } => println!("staged: {reference}"),
+        Event::TransactionFinished { title, error: Some(error) } => println!("failed: {title}: {error}"),
+        _ => {}
+    });
+    let sysroot = Arc::new(Sysroot::running(Path::new("/"), OSNAME)?);
+    let address = "unix:path=/run/dbus/system_bus_socket".to_owned();
+    let daemon = RpmOstreed::service(address, Path::new("/run/rpm-ostree"), events, sysroot, engine);
+    daemon.start().await.map_err(anyhow::Error::msg).with_context(|| format!("cannot be {NAME}"))?;
+    std::future::pending().await
+}

@@ -1,0 +1,84 @@
+//! What the kernel says about a confined process.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::statvfs::{FsFlags, statvfs};
+
+use super::container::Container;
+
+/// Writable mounts that are known, each with why it may be.
+const KNOWN: [(&str, &str); 3] = [
+    ("/proc", "the kernel's own; what changes the system is read-only below it"),
+    // systemd 257 has the mount and its ProtectKernelTunables= leaves it out.
+    ("/sys/fs/fuse/connections", "aborts FUSE mounts, of which there are none"),
+    // One file, in which a service may ask systemd 257 to be told of pressure.
+    ("/sys/fs/cgroup/system.slice/rebase-agent.service/memory.pressure", "systemd's memory pressure protocol"),
+];
+
+/// A main process of a service, as the host sees it.
+#[derive(Debug)]
+pub struct Process {
+    directory: PathBuf,
+}
+
+impl Process {
+    /// The main process of `unit`.
+    pub async fn of(container: &Container, unit: &str) -> Result<Self> {
+        let pid = container.property(unit, "MainPID").await?;
+        ensure!(pid != "0", "{unit} has no main process");
+        Ok(Self { directory: container.path("proc").join(pid) })
+    }
+
+    /// A file as the process itself would read it: in its own mounts.
+    pub fn reads(&self, path: &str) -> Result<String> {
+        let path = self.directory.join("root").join(path.trim_start_matches('/'));
+        Ok(fs::read_to_string(&path).with_context(|| path.display().to_string())?.trim().to_owned())
+    }
+
+    /// Fails unless it has no capability, cannot gain any, and has a system call filter; gives what was seen.
+    pub fn has_no_privileges(&self) -> Result<String> {
+        let status = fs::read_to_string(self.directory.join("status"))?;
+        let mut seen = Vec::new();
+        for (field, wanted) in [
+            ("CapInh", "0000000000000000"),
+            ("CapPrm", "0000000000000000"),
+            ("CapEff", "0000000000000000"),
+            ("CapBnd", "0000000000000000"),
+            ("CapAmb", "0000000000000000"),
+            ("NoNewPrivs", "1"),
+            ("Seccomp", "2"),
+        ] {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            let value = line.with_context(|| format!("no {field} in its status"))?.trim();
+            ensure!(value == wanted, "{field} is {value} instead of {wanted}");
+            seen.push(format!("{field} {}", value.trim_start_matches("000000000000000")));
+        }
+        Ok(seen.join(", "))
+    }
+
+    /// Fails if anything but what is known can be written in its mounts; gives those that can.
+    pub fn writes_nowhere(&self) -> Result<Vec<String>> {
+        let mounts = fs::read_to_string(self.directory.join("mountinfo"))?;
+        let mut writable = BTreeSet::new();
+        for line in mounts.lines() {
+            let mount_point = line.split(' ').nth(4).context("a mount without a mount point")?.replace("\\040", " ");
+            let path = self.directory.join("root").join(mount_point.trim_start_matches('/'));
+            // Another mount may be on top of it or of what it is in; what counts is what the process gets at.
+            match statvfs(&path) {
+                Ok(found) if found.flags().contains(FsFlags::ST_RDONLY) => {}
+                Ok(_) => drop(writable.insert(mount_point)),
+                // Hidden below another mount.
+                Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => {}
+                Err(error) => return Err(error).context(mount_point),
+            }
+        }
+        let unknown: Vec<_> = writable.iter().filter(|path| KNOWN.iter().all(|(known, _)| known != path)).collect();
+        ensure!(unknown.is_empty(), "it can write to {unknown:?}");
+        ensure!(!writable.contains("/") && Path::new(&self.directory).exists(), "the process is gone");
+        let why = |path: &String| KNOWN.iter().find(|(known, _)| known == path).map_or("", |(_, why)| *why).to_owned();
+        Ok(writable.iter().map(|path| format!("{path} ({})", why(path))).collect())
+    }
+}
