@@ -28,6 +28,9 @@ const ENTER: &str = r#"
 mount --make-rprivate /
 umount --recursive /sys/fs/cgroup 2>/dev/null || :
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+# Its directories go with it.
+mkdir -p /run/systemd/nspawn
+mount -t tmpfs tmpfs /run/systemd/nspawn
 exec systemd-nspawn "$@"
 "#;
 
@@ -82,9 +85,10 @@ impl Container {
         Ok(matches!(String::from_utf8_lossy(&output.stdout).trim(), "running" | "degraded"))
     }
 
-    /// Waits for the end of a reboot's first half, and boots again.
-    pub async fn reboot(&mut self) -> Result<()> {
+    /// Waits for the end of a reboot's first half, tells that it is `down`, and boots again.
+    pub async fn reboot(&mut self, down: impl FnOnce()) -> Result<()> {
         let status = self.ended().await?;
+        down();
         ensure!(status.code() == Some(REBOOT), "the machine went down with {status} instead of a reboot");
         self.child = start(&self.options)?;
         self.wait_up().await
