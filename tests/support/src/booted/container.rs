@@ -173,7 +173,9 @@ impl Container {
 
 fn start(options: &Options) -> Result<Child> {
     let mut command = tools::child(Path::new("/usr/bin/unshare"));
-    command.args(["--mount", "bash", "-euc", ENTER, "nspawn"]);
+    // systemd-nspawn that is killed leaves its container alone; the first process of a namespace takes all with it.
+    command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
+    command.args(["bash", "-euc", ENTER, "nspawn"]);
     // No machined to register with; no file of the host but those named.
     command.args(["--quiet", "--register=no", "--keep-unit", "--console=pipe", "--settings=no"]);
     command.args(["--link-journal=no", "--resolv-conf=off", "--timezone=off", "--boot"]);
@@ -188,12 +190,17 @@ fn start(options: &Options) -> Result<Child> {
     command.kill_on_drop(true).spawn().context("starting systemd-nspawn")
 }
 
-/// PID 1 of the container that this process supervises: the only child that is first in a namespace of its own.
-fn leader_of(nspawn: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{nspawn}/task/{nspawn}/children")).ok()?;
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(|pid: &u32| {
+/// PID 1 of the container that was started by the process `outer`: unshare, whose child is systemd-nspawn.
+fn leader_of(outer: u32) -> Option<u32> {
+    let is_leader = |pid: &u32| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
         field("NSpid:").split_whitespace().last() == Some("1") && field("Name:") == "systemd"
-    })
+    };
+    children(outer).into_iter().flat_map(children).find(is_leader)
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }

@@ -20,6 +20,7 @@ use crate::world::NODE;
 const AGENT: &str = "rebase-agent.service";
 const FAULTY: &str = "/usr/libexec/rebase-agent-faulty";
 const RPM_OSTREED: &str = "rpm-ostreed.service";
+const FINALIZER: &str = "ostree-finalize-staged.service";
 const OTHER_UPDATERS: [&str; 3] =
     ["zincati.service", "rpm-ostreed-automatic.service", "bootc-fetch-apply-updates.service"];
 const HOLD: &str = "rebase-agent.openshift.io/hold";
@@ -87,11 +88,11 @@ pub async fn tell(plan: &Plan) -> Result<()> {
     outside.target("1", &outside.installed);
     let mut node = Node { container: Container::boot(options).await?, outside: &outside, plan };
     let told = node.tell(&teller).await;
-    node.container.stop().await?;
-    if told.is_ok() {
-        println!("booted {}: all of it in {:.1} s", plan.version, teller.began.elapsed().as_secs_f64());
-    }
-    told
+    let stopped = node.container.stop().await;
+    told?;
+    stopped.context("powering off")?;
+    println!("booted {}: all of it in {:.1} s", plan.version, teller.began.elapsed().as_secs_f64());
+    Ok(())
 }
 
 struct Node<'a> {
@@ -281,12 +282,11 @@ impl Node<'_> {
         let journal = ["journalctl", "--quiet", "--output=cat", "--boot=-1"];
         let log = self.container.ok(&journal).await?;
         let at = |text: &str| log.lines().position(|line| line.contains(text)).with_context(|| format!("no `{text}`"));
-        // Nothing of ours touches the deployments while they are finalized.
-        let order = [
-            at("Stopped rebase-agent.service")?,
-            at("Stopping ostree-finalize-staged.service")?,
-            at("Finalized deployment")?,
-        ];
+        // Nothing of ours touches the deployments while they are finalized: by order, not by luck.
+        let after = self.container.property(AGENT, "After").await?;
+        ensure!(after.split(' ').any(|unit| unit == FINALIZER), "the agent is not ordered after {FINALIZER}");
+        let order =
+            [at("Stopped rebase-agent.service")?, at(&format!("Stopping {FINALIZER}"))?, at("Finalized deployment")?];
         ensure!(order.is_sorted(), "the agent was stopped after the finalizer began");
         ensure!(log.contains("System is rebooting"), "logind says nothing of the reboot");
         Ok("stopped before it was finalized".to_owned())
