@@ -37,7 +37,7 @@ const UNIT: &[(&str, &str, &str)] = &[
     ("Service", "UMask", "0077"),
     ("Service", "KeyringMode", "private"),
     ("Service", "ProtectSystem", "strict"),
-    ("Service", "ReadOnlyPaths", "/run /dev /tmp /var/tmp"),
+    ("Service", "ReadOnlyPaths", "/run /dev /tmp /var/tmp -/sys/fs/fuse/connections"),
     ("Service", "ProtectHome", "yes"),
     ("Service", "PrivateMounts", "yes"),
     ("Service", "PrivateTmp", "yes"),

@@ -10,10 +10,8 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use super::container::Container;
 
 /// Writable mounts that are known, each with why it may be.
-const KNOWN: [(&str, &str); 3] = [
+const KNOWN: [(&str, &str); 2] = [
     ("/proc", "the kernel's own; what changes the system is read-only below it"),
-    // systemd 257 has the mount and its ProtectKernelTunables= leaves it out.
-    ("/sys/fs/fuse/connections", "aborts FUSE mounts, of which there are none"),
     // One file, in which a service may ask systemd 257 to be told of pressure.
     ("/sys/fs/cgroup/system.slice/rebase-agent.service/memory.pressure", "systemd's memory pressure protocol"),
 ];
