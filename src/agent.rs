@@ -512,7 +512,7 @@ impl Agent {
                     Step::Verify | Step::CancelTransaction | Step::KernelArguments | Step::StartFinalizer => {}
                 }
             }
-            Err(_) if asked_to_stop => {}
+            Err(_) if asked_to_stop => self.memory.gave_up(running.step),
             Err(fault) => {
                 let reason = fault.reason.as_str();
                 // Of every other step, the decision that follows says the same.

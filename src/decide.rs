@@ -371,11 +371,14 @@ impl<'a> Rules<'a> {
     /// Row 9.
     fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let staged = self.host.staged().filter(|staged| !self.is_wanted(staged, wanted))?;
+        let checksum = staged.checksum.clone();
+        let what = staged.reference.as_deref().map_or_else(|| checksum.clone(), |text| printable(text, 200));
+        if !self.host.backend.drops_staged() {
+            return self.stage_over(wanted, &checksum, &what);
+        }
         if self.observed.running.as_ref().is_some_and(|r| r.step == Step::Stage) {
             return None;
         }
-        let checksum = staged.checksum.clone();
-        let what = staged.reference.as_deref().map_or_else(|| checksum.clone(), |text| printable(text, 200));
         if self.host.transaction.is_some() {
             // On the way row 19 waits for it; what has arrived must not settle meanwhile.
             let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
@@ -393,14 +396,55 @@ impl<'a> Rules<'a> {
             return Some(if due > 0 { decision } else { decision.doing(Action::DropStaged { checksum }) });
         }
         if self.memory.dropped.contains(&checksum) {
-            let message = format!(
-                "{what} was staged again by hand after it had been dropped; waiting. `rpm-ostree cleanup -p` drops it; \
-                 a pool's own image is set in its MachineOSConfig"
-            );
-            return Some(rule("9", Reason::StagedByOther, message));
+            return Some(self.staged_again(&what));
         }
         let message = format!("dropping {what}, which is staged and not desired");
         Some(rule("9", Reason::StagedByOther, message).doing(Action::DropStaged { checksum }))
+    }
+
+    fn staged_again(&self, what: &str) -> Decision {
+        let message = format!(
+            "{what} was staged again by hand after it had been dropped; waiting. {} drops it; a pool's own image is set \
+             in its MachineOSConfig",
+            self.host.backend.drop_by_hand()
+        );
+        rule("9", Reason::StagedByOther, message)
+    }
+
+    /// Row 9 where nothing can be dropped: the desired image is staged over what is not desired. On the way, rows 17 to
+    /// 21 do that anyway. Where it runs already it is staged once more: that changes the host, so it is verified first.
+    fn stage_over(&self, wanted: &Wanted<'_>, checksum: &str, what: &str) -> Option<Decision> {
+        let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
+        let subject = wanted.image.to_string();
+        let message = format!("staging the running image over {what}, which is staged and not desired");
+        let decision = rule("9", Reason::StagedByOther, message);
+        if self.observed.running.is_some() || self.host.transaction.is_some() {
+            return arrived.then(|| decision.wake(SOON));
+        }
+        if self.memory.dropped.iter().any(|dropped| dropped == checksum) {
+            return Some(self.staged_again(what));
+        }
+        if !arrived {
+            return None;
+        }
+        let by_hand = |why: &str| {
+            let message = format!(
+                "{what} is staged and not desired, and the running image cannot be staged over it: {why}. {} drops it",
+                self.host.backend.drop_by_hand()
+            );
+            rule("9", Reason::StagedByOther, message)
+        };
+        let (step, action) = match wanted.facts {
+            None => (Step::Verify, Action::Verify { image: wanted.image.clone() }),
+            Some(facts) if facts.bootable && facts.architecture == self.machine.architecture => {
+                (Step::Stage, Action::Stage { image: wanted.image.clone() })
+            }
+            Some(_) => return Some(by_hand("it says of itself that this machine cannot boot it")),
+        };
+        Some(match self.failure(step, &subject) {
+            None => decision.doing(action),
+            Some(failure) => self.when_due(by_hand(&printable(&failure.fault.message, 600)), failure, action),
+        })
     }
 }
 
@@ -422,5 +466,6 @@ fn degrades_at_once(reason: Reason) -> bool {
             | Reason::NotBootable
             | Reason::DiskFull
             | Reason::HostNotImageMode
+            | Reason::HostUnsupported
     )
 }

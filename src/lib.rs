@@ -6,6 +6,7 @@
 
 pub mod act;
 pub mod agent;
+pub mod backend;
 pub mod cli;
 pub mod cluster;
 pub mod confine;
@@ -20,3 +21,4 @@ pub mod reason;
 pub mod registry;
 pub mod report;
 pub mod schedule;
+pub mod text;

@@ -5,7 +5,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::backend::Backend;
 pub use crate::reason::Reason;
+pub use crate::text::printable;
 
 /// An OCI manifest digest, `sha256:` and 64 lowercase hex digits. No other algorithm is accepted: the signature
 /// engine, both host tools and MCO's own admission use this one.
@@ -290,6 +292,8 @@ pub struct Transaction {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostFacts {
+    /// Who was asked, and will be asked to change anything.
+    pub backend: Backend,
     /// Boot order: staged first, then the next boot's default.
     pub deployments: Vec<Deployment>,
     /// What the host tool is busy with.
@@ -498,6 +502,14 @@ impl Memory {
             _ => Failure { subject: subject.to_owned(), fault, first: now.mono, last: now.mono, count: 1 },
         };
         self.failures.insert(step, failure);
+        self.gave_up(step);
+    }
+
+    /// Records that `step` ended without having done anything: what was not staged has dropped nothing.
+    pub fn gave_up(&mut self, step: Step) {
+        if step == Step::Stage {
+            self.dropped.clear();
+        }
     }
 
     /// Records that `step` succeeded.
@@ -527,8 +539,9 @@ impl Memory {
             }
         }
         if matches!(decision.action, Action::Stage { .. }) {
-            // What we stage ourselves may be dropped again.
-            self.dropped.clear();
+            // What we stage ourselves may be dropped again; what it is staged over is dropped by that.
+            let staged = observed.host.known().and_then(HostFacts::staged);
+            self.dropped = staged.map(|staged| staged.checksum.clone()).into_iter().collect();
         }
         if matches!(decision.action, Action::Settle) || decision.reason == Reason::Done {
             self.clocks.clear();
@@ -650,41 +663,9 @@ pub struct Decision {
     pub clock: Option<(Clock, String)>,
 }
 
-/// Foreign text made safe to print: control characters escaped, runs of white space joined, fewer than `max` characters before an ellipsis.
-/// Registries, daemons and annotations put newlines and terminal escapes into their errors.
-#[must_use]
-pub fn printable(text: &str, max: usize) -> String {
-    let mut out = String::new();
-    let mut length = 0;
-    for c in text.trim().chars() {
-        let before = out.len();
-        match c {
-            '\n' | '\r' | '\t' | ' ' if out.ends_with(' ') => {}
-            '\n' | '\r' | '\t' => out.push(' '),
-            c if c.is_control() => out.extend(c.escape_unicode()),
-            c => out.push(c),
-        }
-        length += out.get(before..).map_or(0, |added| added.chars().count());
-        if length >= max {
-            out.truncate(before);
-            out.push('…');
-            break;
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn foreign_text_is_bounded_and_harmless() {
-        assert_eq!(printable(" a\n\n b\t\u{1b}[2J ", 80), "a b \\u{1b}[2J");
-        assert_eq!(printable("abcdef", 4), "abc…");
-        assert_eq!(printable("é\u{0}\u{0}", 8), "é\\u{0}…");
-        assert!(printable(&"\u{1b}".repeat(10_000), 100).chars().count() <= 100);
-    }
 
     #[test]
     fn digests_have_one_spelling() {

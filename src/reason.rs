@@ -41,6 +41,8 @@ reasons! {
     HostUnreachable,
     /// The host is not image-mode: no booted deployment.
     HostNotImageMode,
+    /// The host is of a kind that no backend can change.
+    HostUnsupported,
     /// The host tool is busy with somebody else's transaction.
     HostBusy,
     /// The host tool answered something that makes no sense.
@@ -57,6 +59,8 @@ reasons! {
     LayeringReverted,
     /// The desired image is no reference pinned by digest.
     ImageMalformed,
+    /// The desired image's name does not fit into the name of a unit.
+    ImageNameTooLong,
     /// The desired image was given without a desired config.
     ConfigMissing,
     /// Somebody staged another image.
@@ -125,6 +129,8 @@ reasons! {
     Cancelled,
     /// Kernel arguments are being applied.
     KernelArguments,
+    /// The backend cannot give the staged image its kernel arguments.
+    KernelArgumentsUnsupported,
     /// An operator holds the node.
     Held,
     /// A shutdown inhibitor is in the way.

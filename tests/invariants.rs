@@ -22,14 +22,15 @@ use rebase_agent::act;
 use rebase_agent::decide::decide;
 use rebase_agent::host::is_image;
 use rebase_agent::model::{
-    Action, Attempt, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts, Inhibitor,
-    Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading, Reason,
-    Running, Since, Step, Transaction, UnitState,
+    Action, Attempt, Backend, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts,
+    Inhibitor, Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading,
+    Reason, Running, Since, Step, Transaction, UnitState,
 };
 use rebase_agent::report::{ATTEMPT, MCO, Patch, report};
 use rebase_agent::schedule::Backoff;
 
 const MINUTE: u64 = 60_000;
+const BACKENDS: [Backend; 2] = [Backend::RpmOstree, Backend::Bootc];
 
 fn digest(letter: char) -> Digest {
     Digest::parse(&format!("sha256:{}", letter.to_string().repeat(64))).unwrap()
@@ -138,7 +139,9 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(idle && host.transaction.is_none(), "a reboot interrupts nothing")?;
         }
         Action::Stage { image } => {
-            law(wanted.as_ref() == Some(image) && fit && !booted, "only a verified, desired, fitting image is staged")?;
+            law(wanted.as_ref() == Some(image) && fit, "only a verified, desired, fitting image is staged")?;
+            let over = staged_other && !host.backend.drops_staged();
+            law(!booted || over, "what runs is staged only over what cannot be dropped")?;
             law(idle, "one task at a time")?;
         }
         Action::SetKernelArguments { .. } => {
@@ -148,6 +151,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
         Action::DropStaged { checksum } => {
             law(staged_other && host.staged().unwrap().checksum == *checksum, "only what is not desired is dropped")?;
             law(host.transaction.is_none(), "nothing is dropped under a transaction")?;
+            law(host.backend.drops_staged(), "bootc is not asked for what it cannot do")?;
         }
         Action::CancelTransaction => {
             let ours = host.transaction.as_ref().and_then(|transaction| transaction.ours.as_ref());
@@ -292,7 +296,8 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
     }
     let transaction = |ours| Some(Transaction { title: "t".into(), client: "c".into(), ours });
     let transactions = [None, transaction(None), transaction(Some(digest('b'))), transaction(Some(digest('c')))];
-    let host = HostFacts { deployments, transaction: tape.pick(&transactions) };
+    let transaction = tape.pick(&transactions);
+    let host = HostFacts { backend: tape.even(&BACKENDS), deployments, transaction };
     let machine = MachineFacts {
         boot_id: BootId("now".into()),
         uptime: tape.pick(&[10 * MINUTE, MINUTE]),
@@ -469,6 +474,7 @@ struct Budget {
 #[derive(Clone, Copy, Debug)]
 struct Scenario {
     name: &'static str,
+    backend: Backend,
     signature: Signature,
     nature: Nature,
     same_config: bool,
@@ -479,6 +485,7 @@ struct Scenario {
 
 const PLAIN: Scenario = Scenario {
     name: "plain",
+    backend: Backend::RpmOstree,
     signature: Signature::Good,
     nature: Nature::Sound,
     same_config: false,
@@ -551,6 +558,8 @@ struct World {
     node: NodeFacts,
     cordoned: bool,
     host: HostFacts,
+    /// bootc was not asked yet by this process and cannot be asked now.
+    blind: bool,
     finalizer: UnitState,
     arguments: Vec<String>,
     boot: u32,
@@ -599,7 +608,12 @@ impl World {
             signature: scenario.signature,
             node,
             cordoned: false,
-            host: HostFacts { deployments: vec![Deployment { booted: true, ..plain('a') }], transaction: None },
+            host: HostFacts {
+                backend: scenario.backend,
+                deployments: vec![Deployment { booted: true, ..plain('a') }],
+                transaction: None,
+            },
+            blind: false,
             finalizer: UnitState::Inactive,
             arguments: Vec::new(),
             boot: 1,
@@ -639,7 +653,11 @@ impl World {
         let unhealthy = self.scenario.nature == Nature::Unhealthy && self.booted() == 'b';
         Observed {
             cluster: Reading::Known(node),
-            host: Reading::Known(self.host.clone()),
+            host: match &self.host.transaction {
+                Some(active) if self.blind && active.ours.is_none() => Reading::Unknown(fault(Reason::HostBusy, true)),
+                Some(_) if self.blind => Reading::Known(HostFacts { deployments: Vec::new(), ..self.host.clone() }),
+                _ => Reading::Known(self.host.clone()),
+            },
             machine: Reading::Known(MachineFacts {
                 boot_id: BootId(self.boot.to_string()),
                 uptime: 60 * MINUTE,
@@ -673,7 +691,9 @@ impl World {
         let confirmed = std::mem::take(&mut self.confirm);
         match &decision.action {
             Action::AbortTask => {
-                self.task = None;
+                if let Some(task) = self.task.take() {
+                    self.memory.gave_up(task.step);
+                }
                 self.quiet = false;
             }
             Action::ConfirmDrain => self.confirm = true,
@@ -757,6 +777,11 @@ impl World {
                 self.memory.dropped.insert(0, checksum);
             }
             Action::CancelTransaction => self.host.transaction = None,
+            Action::SetKernelArguments { .. } if self.scenario.backend == Backend::Bootc => {
+                let problem = fault(Reason::KernelArgumentsUnsupported, false);
+                self.memory.failed(running.step, &running.subject, problem, self.now);
+                return;
+            }
             Action::SetKernelArguments { append, delete } => {
                 if let Some(staged) = self.host.deployments.iter_mut().find(|deployment| deployment.staged) {
                     let arguments = staged.arguments.get_or_insert_default();
@@ -922,6 +947,7 @@ impl World {
                             Some(Transaction { title: "rebase-agent".into(), client: "c".into(), ours });
                     }
                     self.start_over();
+                    self.blind = self.scenario.backend == Backend::Bootc && self.host.transaction.is_some();
                 }
                 restarts
             }
@@ -1005,7 +1031,8 @@ impl World {
         dropped.dedup();
         write!(
             text,
-            "{dropped:?}{}{}{}{}{}{:?}{:?}",
+            "{dropped:?}{}{}{}{}{}{}{:?}{:?}",
+            self.blind && self.host.transaction.is_some(),
             self.cordoned,
             self.going_down,
             self.confirm,
@@ -1199,7 +1226,8 @@ fn scenarios() -> Vec<Scenario> {
 
 #[test]
 fn every_fair_run_ends_well() {
-    let queue = Mutex::new(scenarios());
+    let both = scenarios().into_iter().flat_map(|scenario| BACKENDS.map(|backend| Scenario { backend, ..scenario }));
+    let queue = Mutex::new(both.collect::<Vec<_>>());
     let outcomes = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..2 {
@@ -1207,7 +1235,7 @@ fn every_fair_run_ends_well() {
                 loop {
                     let Some(scenario) = queue.lock().unwrap().pop() else { break };
                     let outcome = explore(scenario, 10_000);
-                    outcomes.lock().unwrap().push((scenario.name, outcome));
+                    outcomes.lock().unwrap().push((format!("{}, {}", scenario.name, scenario.backend), outcome));
                 }
             });
         }
@@ -1233,10 +1261,12 @@ proptest! {
     fn every_walk_ends_well(
         which in any::<prop::sample::Index>(),
         same_config in any::<bool>(),
+        bootc in any::<bool>(),
         bytes in prop::collection::vec(any::<u8>(), 0..250),
     ) {
         let scenarios = scenarios();
-        let scenario = Scenario { budget: UNKIND, same_config, ..*which.get(&scenarios) };
+        let backend = BACKENDS[usize::from(bootc)];
+        let scenario = Scenario { backend, budget: UNKIND, same_config, ..*which.get(&scenarios) };
         let mut world = World::new(scenario);
         let mut trace = Vec::new();
         for byte in bytes {

@@ -29,10 +29,10 @@ impl Rules<'_> {
             booted.wanted_arguments.iter().flatten().find(|argument| !self.machine.command_line.contains(argument))
         {
             let message = format!(
-                "the kernel runs without `{}`, which {} demands; set it with `rpm-ostree kargs --append-if-missing` \
-                 and reboot, or take it out of the config",
+                "the kernel runs without `{}`, which {} demands; {}, or take it out of the config",
                 printable(missing, 200),
-                printable(wanted.config, 253)
+                printable(wanted.config, 253),
+                self.host.backend.set_argument()
             );
             return self.refuse("12", Reason::KernelArgumentMissing, message);
         }
@@ -106,8 +106,11 @@ impl Rules<'_> {
                 .clock(Clock::Health, subject)
                 .wake(HEALTH_POLL);
         }
-        let message = "kubelet.service did not become active in this image, so the node stays cordoned; see \
-                       `journalctl -u kubelet`. `rpm-ostree rollback` and a reboot go back, and set the pool back first";
+        let message = format!(
+            "kubelet.service did not become active in this image, so the node stays cordoned; see `journalctl -u \
+             kubelet`. {} and a reboot go back, and set the pool back first",
+            self.host.backend.go_back()
+        );
         rule("13", Reason::HealthFailed, message).state(NodeState::Degraded).clock(Clock::Health, subject).wake(SOON)
     }
 

@@ -146,9 +146,10 @@ impl<'a> Rules<'a> {
             format!("waiting for the transaction `{}` to end", active.title)
         } else {
             format!(
-                "the transaction `{}` of {} has blocked the update for over 30 min; see `rpm-ostree status`, end it \
-                 with `rpm-ostree cancel`",
-                active.title, active.client
+                "the transaction `{}` of {} has blocked the update for over 30 min; {}",
+                active.title,
+                active.client,
+                self.host.backend.end_transaction()
             )
         };
         Some(
@@ -166,8 +167,10 @@ impl<'a> Rules<'a> {
     /// Rows 20 and 21.
     fn stage(&self, wanted: &Wanted<'_>) -> Decision {
         if self.host.booted().is_some_and(|booted| booted.layered) {
-            let message = "packages are layered on this host by hand, and a rebase would drag them along; remove them \
-                           with `rpm-ostree reset`, or put them into the image";
+            let message = format!(
+                "packages are layered on this host by hand, {}, or put them into the image",
+                self.host.backend.unlayer()
+            );
             return self.refuse("20", Reason::LayeredPackages, message);
         }
         if let (Some(free), Some(needed)) = (self.machine.boot_free, self.machine.boot_needed) {
@@ -175,9 +178,10 @@ impl<'a> Rules<'a> {
             let reclaimable = self.host.rollback().filter(|rollback| !rollback.pinned).map_or(0, |_| needed);
             if free.saturating_add(reclaimable) < needed.saturating_add(BOOT_MARGIN) {
                 let message = format!(
-                    "/boot has {} MiB free and another kernel needs {}; remove deployments with `rpm-ostree cleanup -r`",
+                    "/boot has {} MiB free and another kernel needs {}; remove deployments with {}",
                     free >> 20,
-                    needed >> 20
+                    needed >> 20,
+                    self.host.backend.remove_rollback()
                 );
                 return self.refuse("20", Reason::BootFull, message);
             }
