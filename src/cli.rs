@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::host::leftovers::Leftovers;
 use crate::model::{
-    Decision, Deployment, Digest, HostFacts, ImageFacts, Limits, MachineFacts, NodeFacts, NodeState, Observed,
+    Backend, Decision, Deployment, Digest, HostFacts, ImageFacts, Limits, MachineFacts, NodeFacts, NodeState, Observed,
     PinnedImage, Reading, Reason, printable,
 };
 use crate::registry::{NodePolicy, reference};
@@ -133,6 +133,29 @@ pub enum ConfigAhead {
     Accept,
 }
 
+/// The host tool to use.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum BackendOption {
+    /// What is there.
+    Auto,
+    /// rpm-ostreed.
+    RpmOstree,
+    /// bootc.
+    Bootc,
+}
+
+impl BackendOption {
+    /// The one that was asked for.
+    #[must_use]
+    pub fn backend(self) -> Option<Backend> {
+        match self {
+            Self::Auto => None,
+            Self::RpmOstree => Some(Backend::RpmOstree),
+            Self::Bootc => Some(Backend::Bootc),
+        }
+    }
+}
+
 /// Where things are on the node.
 #[derive(Clone, Debug, Args)]
 pub struct Paths {
@@ -142,6 +165,9 @@ pub struct Paths {
     /// The Node's name, for a kubeconfig whose credentials are not the kubelet's and do not tell it.
     #[arg(long, global = true, env = "REBASE_AGENT_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
+    /// What lists deployments and stages images: rpm-ostree, bootc, or what is there (rpm-ostree where both are).
+    #[arg(long, global = true, env = "REBASE_AGENT_BACKEND", default_value = "auto", value_name = "TOOL")]
+    pub backend: BackendOption,
     /// The signature policy, as rpm-ostreed sees it.
     #[arg(long, global = true, env = "REBASE_AGENT_POLICY", value_name = "FILE")]
     pub policy: Option<PathBuf>,
@@ -171,6 +197,8 @@ pub struct Paths {
 /// Everything `status` shows; the text is made from it, and `--json` prints it.
 #[derive(Debug, Serialize)]
 pub struct Status {
+    /// Which host tool is used, and why that one; or why none.
+    pub backend: String,
     /// The Node, or why it cannot be read.
     pub cluster: Reading<NodeFacts>,
     /// Deployments, or why they cannot be read.
@@ -236,8 +264,10 @@ pub fn required(policy: &std::path::Path, desired: Option<&PinnedImage>) -> Opti
 #[must_use]
 pub fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
     let not_image_mode = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostNotImageMode);
+    let unsupported = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostUnsupported);
     match decision.state {
         _ if not_image_mode => NOT_IMAGE_MODE,
+        _ if unsupported => REFUSED,
         Some(NodeState::Degraded | NodeState::Unreconcilable) => REFUSED,
         Some(NodeState::Working | NodeState::Done) => NOT_YET,
         None if observed.cluster.known().is_none() || observed.host.known().is_none() => UNREADABLE,
@@ -256,6 +286,11 @@ impl Status {
             Reading::Unknown(fault) => line(&mut out, "Node", &format!("unknown: {}", fault.message)),
         }
         match &self.host {
+            // bootc cannot be asked while it works.
+            Reading::Known(host) if host.deployments.is_empty() && host.transaction.is_some() => {
+                line(&mut out, "Host", "not readable until the transaction has ended");
+                busy(&mut out, host);
+            }
             Reading::Known(host) => {
                 let desired = self.desired();
                 let row = |deployment: Option<&Deployment>| {
@@ -264,12 +299,11 @@ impl Status {
                 line(&mut out, "Booted", &row(host.booted()));
                 line(&mut out, "Staged", &row(host.staged()));
                 line(&mut out, "Rollback", &row(host.rollback()));
-                if let Some(active) = &host.transaction {
-                    line(&mut out, "Busy", &format!("transaction `{}` of {}", active.title, active.client));
-                }
+                busy(&mut out, host);
             }
             Reading::Unknown(fault) => line(&mut out, "Host", &format!("unknown: {}", fault.message)),
         }
+        line(&mut out, "Backend", &self.backend);
         let trust = match &self.trust {
             None => "nothing to trust: no valid image is desired".to_owned(),
             Some(Trust::Required(scope)) => {
@@ -352,6 +386,12 @@ fn describe(deployment: &Deployment, desired: Option<&PinnedImage>) -> String {
         text.push_str(", with packages layered by hand");
     }
     text
+}
+
+fn busy(out: &mut String, host: &HostFacts) {
+    if let Some(active) = &host.transaction {
+        line(out, "Busy", &format!("transaction `{}` of {}", active.title, active.client));
+    }
 }
 
 fn drain(node: &NodeFacts) -> String {

@@ -73,13 +73,13 @@ fn neighbours(paths: &Paths) -> Neighbours {
             scratch: paths.scratch.clone(),
             deadline: Duration::from_secs(paths.verify_timeout),
         })),
-        host: Host::new(root, None),
+        host: Host::new(root, None).with_backend(paths.backend.backend()),
     }
 }
 
 async fn run(neighbours: Neighbours, confinement: Confinement, tuning: &Tuning) -> ExitCode {
-    if !neighbours.host.root().is_image_mode() {
-        tracing::error!("this host was not booted from an ostree deployment; there is nothing to rebase");
+    if let Err(error) = neighbours.host.check_kind() {
+        tracing::error!("{error}");
         return ExitCode::from(cli::NOT_IMAGE_MODE);
     }
     let (version, landlock) = (env!("CARGO_PKG_VERSION"), confinement.sentence());
@@ -136,8 +136,12 @@ async fn status(neighbours: &Neighbours, look: &Look) -> ExitCode {
         Err(error) => Service::new("unknown".to_owned(), &error.to_string()),
     };
     let Observed { cluster, host, machine, .. } = seen.observed;
+    let backend = match neighbours.host.backend().await {
+        Ok(chosen) => format!("{}: {}", chosen.backend, chosen.why),
+        Err(error) => format!("none: {error}"),
+    };
     let leftovers = leftovers(neighbours.host.root());
-    let status = Status { cluster, host, machine, trust: seen.trust, leftovers, service, decision };
+    let status = Status { backend, cluster, host, machine, trust: seen.trust, leftovers, service, decision };
     print(look.json, &status, || status.text());
     ExitCode::from(code)
 }

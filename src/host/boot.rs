@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use nix::sys::stat;
 use nix::sys::statvfs::statvfs;
 use nix::sys::utsname::uname;
 use serde::Deserialize;
@@ -65,6 +67,21 @@ impl Root {
     #[must_use]
     pub fn is_image_mode(&self) -> bool {
         self.join("run/ostree-booted").exists()
+    }
+
+    /// Whether it was booted from an image that bootc keeps without ostree: that one names its digest to the kernel.
+    #[must_use]
+    pub fn is_composefs_native(&self) -> bool {
+        let native = |line: Vec<String>| line.iter().any(|argument| argument.starts_with("composefs="));
+        !self.is_image_mode() && self.command_line().is_ok_and(native)
+    }
+
+    /// Whether some program holds the lock on the deployments that bootc would wait for. Nobody is asked: the kernel
+    /// lists who holds what. On a file system whose device it names differently the answer is no.
+    #[must_use]
+    pub fn is_sysroot_locked(&self) -> bool {
+        let Ok(lock) = std::fs::metadata(self.join("ostree/lock")) else { return false };
+        read_text(&self.join("proc/locks")).is_ok_and(|locks| is_locked(&locks, lock.dev(), lock.ino()))
     }
 
     /// This boot's id.
@@ -137,20 +154,26 @@ impl Root {
     /// `spec.kernelArguments` of the rendered config inside a deployment, each split into single arguments.
     #[must_use]
     pub fn wanted_arguments(&self, osname: &str, directory: &str) -> Option<Vec<String>> {
+        self.rendered_config(osname, directory).map(|config| config.arguments)
+    }
+
+    /// The rendered config inside a deployment.
+    #[must_use]
+    pub fn rendered_config(&self, osname: &str, directory: &str) -> Option<RenderedConfig> {
         let plain = |name: &str| !name.is_empty() && !name.contains('/') && name != "..";
         if !plain(osname) || !plain(directory) {
             return None;
         }
         let path = self.join("ostree/deploy").join(osname).join("deploy").join(directory).join(RENDERED_CONFIG);
         let why = match read_bounded(&path, MAX_CONFIG) {
-            Ok(config) => match kernel_arguments(&config) {
-                Ok(arguments) => return Some(arguments),
+            Ok(config) => match rendered_config(&config) {
+                Ok(config) => return Some(config),
                 Err(error) => error.to_string(),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => error.to_string(),
         };
-        tracing::warn!("the kernel arguments in {} are ignored: {}", path.display(), printable(&why, 200));
+        tracing::warn!("{} is ignored: {}", path.display(), printable(&why, 200));
         None
     }
 
@@ -162,11 +185,39 @@ impl Root {
     }
 }
 
-/// `spec.kernelArguments` of a MachineConfig. Pure.
-fn kernel_arguments(config: &[u8]) -> serde_json::Result<Vec<String>> {
+/// What counts of the MachineConfig that an image carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RenderedConfig {
+    /// `metadata.name`.
+    pub name: Option<String>,
+    /// `spec.kernelArguments`, each split into single arguments.
+    pub arguments: Vec<String>,
+}
+
+/// Whether `/proc/locks` has a lock for writing on that file, in force and not only waited for. Pure.
+fn is_locked(locks: &str, device: u64, inode: u64) -> bool {
+    let file = format!("{:02x}:{:02x}:{inode}", stat::major(device), stat::minor(device));
+    locks.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let kind = words.next();
+        matches!(kind, Some("FLOCK" | "OFDLCK" | "POSIX"))
+            && words.nth(1) == Some("WRITE")
+            && words.nth(1) == Some(file.as_str())
+    })
+}
+
+/// A MachineConfig. Pure.
+fn rendered_config(config: &[u8]) -> serde_json::Result<RenderedConfig> {
     #[derive(Deserialize)]
     struct MachineConfig {
+        #[serde(default)]
+        metadata: Metadata,
         spec: Spec,
+    }
+    #[derive(Default, Deserialize)]
+    struct Metadata {
+        #[serde(default)]
+        name: Option<String>,
     }
     #[derive(Deserialize)]
     struct Spec {
@@ -174,8 +225,9 @@ fn kernel_arguments(config: &[u8]) -> serde_json::Result<Vec<String>> {
         kernel_arguments: Option<Vec<String>>,
     }
     let config: MachineConfig = serde_json::from_slice(config)?;
+    let name = config.metadata.name.filter(|name| !name.is_empty()).map(|name| printable(&name, 253));
     let arguments = config.spec.kernel_arguments.unwrap_or_default();
-    Ok(arguments.iter().flat_map(|entry| split_arguments(entry)).collect())
+    Ok(RenderedConfig { name, arguments: arguments.iter().flat_map(|entry| split_arguments(entry)).collect() })
 }
 
 /// Splits at white space outside double quotes, as the kernel does; quotes stay. Pure.
@@ -216,15 +268,53 @@ mod tests {
 
     #[test]
     fn rendered_configs_are_read_tolerantly() {
-        assert_eq!(
-            kernel_arguments(br#"{"kind":"MachineConfig","spec":{"kernelArguments":["a b","c"],"fips":true}}"#)
-                .unwrap(),
-            ["a", "b", "c"]
-        );
-        assert_eq!(kernel_arguments(br#"{"spec":{"kernelArguments":null}}"#).unwrap(), [""; 0]);
-        assert_eq!(kernel_arguments(br#"{"spec":{}}"#).unwrap(), [""; 0]);
-        assert!(kernel_arguments(b"{}").is_err());
-        assert!(kernel_arguments(b"").is_err());
+        let parsed = |json: &str| rendered_config(json.as_bytes()).map(|config| (config.name, config.arguments));
+        let whole = r#"{"kind":"MachineConfig","metadata":{"name":"rendered-worker-1","uid":"x"},
+            "spec":{"kernelArguments":["a b","c"],"fips":true}}"#;
+        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+        assert_eq!(parsed(whole).unwrap(), (Some("rendered-worker-1".to_owned()), words(&["a", "b", "c"])));
+        assert_eq!(parsed(r#"{"spec":{"kernelArguments":null}}"#).unwrap(), (None, Vec::new()));
+        assert_eq!(parsed(r#"{"metadata":{"name":""},"spec":{}}"#).unwrap(), (None, Vec::new()));
+        assert!(parsed("{}").is_err());
+        assert!(parsed("").is_err());
+    }
+
+    #[test]
+    fn locks_are_found_in_the_kernels_list() {
+        let device = stat::makedev(0xfd, 1);
+        for (line, locked) in [
+            ("1: FLOCK  ADVISORY  WRITE 812 fd:01:77 0 EOF", true),
+            ("4: OFDLCK ADVISORY  WRITE -1 fd:01:77 0 EOF", true),
+            ("1: FLOCK  ADVISORY  READ  812 fd:01:77 0 EOF", false),
+            ("1: -> FLOCK  ADVISORY  WRITE 813 fd:01:77 0 EOF", false),
+            ("1: FLOCK  ADVISORY  WRITE 812 fd:01:777 0 EOF", false),
+            ("1: FLOCK  ADVISORY  WRITE 812 fd:00:77 0 EOF", false),
+            ("1: LEASE  ACTIVE    WRITE 812 fd:01:77 0 EOF", false),
+            ("nonsense", false),
+            ("", false),
+        ] {
+            assert_eq!(
+                is_locked(&format!("9: POSIX  ADVISORY  READ 1 00:1a:2 128 128\n{line}\n"), device, 77),
+                locked,
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_real_lock_is_found() {
+        let lock = tempfile::NamedTempFile::new().unwrap();
+        let metadata = lock.as_file().metadata().unwrap();
+        let held = || is_locked(&std::fs::read_to_string("/proc/locks").unwrap(), metadata.dev(), metadata.ino());
+        assert!(!held());
+        lock.as_file().lock().unwrap();
+        if held() {
+            lock.as_file().unlock().unwrap();
+            assert!(!held());
+        } else {
+            // Some container file systems and sandboxes name other devices, or list nothing.
+            eprintln!("this kernel's /proc/locks does not show the lock on {}", lock.path().display());
+        }
     }
 
     #[test]

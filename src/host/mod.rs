@@ -1,24 +1,30 @@
-//! Neighbour 3, the OS: deployments and transactions through rpm-ostree, units through systemd, the reboot through
-//! logind, boot facts from the kernel. The only place that speaks D-Bus.
+//! Neighbour 3, the OS: deployments and transactions through rpm-ostree or bootc, units through systemd, the reboot
+//! through logind, boot facts from the kernel. The only place that speaks D-Bus.
 //!
 //! Every operation makes its own connection to the system bus and drops it at its end. That registers and
 //! unregisters us with rpm-ostreed, lets it exit when idle, takes back a transaction whose reply was lost, and leaves
 //! nothing that could go stale.
 
+mod backend;
 pub mod boot;
+mod bootc;
 pub mod leftovers;
 mod login;
 mod rpm_ostree;
 mod systemd;
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, Proxy};
 
-use crate::model::{Digest, Fault, HostFacts, ImageFacts, MachineFacts, PinnedImage, Reason, printable};
+use crate::model::{
+    Backend, Deployment, Digest, Fault, HostFacts, ImageFacts, MachineFacts, PinnedImage, Reason, printable,
+};
 use crate::registry::{Verified, reference};
+pub use backend::Chosen;
 use boot::Root;
 
 /// How long the host's daemons may take. zbus has no limit of its own.
@@ -35,7 +41,9 @@ pub struct Deadlines {
     pub job: Duration,
     /// Longest silence of a running transaction. Container pulls tell layer by layer, and one may be gigabytes.
     pub stall: Duration,
-    /// Longest transaction.
+    /// For `bootc status`: as long as another program may hold the sysroot lock for a moment.
+    pub status: Duration,
+    /// Longest transaction; the unit of `bootc switch` has a limit of its own below it.
     pub whole: Duration,
     /// For a cancelled transaction to end.
     pub cancel: Duration,
@@ -49,6 +57,7 @@ impl Default for Deadlines {
             reply: Duration::from_secs(300),
             job: Duration::from_secs(120),
             stall: Duration::from_secs(30 * 60),
+            status: Duration::from_secs(60),
             whole: Duration::from_secs(3 * 60 * 60),
             cancel: Duration::from_secs(60),
         }
@@ -98,6 +107,21 @@ pub enum HostError {
     /// Not an ostree system.
     #[error("the host is not booted from an ostree deployment, so there is nothing to rebase")]
     NotImageMode,
+    /// An image kept without ostree.
+    #[error(
+        "the host was booted from a composefs-native image, which rpm-ostree cannot change and this agent does not \
+         follow yet; install the node with bootc's ostree backend"
+    )]
+    Composefs,
+    /// bootc does not manage what is booted.
+    #[error(
+        "bootc says that it does not manage what is booted; `bootc status` shows it. Install the node from a bootc \
+         image, or use `--backend rpm-ostree`"
+    )]
+    NotBootc,
+    /// No host tool.
+    #[error("nothing here can stage an image: {0}")]
+    NoBackend(&'static str),
     /// Somebody else's transaction.
     #[error("the host is busy: {0}")]
     Busy(String),
@@ -111,6 +135,32 @@ pub enum HostError {
         /// The daemon's words.
         why: String,
     },
+    /// `bootc switch` failed; it says why in its journal only.
+    #[error("`bootc switch` ended with `{result}`; see `journalctl -u '{unit}'`")]
+    Switch {
+        /// Its unit.
+        unit: String,
+        /// systemd's word and the exit code.
+        result: String,
+        /// The class of the failure.
+        reason: Reason,
+    },
+    /// The image's name does not fit into the name of the unit that would switch to it.
+    #[error(
+        "{image} makes a unit name of {length} characters and systemd takes {longest}; push the image under a shorter \
+         name, with fewer dashes (each takes four)"
+    )]
+    NameTooLong {
+        /// The image.
+        image: PinnedImage,
+        /// How long the name would be.
+        length: usize,
+        /// How long it may be.
+        longest: usize,
+    },
+    /// bootc does not change kernel arguments.
+    #[error("bootc cannot change kernel arguments: let the image {0} in `/usr/lib/bootc/kargs.d` and build it again")]
+    KernelArguments(String),
     /// We, or any local user, cancelled the transaction.
     #[error("{0} was cancelled")]
     Cancelled(&'static str),
@@ -137,7 +187,7 @@ pub enum HostError {
     #[error("{unit} ended with `{result}`; see `journalctl -u {unit}`")]
     Unit {
         /// Which.
-        unit: &'static str,
+        unit: String,
         /// The job's result.
         result: String,
     },
@@ -150,7 +200,15 @@ impl HostError {
     /// Whether the same call may succeed later without anybody changing anything.
     #[must_use]
     pub fn retryable(&self) -> bool {
-        !matches!(self, Self::Denied { .. } | Self::NotImageMode)
+        !matches!(
+            self,
+            Self::Denied { .. }
+                | Self::NotImageMode
+                | Self::Composefs
+                | Self::NotBootc
+                | Self::NameTooLong { .. }
+                | Self::KernelArguments(_)
+        )
     }
 
     /// The stable word.
@@ -161,7 +219,10 @@ impl HostError {
             Self::Confused { .. } | Self::NoEffect { .. } => Reason::HostConfused,
             Self::NotImageMode => Reason::HostNotImageMode,
             Self::Busy(_) => Reason::HostBusy,
-            Self::Transaction { reason, .. } => *reason,
+            Self::Composefs | Self::NotBootc | Self::NoBackend(_) => Reason::HostUnsupported,
+            Self::Transaction { reason, .. } | Self::Switch { reason, .. } => *reason,
+            Self::NameTooLong { .. } => Reason::ImageNameTooLong,
+            Self::KernelArguments(_) => Reason::KernelArgumentsUnsupported,
             Self::Cancelled(_) => Reason::Cancelled,
             Self::Deadline { .. } => Reason::DeadlineExceeded,
             Self::Unit { .. } => Reason::UnitFailed,
@@ -203,13 +264,24 @@ pub struct Host {
     root: Root,
     bus: Option<String>,
     deadlines: Deadlines,
+    backend: Option<Backend>,
+    chosen: Arc<OnceCell<Chosen>>,
+    /// What bootc said last; it cannot be asked while it works.
+    seen: Arc<Mutex<Vec<Deployment>>>,
 }
 
 impl Host {
     /// `root` is `/` in production, and `bus`, an address, is not given: that is the system bus.
     #[must_use]
     pub fn new(root: Root, bus: Option<String>) -> Self {
-        Self { root, bus, deadlines: Deadlines::default() }
+        let (chosen, seen) = (Arc::default(), Arc::default());
+        Self { root, bus, deadlines: Deadlines::default(), backend: None, chosen, seen }
+    }
+
+    /// With this backend, whatever is there; `None` looks what is.
+    #[must_use]
+    pub fn with_backend(self, backend: Option<Backend>) -> Self {
+        Self { backend, chosen: Arc::default(), ..self }
     }
 
     /// With other deadlines.
@@ -224,15 +296,40 @@ impl Host {
         &self.root
     }
 
-    /// Reads deployments and transaction. Wakes rpm-ostreed.
+    /// The backend, settled with the first answer.
+    ///
+    /// # Errors
+    /// [`HostError::NoBackend`], and what the bus or systemd answer instead of an answer.
+    pub async fn backend(&self) -> Result<Chosen, HostError> {
+        let choose = async || match self.backend {
+            Some(backend) => Ok(Chosen { backend, why: "it was asked for" }),
+            None => backend::probe(self).await,
+        };
+        self.chosen.get_or_try_init(choose).await.cloned()
+    }
+
+    /// Whether the host is of a kind that any backend can change.
+    ///
+    /// # Errors
+    /// [`HostError::Composefs`] and [`HostError::NotImageMode`].
+    pub fn check_kind(&self) -> Result<(), HostError> {
+        match self.root.is_image_mode() {
+            true => Ok(()),
+            false if self.root.is_composefs_native() => Err(HostError::Composefs),
+            false => Err(HostError::NotImageMode),
+        }
+    }
+
+    /// Reads deployments and transaction. Wakes rpm-ostreed, or has bootc run once.
     ///
     /// # Errors
     /// See [`HostError`].
     pub async fn read(&self) -> Result<HostFacts, HostError> {
-        if !self.root.is_image_mode() {
-            return Err(HostError::NotImageMode);
+        self.check_kind()?;
+        match self.backend().await?.backend {
+            Backend::RpmOstree => rpm_ostree::read(self).await,
+            Backend::Bootc => bootc::read(self).await,
         }
-        rpm_ostree::read(self).await
     }
 
     /// Reads what the kernel, systemd and logind know. Wakes nobody.
@@ -274,15 +371,24 @@ impl Host {
         cancel: &mut Cancel,
         progress: &Progress,
     ) -> Result<(), HostError> {
-        rpm_ostree::stage(self, image, cancel, progress).await
+        match self.backend().await?.backend {
+            Backend::RpmOstree => rpm_ostree::stage(self, image, cancel, progress).await,
+            Backend::Bootc => bootc::stage(self, image, cancel, progress).await,
+        }
     }
 
-    /// Removes the staged deployment if it still is `checksum`.
+    /// Removes the staged deployment if it still is `checksum`. The rules do not ask a backend that cannot.
     ///
     /// # Errors
     /// See [`HostError`].
     pub async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
-        rpm_ostree::drop_staged(self, checksum, cancel).await
+        match self.backend().await?.backend {
+            Backend::RpmOstree => rpm_ostree::drop_staged(self, checksum, cancel).await,
+            Backend::Bootc => {
+                let why = "bootc only stages something else over it".to_owned();
+                Err(HostError::NoEffect { what: "dropping the staged deployment", why })
+            }
+        }
     }
 
     /// Cancels a transaction that an earlier run of the agent started.
@@ -290,7 +396,10 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub async fn cancel_transaction(&self) -> Result<(), HostError> {
-        rpm_ostree::cancel_ours(self).await
+        match self.backend().await?.backend {
+            Backend::RpmOstree => rpm_ostree::cancel_ours(self).await,
+            Backend::Bootc => bootc::cancel_ours(self).await,
+        }
     }
 
     /// Changes the staged deployment's kernel arguments.
@@ -303,7 +412,10 @@ impl Host {
         delete: &[String],
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
-        rpm_ostree::set_kernel_arguments(self, append, delete, cancel).await
+        match self.backend().await?.backend {
+            Backend::RpmOstree => rpm_ostree::set_kernel_arguments(self, append, delete, cancel).await,
+            Backend::Bootc => Err(bootc::set_kernel_arguments(append, delete)),
+        }
     }
 
     /// Starts the unit whose stop finalizes the staged deployment.
@@ -336,6 +448,14 @@ impl Host {
     /// See [`HostError`].
     pub async fn service_status(&self) -> Result<(String, String), HostError> {
         systemd::status_text(self, "rebase-agent.service").await
+    }
+
+    fn see_deployments(&self, deployments: &[Deployment]) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = deployments.to_vec();
+    }
+
+    fn deployments_seen(&self) -> Vec<Deployment> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A connection of its own, whose every call is limited to `limit`.
@@ -372,7 +492,7 @@ const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
 /// Whether a deployment is `image`: by canonical reference, by manifest digest, or by the instance that the verified
 /// index selects. Never by spelling alone. Pure.
 #[must_use]
-pub fn is_image(deployment: &crate::model::Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
+pub fn is_image(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
     let referenced = deployment.reference.as_deref().and_then(|text| reference::parse(text).ok());
     let recorded = deployment.digest.as_ref();
     referenced.is_some_and(|pinned| pinned == *image)

@@ -13,10 +13,10 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Vari
 
 use super::boot::split_arguments;
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image};
-use crate::model::{Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
+use crate::model::{Backend, Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
 use crate::registry::{Verified, reference, rendered_config_label, without_queries};
 
-const NAME: &str = "org.projectatomic.rpmostree1";
+pub(super) const NAME: &str = "org.projectatomic.rpmostree1";
 const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
 const OS: &str = "org.projectatomic.rpmostree1.OS";
 const TRANSACTION: &str = "org.projectatomic.rpmostree1.Transaction";
@@ -186,7 +186,7 @@ impl<'h> Client<'h> {
             }
             None => None,
         };
-        Ok(Snapshot { facts: HostFacts { deployments, transaction }, os, address })
+        Ok(Snapshot { facts: HostFacts { backend: Backend::RpmOstree, deployments, transaction }, os, address })
     }
 
     async fn boot_arguments(&self, os: &OwnedObjectPath, id: &str) -> Result<String, HostError> {

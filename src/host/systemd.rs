@@ -45,24 +45,67 @@ fn state(load: &str, active: &str) -> UnitState {
     }
 }
 
+/// The loaded units whose name matches one of `patterns`, and their states. One that is being stopped still runs.
+pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(String, UnitState)>, HostError> {
+    const WHAT: &str = "systemd's ListUnitsByPatterns";
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let asked = async {
+        let none: [&str; 0] = [];
+        manager(&bus).await?.call("ListUnitsByPatterns", &(none.as_slice(), patterns)).await
+    };
+    let listed: zbus::Result<Vec<Listed>> = asked.await;
+    close(bus).await;
+    let listed = listed.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))?;
+    let running = |active: &str| if active == "deactivating" { UnitState::Activating } else { state("loaded", active) };
+    Ok(listed.into_iter().map(|row| (row.0, running(&row.3))).collect())
+}
+
+/// `Result` and `ExecMainStatus` of a unit that failed, which is then forgotten; `None` for one that has not.
+pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(String, i32)>, HostError> {
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let asked = async {
+        let manager = manager(&bus).await?;
+        let path: OwnedObjectPath = manager.call("LoadUnit", &(unit,)).await?;
+        let service = proxy(&bus, NAME, path.as_str(), "org.freedesktop.systemd1.Service").await?;
+        let result: String = service.get_property("Result").await?;
+        if result == "success" {
+            return Ok(None);
+        }
+        let status: i32 = service.get_property("ExecMainStatus").await?;
+        let _: () = manager.call("ResetFailedUnit", &(unit,)).await?;
+        Ok(Some((printable(&result, 50), status)))
+    };
+    let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));
+    close(bus).await;
+    told
+}
+
 /// Starts `unit` and waits for the job's end.
 pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
+    let limit = host.deadlines.job;
+    match tokio::time::timeout(limit, job(host, "StartUnit", unit)).await {
+        Ok(Ok(result)) if result == "done" => Ok(()),
+        Ok(Ok(result)) => Err(HostError::Unit { unit: unit.to_owned(), result }),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(HostError::deadline(unit, limit)),
+    }
+}
+
+/// Has `method` make a job for `unit`, or join the one that does the same, and waits for its end: the job's result.
+pub(super) async fn job(host: &Host, method: &'static str, unit: &str) -> Result<String, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let result = match tokio::time::timeout(host.deadlines.job, start_and_wait(host, &bus, unit)).await {
-        Ok(result) => result,
-        Err(_) => Err(HostError::deadline(unit, host.deadlines.job)),
-    };
+    let result = job_on(host, &bus, method, unit).await;
     close(bus).await;
     result
 }
 
-async fn start_and_wait(host: &Host, bus: &Connection, unit: &'static str) -> Result<(), HostError> {
-    const WHAT: &str = "systemd's StartUnit";
+async fn job_on(host: &Host, bus: &Connection, method: &'static str, unit: &str) -> Result<String, HostError> {
+    const WHAT: &str = "systemd's manager";
     let failed = |error: zbus::Error| match &error {
         // No such unit, masked, at odds with a job that is queued.
         zbus::Error::MethodError(name, ..) if name.as_str().starts_with(NAME) => {
             let result = name.as_str().trim_start_matches(NAME).trim_start_matches('.');
-            HostError::Unit { unit, result: printable(result, 50) }
+            HostError::Unit { unit: unit.to_owned(), result: printable(result, 50) }
         }
         _ => call_failed(WHAT, UNIT, host.deadlines.call, &error),
     };
@@ -72,7 +115,7 @@ async fn start_and_wait(host: &Host, bus: &Connection, unit: &'static str) -> Re
     let mut removed = manager.receive_signal("JobRemoved").await.map_err(failed)?;
     // Both are listened to at once: signals that nobody takes would keep the reply from being read.
     let body = (unit, "fail");
-    let mut call = pin!(manager.call::<_, _, OwnedObjectPath>("StartUnit", &body));
+    let mut call = pin!(manager.call::<_, _, OwnedObjectPath>(method, &body));
     let mut job = None;
     let mut ended = Vec::new();
     loop {
@@ -88,10 +131,8 @@ async fn start_and_wait(host: &Host, bus: &Connection, unit: &'static str) -> Re
                 }
             }
         }
-        match ended.iter().find(|(path, _)| Some(path) == job.as_ref()) {
-            Some((_, result)) if result == "done" => return Ok(()),
-            Some((_, result)) => return Err(HostError::Unit { unit, result: printable(result, 50) }),
-            None => {}
+        if let Some((_, result)) = ended.iter().find(|(path, _)| Some(path) == job.as_ref()) {
+            return Ok(printable(result, 50));
         }
     }
     Err(HostError::Call { what: WHAT, unit: UNIT, why: "the bus closed".to_owned() })

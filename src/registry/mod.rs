@@ -80,6 +80,12 @@ impl Verified<PinnedImage> {
     pub fn to_pull(&self) -> String {
         reference::to_pull(&self.inner, self.default_is_insecure)
     }
+
+    /// Whether that prefix makes the deployment's origin a signed one.
+    #[must_use]
+    pub fn is_signed_origin(&self) -> bool {
+        !self.default_is_insecure
+    }
 }
 
 /// Why an image is not verified. Anything but success refuses; the class only decides how soon to look again.

@@ -1,0 +1,79 @@
+//! Which host tool is used: the one that was asked for, or the one that is there. What a host can do is probed; what
+//! it is called is not.
+
+use super::{Host, HostError, call_failed, close, proxy, systemd};
+use crate::model::{Backend, UnitState};
+
+const BUS: &str = "org.freedesktop.DBus";
+
+/// The backend, and why it is this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// Which.
+    pub backend: Backend,
+    /// For people.
+    pub why: &'static str,
+}
+
+/// rpm-ostree wherever it is there: it has an interface of its own, tells its progress, can be cancelled, drops what is
+/// staged and changes kernel arguments.
+pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
+    let bus = host.connect_to_bus(host.deadlines.call).await?;
+    let asked = async {
+        let rpm_ostree = is_on_bus(host, &bus, super::rpm_ostree::NAME).await?;
+        let [socket] = systemd::states(host, &bus, [super::bootc::STATUS_UNIT]).await?;
+        Ok((rpm_ostree, socket))
+    };
+    let asked = asked.await;
+    close(bus).await;
+    let (rpm_ostree, socket) = asked?;
+    let bootc = host.root.join(super::bootc::PROGRAM).exists();
+    choose(rpm_ostree, bootc, socket == UnitState::Active)
+}
+
+/// Pure.
+fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostError> {
+    let chosen = |backend, why| Ok(Chosen { backend, why });
+    match (rpm_ostree, bootc, socket) {
+        (true, true, true) => chosen(Backend::RpmOstree, "both are there, and it has an interface of its own"),
+        (true, ..) => chosen(Backend::RpmOstree, "it is on the system bus"),
+        (false, true, true) => chosen(Backend::Bootc, "rpm-ostree is not on the system bus"),
+        (false, true, false) => Err(HostError::NoBackend(
+            "rpm-ostree is not on the system bus, and the socket for bootc is not active: `systemctl enable --now \
+             rebase-agent-bootc-status.socket`",
+        )),
+        (false, false, _) => Err(HostError::NoBackend(
+            "rpm-ostree is not on the system bus and there is no `/usr/bin/bootc`; build the image from an image-mode \
+             base that has one of them",
+        )),
+    }
+}
+
+/// Owned, or somebody will own it when asked.
+async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str) -> Result<bool, HostError> {
+    let asked = async {
+        let daemon = proxy(bus, BUS, "/org/freedesktop/DBus", BUS).await?;
+        let owned: bool = daemon.call("NameHasOwner", &(name,)).await?;
+        let activatable: Vec<String> = daemon.call("ListActivatableNames", &()).await?;
+        Ok(owned || activatable.iter().any(|activatable| activatable == name))
+    };
+    asked.await.map_err(|error| call_failed("the system bus", "dbus.service", host.deadlines.call, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_used_and_rpm_ostree_first() {
+        let backend = |rpm_ostree, bootc, socket| choose(rpm_ostree, bootc, socket).map(|chosen| chosen.backend);
+        for (bootc, socket) in [(false, false), (true, false), (true, true)] {
+            assert_eq!(backend(true, bootc, socket).unwrap(), Backend::RpmOstree);
+        }
+        assert_eq!(backend(false, true, true).unwrap(), Backend::Bootc);
+        for (bootc, socket, word) in [(true, false, "rebase-agent-bootc-status.socket"), (false, false, "image-mode")] {
+            let error = backend(false, bootc, socket).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}

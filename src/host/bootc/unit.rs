@@ -1,0 +1,167 @@
+//! The names of the units that run `bootc switch`: the image reference is the instance name, escaped as
+//! systemd-escape(1) does and nothing else. Pure.
+//!
+//! Two templates, because a template cannot vary an option by its instance and an agent that writes nothing has no
+//! other place to say it: which one ran is plain in the journal, and each can be read as a whole.
+
+use std::fmt::Write as _;
+
+use super::super::HostError;
+use crate::model::PinnedImage;
+use crate::registry::{Verified, reference};
+
+/// `bootc switch`, for policies whose global default accepts anything: bootc refuses the other one there.
+const PLAIN: &str = "rebase-agent-bootc@";
+/// `bootc switch --enforce-container-sigpolicy`: the new deployment's origin is a signed one.
+const SIGNED: &str = "rebase-agent-bootc-signed@";
+const SUFFIX: &str = ".service";
+/// Matches every instance of both.
+pub(super) const PATTERNS: [&str; 2] = ["rebase-agent-bootc@*.service", "rebase-agent-bootc-signed@*.service"];
+/// systemd's `UNIT_NAME_MAX` less the terminating zero.
+const LONGEST: usize = 255;
+
+/// The unit that switches to `image`.
+///
+/// # Errors
+/// [`HostError::NameTooLong`].
+pub(super) fn of(image: &Verified<PinnedImage>) -> Result<String, HostError> {
+    name(image.get(), image.is_signed_origin())
+}
+
+fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
+    let name = format!("{}{}{SUFFIX}", if signed { SIGNED } else { PLAIN }, escape(&image.to_string()));
+    match name.len() {
+        0..=LONGEST => Ok(name),
+        length => Err(HostError::NameTooLong { image: image.clone(), length, longest: LONGEST }),
+    }
+}
+
+/// The image that a unit of ours switches to; `None` for anything else, also for an instance that somebody made up.
+pub(super) fn image(unit: &str) -> Option<PinnedImage> {
+    let instance = [PLAIN, SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
+    reference::parse(&unescape(instance)?).ok()
+}
+
+/// What is not a letter, a digit, `:`, `_` or an inner dot becomes `\xNN`, and `/` becomes `-`: neither white space,
+/// quote, `$` nor `%` is ever left, and the first character is never a dash.
+fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for (index, byte) in text.bytes().enumerate() {
+        match byte {
+            b'/' => out.push('-'),
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' => out.push(char::from(byte)),
+            b'.' if index > 0 => out.push('.'),
+            // Writing to a string does not fail.
+            byte => drop(write!(out, "\\x{byte:02x}")),
+        }
+    }
+    out
+}
+
+fn unescape(instance: &str) -> Option<String> {
+    let mut out = Vec::with_capacity(instance.len());
+    let mut rest = instance;
+    while let Some(first) = rest.bytes().next() {
+        let taken = match first {
+            b'-' => {
+                out.push(b'/');
+                1
+            }
+            b'\\' => {
+                let digits = rest.strip_prefix("\\x")?.get(..2)?;
+                out.push(u8::from_str_radix(digits, 16).ok()?);
+                4
+            }
+            byte => {
+                out.push(byte);
+                1
+            }
+        };
+        rest = rest.get(taken..)?;
+    }
+    String::from_utf8(out).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    fn pinned(name: &str) -> PinnedImage {
+        reference::parse(&format!("{name}@sha256:{HEX}")).unwrap()
+    }
+
+    #[test]
+    fn names_are_as_systemd_escapes_them() {
+        let expected = format!("rebase-agent-bootc@quay.io-example-os\\x2dimage\\x40sha256:{HEX}.service");
+        assert_eq!(name(&pinned("quay.io/example/os-image"), false).unwrap(), expected);
+        let signed = name(&pinned("127.0.0.1:5000/a_b/c"), true).unwrap();
+        assert_eq!(signed, format!("rebase-agent-bootc-signed@127.0.0.1:5000-a_b-c\\x40sha256:{HEX}.service"));
+    }
+
+    #[test]
+    fn systemd_agrees() {
+        for text in ["quay.io/o/i@sha256:00", "-x", ".hidden", "a--b", "%i", "$HOME", "a b'\"\\", "é", "UPPER_1:2"] {
+            let Ok(told) = Command::new("systemd-escape").arg("--").arg(text).output() else {
+                eprintln!("systemd-escape is not installed; its escaping was not compared");
+                return;
+            };
+            assert_eq!(String::from_utf8(told.stdout).unwrap().trim_end(), escape(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_over_the_limit_is_refused_with_its_length() {
+        // The digest takes 75 characters of it.
+        let room = LONGEST - PLAIN.len() - SUFFIX.len() - "quay.io/".len() - 75;
+        assert_eq!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), false).unwrap().len(), LONGEST);
+        let error = name(&pinned(&format!("quay.io/{}", "a".repeat(room + 1))), false).unwrap_err();
+        assert!(matches!(error, HostError::NameTooLong { length: 256, .. }), "{error}");
+        assert!(!error.retryable());
+        assert!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), true).is_err(), "its prefix is longer");
+    }
+
+    #[test]
+    fn only_our_own_units_have_an_image() {
+        for signed in [false, true] {
+            let image = pinned("localhost:5000/a-b/c.d__e");
+            assert_eq!(super::image(&name(&image, signed).unwrap()), Some(image));
+        }
+        let foreign = [
+            "rebase-agent-bootc@.service",
+            "rebase-agent-bootc@quay.io-o-i.service",
+            "rebase-agent-bootc@\\x2d\\x2dapply.service",
+            "rebase-agent-bootc@\\xé.service",
+            "rebase-agent-bootc@\\x+1.service",
+            "rebase-agent-bootc@\\.service",
+            "rebase-agent-bootc-status@1-2-0.service",
+            "rebase-agent.service",
+        ];
+        for unit in foreign {
+            assert_eq!(super::image(unit), None, "{unit}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn escaping_loses_nothing_and_leaves_nothing_special(text in ".{0,40}") {
+            let escaped = escape(&text);
+            let safe = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b':' | b'_' | b'.' | b'-' | b'\\');
+            proptest::prop_assert!(escaped.bytes().all(safe), "{}", escaped);
+            proptest::prop_assert_eq!(unescape(&escaped), Some(text));
+        }
+
+        #[test]
+        fn whatever_may_be_followed_is_a_name(host in "[a-z0-9.-]{1,20}(:[0-9]{1,5})?", path in "[a-z0-9/._-]{1,80}") {
+            if let Ok(image) = reference::parse(&format!("{host}/{path}@sha256:{HEX}")) {
+                let Ok(name) = name(&image, false) else { return Ok(()) };
+                let instance = name.strip_prefix(PLAIN).unwrap();
+                proptest::prop_assert!(instance.starts_with(|c: char| c.is_ascii_alphanumeric()), "{}", instance);
+                proptest::prop_assert_eq!(super::image(&name), Some(image));
+            }
+        }
+    }
+}
