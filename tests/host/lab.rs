@@ -11,7 +11,7 @@ use rebase_agent::model::{HostFacts, PinnedImage};
 use rebase_agent::registry::{Engine as Verifier, Settings, Verified, reference, verify};
 use support::events::{Event, Events};
 use support::image::{ImageSpec, Pushed};
-use support::machine::{AgentCommand, Engine, Machine, MachineOptions};
+use support::machine::{AgentCommand, Engine, HostTools, Machine, MachineOptions};
 use support::pki::Pki;
 use support::policy::{Policy, RegistriesD, Requirement};
 use support::registry::{Registry, ServerTls};
@@ -32,6 +32,8 @@ pub struct Signed {
 /// Real images, in a registry that lives as long as the process.
 pub struct Store {
     pub engine: Engine,
+    /// The same with a policy that rejects by default.
+    pub strict: Engine,
     pub scope: String,
     images: BTreeMap<&'static str, Signed>,
 }
@@ -84,6 +86,8 @@ async fn fill(dir: &Path) -> (Registry, Store) {
         registries_d,
         cert_dir: registry.cert_dir(),
     };
+    let strict = Engine { policy: dir.join("strict.json"), ..engine.clone() };
+    Policy::reject_by_default().scope(&scope, demanded()).write(&strict.policy).unwrap();
     let specs = [
         ("1", &registry, ImageSpec::new("1").rendered_config("rendered-worker-1")),
         ("2", &registry, ImageSpec::new("2").rendered_config("rendered-worker-2")),
@@ -91,25 +95,34 @@ async fn fill(dir: &Path) -> (Registry, Store) {
         ("index", &registry, ImageSpec::new("4").index()),
         ("unbootable", &registry, ImageSpec::new("5").not_bootable()),
         ("gone", &gone, ImageSpec::new("6")),
+        ("long", &registry, ImageSpec::new("7")),
     ];
     let mut images = BTreeMap::new();
     for (name, registry, spec) in specs {
-        let pushed = registry.push("os", name, &spec).await.unwrap();
+        // Too long for the name of a unit.
+        let repository = if name == "long" { "o".repeat(140) } else { "os".to_owned() };
+        let pushed = registry.push(&repository, name, &spec).await.unwrap();
         sign_all(registry, &pushed, &format!("{}:{name}", pushed.repository()), &signer).await.unwrap();
-        let verifier = Verifier::new(Settings {
-            policy: engine.policy.clone(),
-            registries_d: engine.registries_d.clone(),
-            skopeo: engine.skopeo.clone(),
-            cert_dir: Some(registry.cert_dir()),
-            auth_files: Vec::new(),
-            scratch: None,
-            deadline: PATIENCE,
-        });
-        let verified = verify(&verifier, &reference::parse(&pushed.pullspec()).unwrap()).await.unwrap();
+        let engine = Engine { cert_dir: registry.cert_dir(), ..engine.clone() };
+        let verified = verified(&engine, &pushed).await;
         images.insert(name, Signed { pushed, verified });
     }
     gone.stop();
-    (registry, Store { engine, scope, images })
+    (registry, Store { engine, strict, scope, images })
+}
+
+/// Verified under the policy of `engine`.
+pub async fn verified(engine: &Engine, image: &Pushed) -> Verified<PinnedImage> {
+    let verifier = Verifier::new(Settings {
+        policy: engine.policy.clone(),
+        registries_d: engine.registries_d.clone(),
+        skopeo: engine.skopeo.clone(),
+        cert_dir: Some(engine.cert_dir.clone()),
+        auth_files: Vec::new(),
+        scratch: None,
+        deadline: PATIENCE,
+    });
+    verify(&verifier, &reference::parse(&image.pullspec()).unwrap()).await.unwrap()
 }
 
 /// A machine that runs image 1, and the neighbour under test.
@@ -123,14 +136,24 @@ pub struct Lab {
 
 impl Lab {
     pub async fn new() -> Self {
+        Self::with(HostTools::RpmOstree, false).await
+    }
+
+    /// With these host tools; `signed` installs with an origin that says so, as bootc's installer does when asked.
+    pub async fn with(host_tools: HostTools, signed: bool) -> Self {
         let store = tokio::task::spawn_blocking(Store::get).await.unwrap();
         let dir = tempfile::Builder::new().prefix("rebase-").tempdir().unwrap();
         let events = Events::new();
         let agent = AgentCommand { program: "/bin/sleep".into(), args: vec!["1000".to_owned()], env: Vec::new() };
         let mut options = MachineOptions::new(dir.path(), store.engine.clone(), events.clone(), agent);
         options.bootloader_update = true;
+        options.host_tools = host_tools;
+        if signed {
+            options.engine = store.strict.clone();
+        }
         let machine = Machine::new(options).await.unwrap();
-        machine.install(&format!("ostree-unverified-registry:{}", store.image("1").pushed.pullspec())).await.unwrap();
+        let prefix = if signed { "ostree-image-signed:docker://" } else { "ostree-unverified-registry:" };
+        machine.install(&format!("{prefix}{}", store.image("1").pushed.pullspec())).await.unwrap();
         machine.power_on().await.unwrap();
         let host = Host::new(Root::new(machine.root()), Some(machine.bus_address()));
         Self { machine, host, events, store, dir }

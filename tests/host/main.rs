@@ -1,8 +1,10 @@
-//! The host neighbour against doubles of rpm-ostreed, systemd and logind on a private bus. Images, signatures, the
+//! The host neighbour against doubles of rpm-ostreed, bootc, systemd and logind on a private bus. Images, signatures, the
 //! registry and the pulls are real.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::disallowed_methods, reason = "the tests own the disk that the agent must not write")]
 
+mod backend;
+mod bootc;
 mod deployments;
 mod errors;
 mod kernel_arguments;

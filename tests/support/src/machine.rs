@@ -15,6 +15,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::UnixDatagram;
 use tokio::task::JoinHandle;
 
+use crate::bootc::Bootc;
 use crate::bus::Bus;
 use crate::events::{Event, Events};
 use crate::logind::Logind;
@@ -54,6 +55,17 @@ pub struct AgentCommand {
     pub env: Vec<(String, String)>,
 }
 
+/// Which host tools a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostTools {
+    /// rpm-ostree alone.
+    RpmOstree,
+    /// bootc alone.
+    Bootc,
+    /// Both, as most images.
+    Both,
+}
+
 /// What a machine is made of.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {
@@ -79,6 +91,8 @@ pub struct MachineOptions {
     pub uptime: Duration,
     /// Kernel arguments of the installed deployment.
     pub kernel_arguments: Vec<String>,
+    /// Its host tools.
+    pub host_tools: HostTools,
     /// Whether the machine has a bootloader-update.service.
     pub bootloader_update: bool,
     /// The agent.
@@ -101,6 +115,7 @@ impl MachineOptions {
             watchdog: None,
             uptime: Duration::from_secs(3600),
             kernel_arguments: vec!["root=UUID=0a1b".to_owned(), "rw".to_owned(), "console=ttyS0".to_owned()],
+            host_tools: HostTools::RpmOstree,
             bootloader_update: false,
             agent,
         }
@@ -114,6 +129,7 @@ struct Inner {
     systemd: Systemd,
     logind: Logind,
     rpm_ostreed: RpmOstreed,
+    bootc: Bootc,
     sysroot: Arc<Sysroot>,
     runtime: tokio::runtime::Handle,
     agent: Mutex<AgentCommand>,
@@ -145,7 +161,9 @@ impl Machine {
         std::fs::create_dir_all(&root)?;
         let sysroot = Arc::new(Sysroot::create(&root, &options.osname)?);
         let bus = Bus::start(&options.dir)?;
-        bus.activatable(rpmostreed::NAME, "rpm-ostreed.service")?;
+        if options.host_tools != HostTools::Bootc {
+            bus.activatable(rpmostreed::NAME, "rpm-ostreed.service")?;
+        }
         bus.reload().await?;
         let systemd = Systemd::start(&bus, options.events.clone()).await?;
         let logind = Logind::start(&bus, options.events.clone()).await?;
@@ -157,6 +175,7 @@ impl Machine {
             options.engine.clone(),
             systemd.clone(),
         );
+        let bootc = Bootc::new(options.events.clone(), sysroot.clone(), rpm_ostreed.clone(), &systemd);
         let socket = options.dir.join("notify.sock");
         let _ = std::fs::remove_file(&socket);
         let notifications = UnixDatagram::bind(&socket)?;
@@ -167,6 +186,7 @@ impl Machine {
             systemd,
             logind,
             rpm_ostreed,
+            bootc,
             sysroot,
             runtime: tokio::runtime::Handle::current(),
             agent,
@@ -222,6 +242,14 @@ impl Machine {
         std::fs::write(proc.join("uptime"), format!("{uptime:.2} {uptime:.2}\n"))?;
         inner.systemd.reset(inner.options.bootloader_update);
         inner.logind.reset();
+        match inner.options.host_tools {
+            HostTools::RpmOstree => {}
+            HostTools::Bootc => {
+                inner.systemd.uninstall("rpm-ostreed.service");
+                inner.bootc.boot()?;
+            }
+            HostTools::Both => inner.bootc.boot()?,
+        }
         let stamp = self.root().join(STAMP);
         if stamp.exists() {
             std::fs::remove_file(stamp)?;
@@ -275,6 +303,8 @@ impl Machine {
         let finalizes = inner.systemd.unit(FINALIZER).is_some_and(|unit| unit.active == "active");
         let failure = inner.finalize_failure.lock().unwrap().clone();
         let staged = inner.sysroot.load().iter().any(|deployment| deployment.staged);
+        inner.systemd.stop_jobs();
+        inner.bootc.power_off();
         inner.rpm_ostreed.power_off().await;
         if is_over() {
             return false;
@@ -310,6 +340,8 @@ impl Machine {
         inner.boot.fetch_add(1, Ordering::SeqCst);
         inner.wanted.store(false, Ordering::SeqCst);
         self.kill_agent();
+        inner.systemd.stop_jobs();
+        inner.bootc.power_off();
         let this = self.clone();
         inner.runtime.clone().spawn(async move {
             inner.rpm_ostreed.power_off().await;
@@ -434,6 +466,12 @@ impl Machine {
     #[must_use]
     pub fn rpm_ostreed(&self) -> RpmOstreed {
         self.inner.rpm_ostreed.clone()
+    }
+
+    /// bootc.
+    #[must_use]
+    pub fn bootc(&self) -> Bootc {
+        self.inner.bootc.clone()
     }
 
     /// The service manager.

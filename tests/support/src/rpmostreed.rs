@@ -19,7 +19,7 @@ mod pull;
 mod sysroot;
 mod transaction;
 
-use pull::{Image, Reference};
+pub(crate) use pull::{Image, Reference};
 pub use sysroot::{Deployment, Sysroot};
 use transaction::{Request, Transaction};
 
@@ -354,6 +354,19 @@ impl RpmOstreed {
     /// Pulls and deploys `reference` outside of the daemon, as an installer does, with `engine`.
     pub async fn install(&self, engine: &Engine, reference: &str, kernel_arguments: &[String]) -> anyhow::Result<()> {
         install(&self.inner.sysroot, engine, reference, kernel_arguments).await
+    }
+
+    /// Pulls `reference` into the store with this engine, outside of the daemon, as bootc does.
+    pub(crate) async fn import(&self, reference: &Reference) -> Result<Image, String> {
+        let engine = self.inner.engine.lock().unwrap().clone();
+        pull::pull(&engine, &self.inner.sysroot, reference, &reference.canonical(), None).await
+    }
+
+    /// Stages an imported image with the kernel arguments of the booted deployment, as bootc does.
+    pub(crate) async fn stage_imported(&self, image: Image) -> Result<(), String> {
+        let booted = self.inner.sysroot.load().into_iter().find(|deployment| deployment.booted);
+        let arguments = booted.map(|booted| booted.kernel_arguments).unwrap_or_default();
+        self.inner.stage(image, arguments, false).await.map(|_| ())
     }
 
     /// Pulls and stages `reference` behind the daemon's back, as bootc does: the daemon knows after `Reload`.

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::Notify;
 use zbus::message::Message;
 use zbus::{Connection, MessageStream, ObjectPath, OwnedVariant};
 
@@ -19,6 +20,17 @@ const UNITS: &str = "/org/freedesktop/systemd1/unit/";
 
 /// What happens when a unit is started: the future's error fails the job.
 type Hook = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
+
+/// The same for a template; it is given the instance.
+type TemplateHook = Arc<dyn Fn(String) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
+
+/// A start job that has not ended.
+#[derive(Clone)]
+struct Starting {
+    number: u32,
+    stop: Arc<Notify>,
+    stopped: Arc<Notify>,
+}
 
 /// One unit as its properties show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,11 +82,15 @@ struct Inner {
     connection: Connection,
     units: Mutex<BTreeMap<String, Unit>>,
     hooks: Mutex<HashMap<String, Hook>>,
+    /// By what stands before the instance, `@` included.
+    templates: Mutex<HashMap<String, TemplateHook>>,
+    starting: Mutex<HashMap<String, Starting>>,
     refusals: Mutex<HashMap<String, String>>,
     results: Mutex<HashMap<String, String>>,
     subscribers: Mutex<HashSet<String>>,
     started: Mutex<Vec<String>>,
     jobs: AtomicU32,
+    merged: AtomicU32,
     always_early: AtomicBool,
     version: Mutex<String>,
 }
@@ -100,11 +116,14 @@ impl Systemd {
             connection: connection.clone(),
             units: Mutex::default(),
             hooks: Mutex::default(),
+            templates: Mutex::default(),
+            starting: Mutex::default(),
             refusals: Mutex::default(),
             results: Mutex::default(),
             subscribers: Mutex::default(),
             started: Mutex::default(),
             jobs: AtomicU32::new(1),
+            merged: AtomicU32::new(0),
             always_early: AtomicBool::new(false),
             version: Mutex::new("257.3-1.el10".to_owned()),
         });
@@ -134,7 +153,22 @@ impl Systemd {
         if bootloader_update {
             units.insert("bootloader-update.service".to_owned(), Unit::installed("dead"));
         }
+        self.stop_jobs();
         *self.inner.units.lock().unwrap() = units;
+    }
+
+    /// Every job that runs ends now, as at shutdown.
+    pub fn stop_jobs(&self) {
+        self.inner.starting.lock().unwrap().values().for_each(|starting| starting.stop.notify_one());
+    }
+
+    /// Installs a template, e.g. `switch@`, whose instances are oneshots that do this.
+    pub fn install_template<F>(&self, prefix: &str, hook: impl Fn(String) -> F + Send + Sync + 'static)
+    where
+        F: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        let hook: TemplateHook = Arc::new(move |instance| Box::pin(hook(instance)));
+        self.inner.templates.lock().unwrap().insert(prefix.to_owned(), hook);
     }
 
     /// The unit's state now.
@@ -215,6 +249,12 @@ impl Systemd {
         version.clone_into(&mut self.inner.version.lock().unwrap());
     }
 
+    /// How many starts were merged into a job that was there.
+    #[must_use]
+    pub fn merged(&self) -> u32 {
+        self.inner.merged.load(Ordering::SeqCst)
+    }
+
     /// Every unit that a client started, in order.
     #[must_use]
     pub fn started(&self) -> Vec<String> {
@@ -240,10 +280,12 @@ impl Inner {
             unit.in_memory = true;
         });
         let hook = self.hooks.lock().unwrap().get(name).cloned();
-        let outcome = match (refusal, hook) {
-            (Some(result), _) => Err(result),
-            (None, Some(hook)) => hook().await,
-            (None, None) => Ok(()),
+        let template = self.template(name);
+        let outcome = match (refusal, hook, template) {
+            (Some(result), ..) => Err(result),
+            (None, Some(hook), _) => hook().await,
+            (None, None, Some((hook, instance))) => hook(instance).await,
+            (None, None, None) => Ok(()),
         };
         self.change(name, |unit| match &outcome {
             Ok(()) => {
@@ -263,6 +305,34 @@ impl Inner {
         outcome
     }
 
+    fn template(&self, name: &str) -> Option<(TemplateHook, String)> {
+        let (prefix, instance) = name.split_once('@')?;
+        let hook = self.templates.lock().unwrap().get(&format!("{prefix}@")).cloned()?;
+        Some((hook, instance.strip_suffix(".service")?.to_owned()))
+    }
+
+    /// Runs the start of a unit until it has started or is stopped: the job's result.
+    async fn start(self: &Arc<Self>, name: &str, job: Starting) -> String {
+        let result = tokio::select! {
+            outcome = self.run(name) => if outcome.is_ok() { "done" } else { "failed" },
+            // A program that ends with SIGTERM has not failed.
+            () = job.stop.notified() => {
+                self.change(name, |unit| {
+                    "inactive".clone_into(&mut unit.active);
+                    "dead".clone_into(&mut unit.sub);
+                });
+                "canceled"
+            }
+        };
+        if self.template(name).is_some() {
+            // Whatever is inactive and nobody's is forgotten.
+            self.change(name, |unit| unit.in_memory = unit.active != "inactive");
+        }
+        self.starting.lock().unwrap().remove(name);
+        job.stopped.notify_one();
+        result.to_owned()
+    }
+
     fn change(&self, name: &str, change: impl FnOnce(&mut Unit)) {
         if let Some(unit) = self.units.lock().unwrap().get_mut(name) {
             change(unit);
@@ -280,6 +350,10 @@ impl Inner {
     }
 
     fn installed(&self, name: &str) -> bool {
+        if self.template(name).is_some() {
+            let oneshot = || Unit { in_memory: true, ..Unit::installed("dead") };
+            self.units.lock().unwrap().entry(name.to_owned()).or_insert_with(oneshot);
+        }
         self.units.lock().unwrap().get(name).is_some_and(|unit| unit.load == "loaded")
     }
 
@@ -318,28 +392,48 @@ impl Inner {
         if !self.installed(&name) {
             return Err(no_such_unit(format!("Unit {name} not found.")));
         }
+        let running = self.starting.lock().unwrap().get(&name).cloned();
+        if let (false, Some(Starting { number, .. })) = (stop, &running) {
+            self.merged.fetch_add(1, Ordering::SeqCst);
+            return call.reply(&(ObjectPath::try_from(format!("{MANAGER}/job/{number}"))?,));
+        }
         let number = self.jobs.fetch_add(1, Ordering::SeqCst);
         let job = format!("{MANAGER}/job/{number}");
-        if stop {
+        let starting = Starting { number, stop: Arc::new(Notify::new()), stopped: Arc::new(Notify::new()) };
+        if let (true, Some(running)) = (stop, &running) {
+            running.stop.notify_one();
+        } else if stop {
             self.change(&name, |unit| {
                 "inactive".clone_into(&mut unit.active);
                 "dead".clone_into(&mut unit.sub);
             });
         } else {
+            self.starting.lock().unwrap().insert(name.clone(), starting.clone());
             self.started.lock().unwrap().push(name.clone());
             self.events.emit(Event::UnitStarted(name.clone()));
         }
-        let early = self.always_early.load(Ordering::SeqCst) || number.is_multiple_of(2);
+        // What takes its time does not keep the manager from answering others.
+        let quick = self.template(&name).is_none() && number.is_multiple_of(2);
+        let early = self.always_early.load(Ordering::SeqCst) || quick;
         let reply = call.reply(&(ObjectPath::try_from(job.as_str())?,));
-        let (this, caller) = (self.clone(), call.sender.clone());
+        let this = self.clone();
         let work = async move {
             let ended = this.results.lock().unwrap().get(&name).cloned();
             let result = match ended {
-                Some(result) if !stop => result,
-                _ if stop || this.run(&name).await.is_ok() => "done".to_owned(),
-                _ => "failed".to_owned(),
+                Some(result) if !stop => {
+                    this.starting.lock().unwrap().remove(&name);
+                    result
+                }
+                _ if stop => {
+                    if let Some(running) = running {
+                        running.stopped.notified().await;
+                    }
+                    "done".to_owned()
+                }
+                _ => this.start(&name, starting).await,
             };
-            let heard = this.subscribers.lock().unwrap().contains(&caller);
+            // Broadcast to everybody, once anybody has subscribed.
+            let heard = !this.subscribers.lock().unwrap().is_empty();
             if heard {
                 let path = ObjectPath::try_from(job.as_str()).expect("a valid path");
                 let _ = this
@@ -363,6 +457,16 @@ impl Inner {
             });
         }
         reply
+    }
+}
+
+/// fnmatch(3), as far as one `*` goes.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        Some((before, after)) => {
+            name.len() >= before.len() + after.len() && name.starts_with(before) && name.ends_with(after)
+        }
+        None => pattern == name,
     }
 }
 
@@ -410,6 +514,7 @@ const MANAGER_MEMBERS: &str = r#"
 <method name="StopUnit"><arg name="name" type="s" direction="in"/><arg name="mode" type="s" direction="in"/><arg name="job" type="o" direction="out"/></method>
 <method name="ResetFailedUnit"><arg name="name" type="s" direction="in"/></method>
 <method name="ListUnitsByNames"><arg name="names" type="as" direction="in"/><arg name="units" type="a(ssssssouso)" direction="out"/></method>
+<method name="ListUnitsByPatterns"><arg name="states" type="as" direction="in"/><arg name="patterns" type="as" direction="in"/><arg name="units" type="a(ssssssouso)" direction="out"/></method>
 <signal name="JobRemoved"><arg name="id" type="u"/><arg name="job" type="o"/><arg name="unit" type="s"/><arg name="result" type="s"/></signal>
 "#;
 
@@ -497,6 +602,21 @@ impl Service for Inner {
                     let none = ObjectPath::try_from("/")?;
                     let description = name.clone();
                     rows.push((name, description, unit.load, unit.active, unit.sub, "", path, 0_u32, "", none));
+                }
+                call.reply(&(rows,))
+            }
+            "ListUnitsByPatterns" => {
+                let (states, patterns): (Vec<String>, Vec<String>) = body.deserialize()?;
+                let units = self.units.lock().unwrap().clone();
+                let mut rows = Vec::new();
+                for (name, unit) in units {
+                    let wanted = states.is_empty() || states.contains(&unit.active);
+                    if unit.in_memory && wanted && patterns.iter().any(|pattern| matches(pattern, &name)) {
+                        let path = ObjectPath::try_from(unit_path(&name))?;
+                        let none = ObjectPath::try_from("/")?;
+                        let description = name.clone();
+                        rows.push((name, description, unit.load, unit.active, unit.sub, "", path, 0_u32, "", none));
+                    }
                 }
                 call.reply(&(rows,))
             }

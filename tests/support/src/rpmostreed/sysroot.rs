@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
+use glib::VariantDict;
 use serde::{Deserialize, Serialize};
 
 use super::pull::Image;
@@ -131,6 +133,18 @@ pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
     openssl::sha::sha256(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The sysroot lock; given back when dropped.
+#[derive(Debug)]
+pub struct Lock {
+    sysroot: Arc<Sysroot>,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.sysroot.set_locked(false);
+    }
+}
+
 /// The tree that stands for the machine's disk and memory file systems.
 #[derive(Debug)]
 pub struct Sysroot {
@@ -154,6 +168,7 @@ impl Sysroot {
             powered: AtomicBool::new(false),
             disk: Mutex::default(),
         };
+        fs::write(root.join("ostree/lock"), "")?;
         fs::create_dir_all(this.deploy_dir())?;
         fs::create_dir_all(root.join("ostree/boot.1").join(osname))?;
         let link = root.join("sysroot/ostree");
@@ -185,6 +200,28 @@ impl Sysroot {
     /// Takes or gives back the lock that `ostree admin` and bootc hold while they work.
     pub fn set_locked(&self, locked: bool) {
         self.locked.store(locked, Ordering::SeqCst);
+        self.list_lock(locked);
+    }
+
+    /// Waits for that lock, without limit and as long as it takes, like bootc.
+    pub async fn lock(self: &Arc<Self>) -> Lock {
+        while self.locked.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        self.list_lock(true);
+        Lock { sysroot: self.clone() }
+    }
+
+    /// Keeps the kernel's list of locks.
+    fn list_lock(&self, locked: bool) {
+        let path = self.root.join("proc/locks");
+        let mut text = "1: POSIX  ADVISORY  READ 1 00:00:1 128 128\n".to_owned();
+        if let (true, Ok(file)) = (locked, fs::metadata(self.root.join("ostree/lock"))) {
+            let (major, minor) = (nix::sys::stat::major(file.dev()), nix::sys::stat::minor(file.dev()));
+            text.push_str(&format!("2: OFDLCK ADVISORY  WRITE -1 {major:02x}:{minor:02x}:{} 0 EOF\n", file.ino()));
+        }
+        let _ = fs::create_dir_all(self.root.join("proc"));
+        let _ = fs::write(path, text);
     }
 
     /// Whether another tool holds the lock.
@@ -198,6 +235,11 @@ impl Sysroot {
     }
 
     fn marker_path(&self) -> PathBuf {
+        self.root.join("run/ostree/staged-deployment.json")
+    }
+
+    /// libostree's own note, with what the finalizer needs of it.
+    fn staged_path(&self) -> PathBuf {
         self.root.join("run/ostree/staged-deployment")
     }
 
@@ -384,10 +426,21 @@ impl Sysroot {
         let temporary = path.with_extension("tmp");
         fs::write(&temporary, serde_json::to_vec(&marker)?)?;
         fs::rename(temporary, path)?;
+        self.note_staged(&deployment)?;
         self.touch()?;
         deployment.staged = true;
         deployment.locked = locked;
         Ok(deployment)
+    }
+
+    /// A GVariant, as libostree writes it.
+    fn note_staged(&self, deployment: &Deployment) -> anyhow::Result<()> {
+        let note = VariantDict::new(None);
+        let target = (&deployment.osname, &deployment.checksum, deployment.serial);
+        note.insert("target", target);
+        note.insert("kargs", &deployment.kernel_arguments);
+        fs::write(self.staged_path(), note.end().data())?;
+        Ok(())
     }
 
     /// Deploys an image as the only one, as an installer does.
@@ -483,6 +536,7 @@ impl Sysroot {
     fn discard_staged(&self) -> anyhow::Result<bool> {
         let existed = self.marker().is_some();
         let _ = fs::remove_file(self.marker_path());
+        let _ = fs::remove_file(self.staged_path());
         self.collect()?;
         if existed {
             self.touch()?;
@@ -556,6 +610,7 @@ impl Sysroot {
             return Ok(None);
         }
         fs::remove_file(self.marker_path())?;
+        fs::remove_file(self.staged_path())?;
         let mut order = vec![staged.clone()];
         order.extend(
             list.into_iter().filter(|deployment| !deployment.staged && (deployment.booted || deployment.pinned)),
@@ -568,6 +623,7 @@ impl Sysroot {
     pub(crate) fn boot(&self, index: usize) -> anyhow::Result<Deployment> {
         let _disk = self.disk();
         self.powered.store(true, Ordering::SeqCst);
+        self.set_locked(false);
         let run = self.root.join("run");
         let _ = fs::remove_dir_all(&run);
         fs::create_dir_all(run.join("ostree"))?;

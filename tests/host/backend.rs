@@ -1,0 +1,70 @@
+//! Which host tool is used on which host.
+
+use rebase_agent::host::{Host, HostError};
+use rebase_agent::model::{Backend, Reason};
+use support::bootc::STATUS_UNIT;
+use support::machine::HostTools;
+
+use crate::lab::Lab;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_there_is_used() {
+    for (tools, backend, why) in [
+        (HostTools::RpmOstree, Backend::RpmOstree, "on the system bus"),
+        (HostTools::Bootc, Backend::Bootc, "rpm-ostree is not on the system bus"),
+        (HostTools::Both, Backend::RpmOstree, "both are there"),
+    ] {
+        let lab = Lab::with(tools, false).await;
+        let chosen = lab.host.backend().await.unwrap();
+        assert_eq!(chosen.backend, backend, "{tools:?}");
+        assert!(chosen.why.contains(why), "{}", chosen.why);
+        assert_eq!(lab.read().await.backend, backend);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_asked_for_is_used() {
+    let lab = Lab::with(HostTools::Both, false).await;
+    let host = lab.host.clone().with_backend(Some(Backend::Bootc));
+    let (rpm_ostree, bootc) = (lab.read().await, host.read().await.unwrap());
+    assert_eq!((rpm_ostree.backend, bootc.backend), (Backend::RpmOstree, Backend::Bootc));
+    // Both tell the same of the same host.
+    let told = |facts: rebase_agent::model::HostFacts| {
+        let mut booted = facts.booted().unwrap().clone();
+        booted.version = None;
+        booted
+    };
+    assert_eq!(told(rpm_ostree), told(bootc));
+    assert_eq!(host.backend().await.unwrap().why, "it was asked for");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_without_either_says_what_is_missing() {
+    let lab = Lab::with(HostTools::Bootc, false).await;
+    lab.machine.systemd().set(STATUS_UNIT, "inactive", "dead");
+    let error = lab.host.read().await.unwrap_err();
+    assert!(matches!(&error, HostError::NoBackend(_)), "{error}");
+    assert_eq!(error.reason(), Reason::HostUnsupported);
+    assert!(error.to_string().contains("systemctl enable --now rebase-agent-bootc-status.socket"), "{error}");
+    // It is looked for again until there is one.
+    lab.machine.systemd().set(STATUS_UNIT, "active", "listening");
+    lab.read().await;
+    std::fs::remove_file(lab.machine.root().join("usr/bin/bootc")).unwrap();
+    let other = Host::new(lab.host.root().clone(), Some(lab.machine.bus_address()));
+    let error = other.read().await.unwrap_err();
+    assert!(error.to_string().contains("/usr/bin/bootc"), "{error}");
+    assert!(lab.host.read().await.is_ok(), "the choice stands for as long as the process runs");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_that_nobody_can_change_are_told_apart() {
+    let lab = Lab::with(HostTools::Bootc, false).await;
+    let root = lab.machine.root();
+    std::fs::remove_file(root.join("run/ostree-booted")).unwrap();
+    let error = lab.host.read().await.unwrap_err();
+    assert!(matches!(error, HostError::NotImageMode), "{error}");
+    std::fs::write(root.join("proc/cmdline"), format!("rw composefs={}\n", "c".repeat(128))).unwrap();
+    let error = lab.host.read().await.unwrap_err();
+    assert!(matches!(error, HostError::Composefs) && !error.retryable(), "{error}");
+    assert_eq!(error.reason(), Reason::HostUnsupported);
+}

@@ -1,0 +1,343 @@
+//! bootc behind systemd's units.
+
+use std::time::{Duration, Instant};
+
+use rebase_agent::host::{Host, HostError};
+use rebase_agent::model::{Fault, Reason};
+use support::events::Event;
+use support::image::Pushed;
+use support::machine::HostTools;
+use tokio::sync::watch;
+
+use crate::lab::{Lab, count, never, stage, until, verified};
+
+async fn lab() -> Lab {
+    Lab::with(HostTools::Bootc, false).await
+}
+
+/// As systemd-escape(1) writes it.
+fn unit(template: &str, image: &Pushed) -> String {
+    let escaped = image.pullspec().replace('-', "\\x2d").replace('@', "\\x40").replace('/', "-");
+    format!("{template}@{escaped}.service")
+}
+
+fn plain(lab: &Lab, image: &str) -> String {
+    unit("rebase-agent-bootc", &lab.store.image(image).pushed)
+}
+
+fn switched(event: &Event) -> bool {
+    matches!(event, Event::TransactionRequested { method, .. } if method == "switch")
+}
+
+/// Another process of the agent, which remembers nothing.
+fn another(lab: &Lab) -> Host {
+    Host::new(lab.host.root().clone(), Some(lab.machine.bus_address()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unit_stages() {
+    let lab = lab().await;
+    let seen = lab.record();
+    let (_never, mut cancel) = never();
+    let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let to = lines.clone();
+    lab.host.stage(lab.verified("3"), &mut cancel, &move |line| to.lock().unwrap().push(line)).await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("3")));
+    assert_eq!(count(&seen, |event| *event == Event::UnitStarted(plain(&lab, "3"))), 1);
+    assert_eq!(lines.lock().unwrap().len(), 1);
+    let facts = lab.read().await;
+    let staged = facts.staged().unwrap();
+    assert_eq!(staged.rendered_config.as_deref(), Some("rendered-worker-3"));
+    assert_eq!(staged.wanted_arguments.as_deref().unwrap(), ["nosmt", "a=b"]);
+    assert_eq!(staged.arguments.as_deref().unwrap(), ["root=UUID=0a1b", "rw", "console=ttyS0"]);
+    assert_eq!(facts.transaction, None);
+    assert!(!lab.machine.bootc().was_asked_while_locked());
+    // Staged already: no unit is started for it.
+    lab.stage("3").await.unwrap();
+    assert_eq!(count(&seen, switched), 1);
+    // And what is staged is staged over.
+    lab.stage("2").await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signed_origin_stays_one_where_the_policy_admits_it() {
+    let lab = Lab::with(HostTools::Bootc, true).await;
+    let signature = |part: &str| lab.machine.bootc().status()["status"][part]["image"]["image"]["signature"].clone();
+    assert_eq!(signature("booted"), "containerPolicy");
+    let pushed = &lab.store.image("2").pushed;
+    let strict = verified(&lab.store.strict, pushed).await;
+    stage(&lab.host, &strict).await.unwrap();
+    assert_eq!(signature("staged"), "containerPolicy");
+    assert!(lab.machine.systemd().started().contains(&unit("rebase-agent-bootc-signed", pushed)));
+    assert_eq!(lab.read().await.staged().unwrap().digest.as_ref().unwrap().as_str(), pushed.digest);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_exit_code_is_not_the_verdict() {
+    let lab = lab().await;
+    let bootc = lab.machine.bootc();
+    // 0, and nothing done.
+    bootc.do_nothing_next();
+    let error = lab.stage("2").await.unwrap_err();
+    assert!(matches!(&error, HostError::NoEffect { why, .. } if why.contains(&plain(&lab, "2"))), "{error}");
+    // 1, and staged.
+    bootc.fail_after_staging();
+    lab.stage("2").await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    let left = lab.machine.systemd().unit(&plain(&lab, "2")).unwrap();
+    assert_eq!(left.active, "inactive", "it does not linger as failed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failures_name_the_journal_that_has_their_words() {
+    let lab = lab().await;
+    let bootc = lab.machine.bootc();
+    for (result, reason) in [("exit-code", Reason::StageFailed), ("timeout", Reason::DeadlineExceeded)] {
+        bootc.fail_next();
+        bootc.fail_with(result);
+        let error = lab.stage("2").await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{error}");
+        let way_out = format!("`{result} 1`; see `journalctl -u '{}'`", plain(&lab, "2"));
+        assert!(error.to_string().contains(&way_out), "{error}");
+        assert!(error.retryable() && Fault::from(&error).message.len() < 900);
+        assert_eq!(lab.machine.systemd().unit(&plain(&lab, "2")).unwrap().active, "inactive");
+    }
+    // What an earlier run left is no obstacle.
+    lab.machine.systemd().fail(&plain(&lab, "2"), "exit-code");
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_that_end_in_other_ways_are_told() {
+    let lab = lab().await;
+    let name = plain(&lab, "2");
+    for result in ["canceled", "dependency", "timeout", "frozen"] {
+        lab.machine.systemd().end_jobs(&name, Some(result));
+        let error = lab.stage("2").await.unwrap_err();
+        let expected = match result {
+            "canceled" => Reason::Cancelled,
+            "timeout" => Reason::DeadlineExceeded,
+            _ => Reason::StageFailed,
+        };
+        assert_eq!(error.reason(), expected, "{result}: {error}");
+    }
+    lab.machine.systemd().end_jobs(&name, None);
+    for early in [true, false] {
+        lab.machine.systemd().job_removed_early(early);
+        let image = if early { "2" } else { "3" };
+        lab.stage(image).await.unwrap();
+        assert_eq!(lab.staged(), Some(lab.digest(image)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_agent_finds_the_running_unit_and_waits() {
+    let lab = lab().await;
+    let seen = lab.record();
+    lab.machine.bootc().hang();
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let killed = tokio::spawn(async move { stage(&host, image).await });
+    until("it hangs", || lab.machine.bootc().is_hanging()).await;
+    killed.abort();
+    let host = another(&lab);
+    let facts = host.read().await.unwrap();
+    let active = facts.transaction.unwrap();
+    assert_eq!(active.ours.unwrap().as_str(), lab.digest("2"));
+    assert_eq!(active.client, plain(&lab, "2"));
+    assert!(facts.deployments.is_empty(), "bootc cannot be asked now");
+    let waiting = tokio::spawn(async move { stage(&host, image).await });
+    until("it has joined", || lab.machine.systemd().merged() == 1).await;
+    // Another image waits for its turn.
+    let error = stage(&another(&lab), lab.verified("3")).await.unwrap_err();
+    assert!(matches!(&error, HostError::Busy(why) if why.contains(&lab.digest("2"))), "{error}");
+    lab.machine.bootc().release();
+    waiting.await.unwrap().unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    assert_eq!(count(&seen, switched), 1);
+    assert!(!lab.machine.bootc().was_asked_while_locked());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_it_runs_the_last_answer_stands() {
+    let lab = lab().await;
+    let before = lab.read().await.deployments;
+    lab.machine.bootc().hang();
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let running = tokio::spawn(async move { stage(&host, image).await });
+    until("it hangs", || lab.machine.bootc().is_hanging()).await;
+    let facts = lab.read().await;
+    assert_eq!(facts.deployments, before);
+    assert!(facts.transaction.is_some());
+    lab.machine.bootc().release();
+    running.await.unwrap().unwrap();
+    assert!(!lab.machine.bootc().was_asked_while_locked());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_obsolete_is_stopped() {
+    let lab = lab().await;
+    let bootc = lab.machine.bootc();
+    // By the one who waits for it.
+    bootc.hang();
+    let (sender, mut cancel) = watch::channel(false);
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let running = tokio::spawn(async move { host.stage(image, &mut cancel, &|_| {}).await });
+    until("it hangs", || bootc.is_hanging()).await;
+    sender.send_replace(true);
+    assert!(matches!(running.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
+    assert!(!bootc.is_hanging());
+    assert_eq!(lab.read().await.transaction, None);
+    // By a later process.
+    bootc.hang();
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let killed = tokio::spawn(async move { stage(&host, image).await });
+    until("it hangs", || bootc.is_hanging()).await;
+    killed.abort();
+    another(&lab).cancel_transaction().await.unwrap();
+    assert_eq!(lab.read().await.transaction, None);
+    another(&lab).cancel_transaction().await.unwrap();
+    assert_eq!(lab.staged(), None);
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switch_that_never_ends_is_stopped() {
+    let lab = lab().await;
+    lab.machine.bootc().hang();
+    let host = lab.hasty(|deadlines| deadlines.whole = Duration::from_millis(1500));
+    let error = stage(&host, lab.verified("2")).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::DeadlineExceeded, "{error}");
+    assert!(!lab.machine.bootc().is_hanging());
+    assert_eq!((lab.staged(), lab.read().await.transaction), (None, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_somebody_holds_is_seen_and_not_waited_for() {
+    let lab = lab().await;
+    lab.read().await;
+    lab.machine.sysroot().set_locked(true);
+    let began = Instant::now();
+    let facts = lab.read().await;
+    let active = facts.transaction.as_ref().unwrap();
+    assert_eq!((active.title.as_str(), &active.ours), ("sysroot lock", &None));
+    assert!(facts.booted().is_some(), "what was read before stands");
+    for error in [lab.stage("2").await.unwrap_err(), another(&lab).read().await.unwrap_err()] {
+        assert!(matches!(&error, HostError::Busy(why) if why.contains("sysroot lock")), "{error}");
+    }
+    // Not ours to end.
+    lab.host.cancel_transaction().await.unwrap();
+    assert!(lab.machine.sysroot().is_locked());
+    assert!(began.elapsed() < Duration::from_secs(10) && !lab.machine.bootc().was_asked_while_locked());
+    lab.machine.sysroot().set_locked(false);
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_is_taken_under_the_switch_is_waited_for() {
+    let lab = lab().await;
+    let seen = lab.record();
+    let sysroot = lab.machine.sysroot();
+    // Between our look and bootc's own.
+    lab.events.listen(move |event| {
+        if matches!(event, Event::UnitStarted(_)) {
+            sysroot.set_locked(true);
+        }
+    });
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let running = tokio::spawn(async move { stage(&host, image).await });
+    until("bootc was started", || count(&seen, switched) == 1).await;
+    let started = |event: &Event| matches!(event, Event::TransactionStarted { .. });
+    assert_eq!(count(&seen, started), 0, "it waits");
+    lab.machine.sysroot().set_locked(false);
+    running.await.unwrap().unwrap();
+    assert_eq!(count(&seen, started), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_that_makes_no_sense_is_told() {
+    let lab = lab().await;
+    let bootc = lab.machine.bootc();
+    bootc.mute(true);
+    let hasty = lab.hasty(|deadlines| deadlines.status = Duration::from_millis(300));
+    let error = hasty.read().await.unwrap_err();
+    assert_eq!(error.reason(), Reason::DeadlineExceeded, "{error}");
+    bootc.mute(false);
+    for (answer, words) in [
+        (Vec::new(), "journalctl"),
+        (b"{\"apiVersion\":".to_vec(), "unexpected"),
+        (vec![b' '; 3 << 20], "more than"),
+        (vec![0xff; 100], "unexpected"),
+    ] {
+        bootc.answer(Some(answer));
+        let error = lab.host.read().await.unwrap_err();
+        assert_eq!(error.reason(), Reason::HostConfused, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let mut composefs = bootc.status();
+    composefs["status"]["booted"]["ostree"] = serde_json::Value::Null;
+    composefs["status"]["booted"]["composefs"] = serde_json::json!({ "verity": "x", "bootType": "Bls" });
+    bootc.answer(Some(composefs.to_string().into_bytes()));
+    assert!(matches!(lab.host.read().await.unwrap_err(), HostError::Composefs));
+    bootc.answer(Some(br#"{"apiVersion":"org.containers.bootc/v1","status":{"type":null}}"#.to_vec()));
+    assert!(matches!(lab.host.read().await.unwrap_err(), HostError::NotBootc));
+    bootc.answer(None);
+    std::fs::remove_file(lab.machine.root().join("run/rebase-agent/bootc-status.sock")).unwrap();
+    let error = lab.host.read().await.unwrap_err();
+    assert_eq!(error.reason(), Reason::HostUnreachable);
+    assert!(error.to_string().contains("systemctl status rebase-agent-bootc-status.socket"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn layered_packages_are_never_dropped_in_silence() {
+    let lab = lab().await;
+    lab.machine.sysroot().layer_packages(&["vim"]).unwrap();
+    let seen = lab.record();
+    assert!(lab.read().await.booted().unwrap().layered);
+    let error = lab.stage("2").await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LayeredPackages, "{error}");
+    assert_eq!((count(&seen, switched), lab.staged()), (0, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_bootc_cannot_do_is_refused_by_name() {
+    let lab = lab().await;
+    let seen = lab.record();
+    let (_never, mut cancel) = never();
+    let arguments = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+    let (append, delete) = (arguments(&["nosmt", "a=b"]), arguments(&["quiet"]));
+    let error = lab.host.set_kernel_arguments(&append, &delete, &mut cancel).await.unwrap_err();
+    assert_eq!((error.reason(), error.retryable()), (Reason::KernelArgumentsUnsupported, false));
+    let text = error.to_string();
+    assert!(text.contains("bring `nosmt a=b` and drop `quiet`") && text.contains("/usr/lib/bootc/kargs.d"), "{text}");
+    let error = lab.stage("long").await.unwrap_err();
+    assert_eq!((error.reason(), error.retryable()), (Reason::ImageNameTooLong, false), "{error}");
+    assert!(error.to_string().contains("255"), "{error}");
+    assert!(lab.host.drop_staged("0", &mut cancel).await.is_err());
+    assert_eq!(count(&seen, |event| matches!(event, Event::UnitStarted(_))), 0, "nobody was asked for any of it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_staged_or_turned_around_is_seen_and_staged_over() {
+    let lab = Lab::with(HostTools::Both, false).await;
+    let host = lab.host.clone().with_backend(Some(rebase_agent::model::Backend::Bootc));
+    lab.machine.human_stage(&lab.typed("3")).await.unwrap();
+    until("rpm-ostreed has ended", || lab.machine.rpm_ostreed().active_transaction().is_none()).await;
+    assert_eq!(host.read().await.unwrap().staged().unwrap().digest.as_ref().unwrap().as_str(), lab.digest("3"));
+    stage(&host, lab.verified("2")).await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    // Over what is staged, the image that runs is staged once more.
+    stage(&host, lab.verified("1")).await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("1")));
+    // A download that is locked is not what boots next, and is staged for good.
+    lab.machine.sysroot().drop_staged().unwrap();
+    stage(&host, lab.verified("2")).await.unwrap();
+    lab.machine.shut_down().await;
+    lab.machine.power_on().await.unwrap();
+    assert_eq!(host.read().await.unwrap().booted().unwrap().digest.as_ref().unwrap().as_str(), lab.digest("2"));
+    lab.machine.bootc().human_rollback().unwrap();
+    let facts = host.read().await.unwrap();
+    assert!(!facts.deployments[0].booted && !facts.deployments[0].staged && facts.deployments[1].booted);
+    stage(&host, lab.verified("3")).await.unwrap();
+    assert_eq!(host.read().await.unwrap().deployments[0].digest.as_ref().unwrap().as_str(), lab.digest("3"));
+}
