@@ -5,6 +5,9 @@
 //! (`base/words.json`), and an array element `{"like": "B", …}` is a patch over the deployment of that name
 //! (`base/deployments.json`). In `expected.json`, `<told>` is the reason annotation that says `reason: message`, and
 //! `says` lists what must occur in the message. `UPDATE_CASES=1` rewrites what is expected, except `says`.
+//!
+//! Every case is decided for both backends, unless it names its own. Where bootc's is decided otherwise, the fields in
+//! `bootc` of `expected.json` stand for those of the same name.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -18,7 +21,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use rebase_agent::decide::decide;
-use rebase_agent::model::{Decision, Limits, Memory, NodeState, Now, Observed};
+use rebase_agent::model::{Backend, Decision, HostFacts, Limits, Memory, NodeState, Now, Observed, Reading};
 use rebase_agent::report::report;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -217,30 +220,78 @@ fn sound(decision: &Decision, says: &[String]) -> Result<(), String> {
     }
 }
 
+/// The same for the other backend, if it makes a difference to the case at all.
+fn with_bootc(situation: &Situation) -> Option<Situation> {
+    let Reading::Known(host) = &situation.observed.host else { return None };
+    let host = HostFacts { backend: Backend::Bootc, ..host.clone() };
+    let observed = Observed { host: Reading::Known(host), ..situation.observed.clone() };
+    let Situation { memory, limits, now, .. } = situation;
+    (observed != situation.observed).then(|| Situation {
+        observed,
+        memory: memory.clone(),
+        limits: limits.clone(),
+        now: *now,
+    })
+}
+
+/// `fields` in place of those of the same name.
+fn instead(mut whole: Value, fields: Option<&Value>) -> Value {
+    for (key, field) in fields.and_then(Value::as_object).into_iter().flatten() {
+        whole[key] = field.clone();
+    }
+    whole
+}
+
 fn check(directory: &Path, words: &Words, named: &Value, update: bool) -> Result<(), String> {
     let situation = situation(&directory.join("given.json"), words, named)?;
-    let Situation { observed, memory, limits, now } = &situation;
+    let file = directory.join("expected.json");
+    let mut expected = if file.exists() { parse(&file, words)? } else { Value::Null };
+    if expected.is_null() && !update {
+        return Err("expected.json is missing; UPDATE_CASES=1 writes it".into());
+    }
+    let bootc = expected.as_object_mut().and_then(|fields| fields.remove("bootc"));
+    let mut actual = check_one(&situation, &expected, words, update)?;
+    match with_bootc(&situation) {
+        Some(situation) => {
+            let expected = instead(expected, bootc.as_ref());
+            let other = check_one(&situation, &expected, words, update).map_err(|why| format!("with bootc: {why}"))?;
+            let differs = |(key, field): &(&String, &Value)| actual[*key] != **field;
+            let fields: Map<String, Value> = other.as_object().unwrap().iter().filter(differs).map(owned).collect();
+            if !fields.is_empty() {
+                actual["bootc"] = Value::Object(fields);
+            }
+        }
+        None if bootc.is_some() => return Err("it is not decided for bootc as well".into()),
+        None => {}
+    }
+    if update {
+        std::fs::write(&file, shorten(&actual, words)).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+fn owned((key, field): (&String, &Value)) -> (String, Value) {
+    (key.clone(), field.clone())
+}
+
+/// What is decided.
+fn check_one(situation: &Situation, expected: &Value, words: &Words, update: bool) -> Result<Value, String> {
+    let Situation { observed, memory, limits, now } = situation;
     let decision = decide(observed, memory, limits, *now);
     if decision != decide(observed, memory, limits, *now) {
         return Err("the same situation was decided in two ways".into());
     }
-    let file = directory.join("expected.json");
-    let expected = if file.exists() { parse(&file, words)? } else { Value::Null };
-    if expected.is_null() && !update {
-        return Err("expected.json is missing; UPDATE_CASES=1 writes it".into());
-    }
-    let actual = answer(&situation, &decision, expected.get("says"));
-    if update {
-        std::fs::write(&file, shorten(&actual, words)).map_err(|error| error.to_string())?;
-    } else if expected != actual {
-        let (expected, actual) = (shorten(&expected, words), shorten(&actual, words));
+    let actual = answer(situation, &decision, expected.get("says"));
+    if !update && *expected != actual {
+        let (expected, actual) = (shorten(expected, words), shorten(&actual, words));
         return Err(format!("{}\n  message: {}", difference(&expected, &actual), decision.message));
     }
     let says: Vec<String> = match expected.get("says") {
         Some(says) => serde_json::from_value(says.clone()).map_err(|error| format!("says: {error}"))?,
         None => Vec::new(),
     };
-    sound(&decision, &says)
+    sound(&decision, &says)?;
+    Ok(actual)
 }
 
 #[test]

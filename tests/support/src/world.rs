@@ -12,7 +12,7 @@ use tokio::sync::broadcast::error::RecvError;
 use crate::apiserver::{ApiServer, Store};
 use crate::events::{Event, Events};
 use crate::image::{ImageSpec, Pushed};
-use crate::machine::{AgentCommand, Engine, Machine, MachineOptions};
+use crate::machine::{AgentCommand, Engine, HostTools, Machine, MachineOptions};
 use crate::mcc::{self, Delays, DrainController, PREFIX, PoolController, PoolSpec};
 use crate::pki::{Pki, rotate_client_pem, write_kubeconfig};
 use crate::policy::{Policy, RegistriesD, Requirement};
@@ -41,6 +41,8 @@ pub struct WorldOptions {
     pub policy: Option<Policy>,
     /// The program that the agent verifies with; the pull always has the enforcing one.
     pub agent_skopeo: Option<PathBuf>,
+    /// The node's host tools.
+    pub host_tools: HostTools,
     /// Changes to the machine.
     pub machine: fn(&mut MachineOptions),
 }
@@ -55,6 +57,7 @@ impl WorldOptions {
             env: Vec::new(),
             policy: None,
             agent_skopeo: None,
+            host_tools: HostTools::RpmOstree,
             machine: |_| {},
         }
     }
@@ -133,6 +136,7 @@ impl World {
         let agent = AgentCommand { program: options.agent, args: vec!["run".to_owned()], env };
         let mut machine = MachineOptions::new(&path, engine, events.clone(), agent.clone());
         machine.watchdog = Some(Duration::from_secs(20));
+        machine.host_tools = options.host_tools;
         (options.machine)(&mut machine);
         let machine = Machine::new(machine).await?;
 

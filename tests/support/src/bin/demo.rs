@@ -11,6 +11,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use support::events::Event;
 use support::image::Pushed;
+use support::machine::HostTools;
 use support::mcc::{MANAGER, PREFIX, annotation};
 use support::world::{NODE, World, WorldOptions};
 
@@ -20,6 +21,9 @@ struct Options {
     /// The agent's program.
     #[arg(long, value_name = "FILE")]
     agent: PathBuf,
+    /// The host tool that the node has.
+    #[arg(long, value_name = "TOOL", default_value = "rpm-ostree", value_parser = ["rpm-ostree", "bootc"])]
+    backend: String,
     /// Kill the agent with SIGKILL at this point of the story; it must reach the same end.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=POINTS.len() as u64))]
     kill_at: Option<u64>,
@@ -40,7 +44,7 @@ const POINTS: [Point; 10] = [
     }),
     (
         "the rebase was requested, its reply is not out",
-        |event| matches!(event, Event::TransactionRequested { method, .. } if method == "rebase"),
+        |event| matches!(event, Event::TransactionRequested { method, .. } if method == "rebase" || method == "switch"),
     ),
     (
         "layers are being imported",
@@ -107,6 +111,7 @@ impl Teller {
 async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     let mut world_options = WorldOptions::new(&options.agent);
     world_options.machine = |machine| machine.restart_delay = std::time::Duration::from_millis(300);
+    world_options.host_tools = if options.backend == "bootc" { HostTools::Bootc } else { HostTools::RpmOstree };
     let world = World::new(world_options).await.context("the stage cannot be set")?;
     let teller = Arc::new(Teller { began });
     listen(&world, &teller, options.verbose);
@@ -160,6 +165,7 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     let (_, status, errors) = world.command(&["status"]).await?;
     println!("\n$ rebase-agent status\n{status}{errors}");
     ensure!(status.contains("database failover in progress"), "`status` does not show the hold");
+    ensure!(status.contains(&format!("Backend   {}: ", options.backend)), "`status` does not show the backend");
     ensure!(world.drains.drains() == 1 && world.machine.boot_id() == boot, "the held node was drained or rebooted");
 
     teller.chapter("the operator releases it");
