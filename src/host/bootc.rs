@@ -34,7 +34,7 @@ const STAGED: &str = "run/ostree/staged-deployment";
 const MAX_STAGED: u64 = 1 << 20;
 
 #[cfg(fuzzing)]
-pub(super) use {staged::arguments as staged_arguments, status::parse as parse_status};
+pub(super) use {staged::arguments as staged_arguments, status::parse as parse_status, unit::image as image_of_unit};
 
 /// Reads deployments and what the sysroot is locked for.
 pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {

@@ -560,15 +560,30 @@ fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{HostError, Progress, rpm_ostree};
+    use super::{HostError, Progress, bootc, rpm_ostree};
+    use crate::model::{Deployment, PinnedImage};
 
     #[must_use]
-    pub fn deployments(properties: &rpm_ostree::Dict) -> Option<Vec<Option<crate::model::Deployment>>> {
+    pub fn deployments(properties: &rpm_ostree::Dict) -> Option<Vec<Option<Deployment>>> {
         let dicts: Vec<rpm_ostree::Dict> = rpm_ostree::property(properties, "Deployments")?;
         Some(dicts.iter().map(rpm_ostree::deployment).collect())
     }
 
     pub fn heard(message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
         rpm_ostree::heard("the transaction", message, progress)
+    }
+
+    pub fn bootc_status(json: &[u8]) -> Result<Vec<Deployment>, HostError> {
+        bootc::parse_status(json)
+    }
+
+    #[must_use]
+    pub fn staged_arguments(note: &[u8]) -> Option<Vec<String>> {
+        bootc::staged_arguments(note)
+    }
+
+    #[must_use]
+    pub fn image_of_unit(unit: &str) -> Option<PinnedImage> {
+        bootc::image_of_unit(unit)
     }
 }

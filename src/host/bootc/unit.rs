@@ -37,7 +37,7 @@ fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
 }
 
 /// The image that a unit of ours switches to; `None` for anything else, also for an instance that somebody made up.
-pub(super) fn image(unit: &str) -> Option<PinnedImage> {
+pub(in super::super) fn image(unit: &str) -> Option<PinnedImage> {
     let instance = [PLAIN, SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
     reference::parse(&unescape(instance)?).ok()
 }
