@@ -53,7 +53,7 @@ _rebase__agent() {
 
     case "${cmd}" in
         rebase__agent)
-            opts="-h -V --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help --version run status explain verify help"
+            opts="-h -V --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help --version run status explain verify help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -65,6 +65,10 @@ _rebase__agent() {
                     ;;
                 --node-name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
                     return 0
                     ;;
                 --policy)
@@ -107,7 +111,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__explain)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -135,6 +139,10 @@ _rebase__agent() {
                     ;;
                 --node-name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
                     return 0
                     ;;
                 --policy)
@@ -261,7 +269,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__run)
-            opts="-h --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -289,6 +297,10 @@ _rebase__agent() {
                     ;;
                 --node-name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
                     return 0
                     ;;
                 --policy)
@@ -331,7 +343,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__status)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -359,6 +371,10 @@ _rebase__agent() {
                     ;;
                 --node-name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
                     return 0
                     ;;
                 --policy)
@@ -401,7 +417,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__verify)
-            opts="-h --json --kubeconfig --node-name --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -413,6 +429,10 @@ _rebase__agent() {
                     ;;
                 --node-name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
                     return 0
                     ;;
                 --policy)

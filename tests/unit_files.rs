@@ -4,12 +4,15 @@
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use clap::CommandFactory as _;
 use clap_mangen::Man;
 use rebase_agent::cli::Cli;
+use rebase_agent::host::Deadlines;
 use rebase_agent::journal::id;
 use rebase_agent::model::Reason;
 
@@ -131,6 +134,157 @@ fn systemd_accepts_the_unit() {
     assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
 }
 
+/// What stages through bootc, as reviewed; `SIGNED` of them differs in what it is for and in one option.
+const SWITCH: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Stage %I with bootc"),
+    ("Unit", "Documentation", "man:rebase-agent(8) man:bootc-switch(8)"),
+    ("Unit", "After", "network-online.target ostree-finalize-staged.service"),
+    ("Unit", "StartLimitIntervalSec", "0"),
+    ("Service", "Type", "oneshot"),
+    ("Service", "ExecStart", ":/usr/bin/bootc switch --quiet -- %I"),
+    ("Service", "PrivateMounts", "yes"),
+    ("Service", "EnvironmentFile", "-/etc/mco/proxy.env"),
+    ("Service", "TimeoutStartSec", "2h"),
+    ("Service", "TimeoutStopSec", "30"),
+];
+
+const SIGNED: [(&str, &str, &str); 2] = [
+    ("Unit", "Description", "Stage %I with bootc, signed"),
+    ("Service", "ExecStart", ":/usr/bin/bootc switch --quiet --enforce-container-sigpolicy -- %I"),
+];
+
+const STATUS_SOCKET: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Tell the rebase agent what bootc says"),
+    ("Unit", "Documentation", "man:rebase-agent(8)"),
+    ("Unit", "ConditionPathExists", "/usr/bin/bootc"),
+    ("Unit", "ConditionPathExists", "/run/ostree-booted"),
+    ("Socket", "ListenStream", "/run/rebase-agent/bootc-status.sock"),
+    ("Socket", "SocketMode", "0600"),
+    ("Socket", "DirectoryMode", "0755"),
+    ("Socket", "Accept", "yes"),
+    ("Socket", "MaxConnections", "8"),
+    ("Socket", "RemoveOnStop", "yes"),
+    ("Install", "WantedBy", "sockets.target"),
+];
+
+const STATUS: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Tell the rebase agent what bootc says"),
+    ("Unit", "Documentation", "man:rebase-agent(8) man:bootc-status(8)"),
+    ("Unit", "CollectMode", "inactive-or-failed"),
+    ("Service", "Type", "exec"),
+    ("Service", "ExecStart", "/usr/bin/bootc status --format=json --format-version=1"),
+    ("Service", "StandardInput", "null"),
+    ("Service", "StandardOutput", "socket"),
+    ("Service", "StandardError", "journal"),
+    ("Service", "PrivateMounts", "yes"),
+    ("Service", "RuntimeMaxSec", "60"),
+    ("Service", "TimeoutStopSec", "10"),
+];
+
+#[test]
+fn the_units_of_bootc_are_the_reviewed_ones() {
+    let signed: Vec<_> = SWITCH
+        .iter()
+        .map(|directive| SIGNED.iter().find(|other| other.1 == directive.1).unwrap_or(directive))
+        .copied()
+        .collect();
+    for (name, reviewed) in [
+        ("rebase-agent-bootc@.service", SWITCH),
+        ("rebase-agent-bootc-signed@.service", &signed),
+        ("rebase-agent-bootc-status.socket", STATUS_SOCKET),
+        ("rebase-agent-bootc-status@.service", STATUS),
+    ] {
+        let unit = directives(&read(&format!("systemd/{name}")));
+        let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
+        assert_eq!(unit, reviewed, "{name}");
+        // Only a unit's own program changes into the domain that may change the system.
+        for (_, key, command) in unit.iter().filter(|(_, key, _)| key.starts_with("Exec")) {
+            assert!(*key == "ExecStart" && command.trim_start_matches(':').starts_with("/usr/bin/bootc "), "{command}");
+            assert!(!command.contains('$') && !command.replace("%I", "").contains('%'), "{command}");
+        }
+    }
+    // Whoever is quicker to give up tells more: the unit says that it took too long, the agent only that it waited.
+    let deadlines = Deadlines::default();
+    assert!(Duration::from_secs(2 * 60 * 60) < deadlines.whole);
+    assert!(Duration::from_secs(60) >= deadlines.status, "bootc would be cut off while the agent waits");
+}
+
+#[test]
+fn systemd_accepts_the_units_of_bootc() {
+    if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
+        eprintln!("systemd-analyze is not installed; the units were not verified by systemd");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let copy = |from: &str, to: &str| {
+        let path = directory.path().join(to);
+        std::fs::write(&path, read(&format!("systemd/{from}")).replace("/usr/bin/bootc ", "/bin/true ")).unwrap();
+        path
+    };
+    // Behind a colon systemd-analyze takes another name for the same unit.
+    let instance = format!(r"quay.io-a\x2db-c_d\x40sha256\x3a{}", "0".repeat(64));
+    copy("rebase-agent-bootc-status@.service", "rebase-agent-bootc-status@.service");
+    let units = [
+        copy("rebase-agent-bootc@.service", &format!("rebase-agent-bootc@{instance}.service")),
+        copy("rebase-agent-bootc-signed@.service", &format!("rebase-agent-bootc-signed@{instance}.service")),
+        copy("rebase-agent-bootc-status.socket", "rebase-agent-bootc-status.socket"),
+    ];
+    let verify = run(Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).args(units));
+    let said = String::from_utf8_lossy(&verify.stderr);
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("rebase-agent")).collect();
+    assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
+}
+
+/// What systemd itself makes of instances, read from a manager that loads units and starts none.
+#[test]
+fn an_instance_is_one_argument_and_nothing_else() {
+    const SYSTEMD: &str = "/usr/lib/systemd/systemd";
+    if !Path::new(SYSTEMD).exists() {
+        eprintln!("systemd is not installed; what it makes of the instances was not looked at");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (units, home) = (directory.path().join("units"), directory.path().join("home"));
+    for (path, mode) in [(directory.path(), 0o755), (&units, 0o755), (&home, 0o777)] {
+        std::fs::create_dir_all(path).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    for unit in ["rebase-agent-bootc@.service", "rebase-agent-bootc-signed@.service"] {
+        std::fs::write(units.join(unit), read(&format!("systemd/{unit}"))).unwrap();
+    }
+    let cases = [
+        (r"rebase-agent-bootc@quay.io:5000-a\x2db-c_d\x40sha256:0123.service", "-- quay.io:5000/a-b/c_d@sha256:0123"),
+        (r"rebase-agent-bootc-signed@q.io-o\x40sha256:0.service", "--enforce-container-sigpolicy -- q.io/o@sha256:0"),
+        // No image has such a name; systemd would not do more with it than bootc, which refuses it.
+        (r"rebase-agent-bootc@\x2d\x2dapply.service", "--quiet -- --apply"),
+        (r"rebase-agent-bootc@a\x20\x24HOME\x20\x25i\x3b.service", r#"-- "a \$HOME %i;""#),
+    ];
+    let names: Vec<&str> = cases.iter().map(|(name, _)| *name).collect();
+    let target = format!("[Unit]\nDescription=All\nWants={}\n", names.join(" "));
+    std::fs::write(units.join("default.target"), target).unwrap();
+    for target in ["basic.target", "sysinit.target", "shutdown.target"] {
+        std::fs::write(units.join(target), "[Unit]\nDescription=Something else\n").unwrap();
+    }
+    // It does not want to be root for that.
+    let mut command = match std::fs::metadata(&units).unwrap().uid() {
+        0 => Command::new("setpriv"),
+        _ => Command::new("env"),
+    };
+    if command.get_program() == "setpriv" {
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    }
+    command.arg(SYSTEMD);
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", &home).env("XDG_RUNTIME_DIR", &home);
+    let output = run(command.env("SYSTEMD_UNIT_PATH", &units).args(["--user", "--test"]));
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    let started: Vec<&str> = said.lines().filter_map(|line| line.trim().strip_prefix("Command Line: ")).collect();
+    assert_eq!(started.len(), cases.len(), "{said}");
+    for (name, arguments) in cases {
+        let found = started.iter().any(|line| line.starts_with("/usr/bin/bootc switch ") && line.ends_with(arguments));
+        assert!(found, "{name}: {started:?}");
+    }
+}
+
 #[test]
 fn the_command_in_the_unit_is_one_of_the_agent() {
     let unit = read("systemd/rebase-agent.service");
@@ -144,7 +298,8 @@ fn preset_and_tmpfiles_name_what_exists() {
     let lines = |path: &str| -> Vec<String> {
         read(path).lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
     };
-    assert_eq!(lines("systemd/80-rebase-agent.preset"), ["enable rebase-agent.service"]);
+    let enabled = ["enable rebase-agent.service", "enable rebase-agent-bootc-status.socket"];
+    assert_eq!(lines("systemd/80-rebase-agent.preset"), enabled);
     // The first of the places where ostree's pull looks.
     assert_eq!(lines("systemd/10-ostree-auth.conf"), ["L /run/ostree/auth.json - - - - /var/lib/kubelet/config.json"]);
     let (readme, mut named) = (read("README.md"), 0);

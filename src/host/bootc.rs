@@ -90,6 +90,10 @@ pub(super) async fn stage(
             return Err(HostError::deadline(SWITCH, host.deadlines.whole));
         }
     };
+    #[cfg(feature = "faults")]
+    if crate::faults::chosen(crate::faults::TRUST_TRANSACTION) && result == "done" {
+        return Ok(());
+    }
     let after = status(host).await;
     let staged =
         after.as_ref().is_ok_and(|after| after.iter().any(|deployment| deployment.staged && is_it(deployment)));
