@@ -10,8 +10,11 @@ mod staged;
 mod status;
 mod unit;
 
+use std::time::Duration;
+
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
+use tokio::time::Instant;
 
 use super::boot::read_bounded;
 use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, is_image, systemd};
@@ -32,6 +35,9 @@ const MAX_STATUS: u64 = 1 << 20;
 const STAGED: &str = "run/ostree/staged-deployment";
 /// Largest such note read, in bytes.
 const MAX_STAGED: u64 = 1 << 20;
+
+/// How often a lock that is held is looked at again; nobody tells of its end.
+const LOCK_POLL: Duration = Duration::from_millis(200);
 
 #[cfg(fuzzing)]
 pub(super) use {staged::arguments as staged_arguments, status::parse as parse_status, unit::image as image_of_unit};
@@ -142,12 +148,24 @@ async fn transaction(host: &Host) -> Result<Option<Transaction>, HostError> {
             let title = ours.as_ref().map_or_else(|| printable(&unit, 200), |digest| format!("{TITLE}{digest}"));
             Some(Transaction { title, client: unit, ours })
         }
-        None if host.root.is_sysroot_locked() => {
+        None if is_locked(host).await => {
             let (title, client) = ("sysroot lock".to_owned(), "another program".to_owned());
             Some(Transaction { title, client, ours: None })
         }
         None => None,
     })
+}
+
+/// Whether the sysroot stays locked: what only looks at it has it for a moment, our own status as well.
+async fn is_locked(host: &Host) -> bool {
+    let until = Instant::now() + host.deadlines.lock;
+    while host.root.is_sysroot_locked() {
+        if Instant::now() >= until {
+            return true;
+        }
+        tokio::time::sleep(LOCK_POLL).await;
+    }
+    false
 }
 
 fn busy(active: &Transaction) -> HostError {

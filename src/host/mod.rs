@@ -41,6 +41,8 @@ pub struct Deadlines {
     pub job: Duration,
     /// Longest silence of a running transaction. Container pulls tell layer by layer, and one may be gigabytes.
     pub stall: Duration,
+    /// For a lock on the sysroot to be given back: `bootc status`, whoever runs it, takes it for a moment.
+    pub lock: Duration,
     /// For `bootc status`: as long as another program may hold the sysroot lock for a moment.
     pub status: Duration,
     /// Longest transaction; the unit of `bootc switch` has a limit of its own below it.
@@ -57,6 +59,7 @@ impl Default for Deadlines {
             reply: Duration::from_secs(300),
             job: Duration::from_secs(120),
             stall: Duration::from_secs(30 * 60),
+            lock: Duration::from_secs(5),
             status: Duration::from_secs(60),
             whole: Duration::from_secs(3 * 60 * 60),
             cancel: Duration::from_secs(60),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use rebase_agent::host::{Host, HostError};
+use rebase_agent::host::{Deadlines, Host, HostError};
 use rebase_agent::model::{Fault, Reason};
 use support::events::Event;
 use support::image::Pushed;
@@ -216,20 +216,31 @@ async fn a_switch_that_never_ends_is_stopped() {
 async fn a_lock_that_somebody_holds_is_seen_and_not_waited_for() {
     let lab = lab().await;
     lab.read().await;
+    let moment = Duration::from_millis(300);
+    let host = lab.hasty(|deadlines| deadlines.lock = moment);
+    let hasty = Deadlines { lock: moment, ..Deadlines::default() };
     lab.machine.sysroot().set_locked(true);
     let began = Instant::now();
-    let facts = lab.read().await;
+    let facts = host.read().await.unwrap();
     let active = facts.transaction.as_ref().unwrap();
     assert_eq!((active.title.as_str(), &active.ours), ("sysroot lock", &None));
     assert!(facts.booted().is_some(), "what was read before stands");
-    for error in [lab.stage("2").await.unwrap_err(), another(&lab).read().await.unwrap_err()] {
+    let strangers =
+        [stage(&host, lab.verified("2")).await.err(), another(&lab).with_deadlines(hasty).read().await.err()];
+    for error in strangers.map(Option::unwrap) {
         assert!(matches!(&error, HostError::Busy(why) if why.contains("sysroot lock")), "{error}");
     }
     // Not ours to end.
-    lab.host.cancel_transaction().await.unwrap();
+    host.cancel_transaction().await.unwrap();
     assert!(lab.machine.sysroot().is_locked());
     assert!(began.elapsed() < Duration::from_secs(10) && !lab.machine.bootc().was_asked_while_locked());
-    lab.machine.sysroot().set_locked(false);
+    // One that is held for a moment only is not worth a word.
+    let (patient, sysroot) = (lab.host.clone(), lab.machine.sysroot());
+    let reading = tokio::spawn(async move { patient.read().await });
+    tokio::time::sleep(moment).await;
+    assert!(!reading.is_finished());
+    sysroot.set_locked(false);
+    assert_eq!(reading.await.unwrap().unwrap().transaction, None);
     lab.stage("2").await.unwrap();
 }
 

@@ -47,6 +47,8 @@ struct Inner {
     release: Notify,
     listener: Mutex<Option<JoinHandle<()>>>,
     asked_while_locked: AtomicBool,
+    /// The lock is held for status, which takes a moment.
+    telling: AtomicBool,
 }
 
 /// The handle to the double.
@@ -74,6 +76,7 @@ impl Bootc {
             release: Notify::new(),
             listener: Mutex::default(),
             asked_while_locked: AtomicBool::new(false),
+            telling: AtomicBool::new(false),
         });
         for (template, signed) in [(SWITCH, false), (SWITCH_SIGNED, true)] {
             let weak = Arc::downgrade(&inner);
@@ -166,7 +169,7 @@ impl Bootc {
         self.inner.faults.lock().unwrap().answer = bytes;
     }
 
-    /// Whether status was ever asked while the lock was held: it had to wait.
+    /// Whether status was ever asked while a switch or another program held the lock: it had to wait.
     #[must_use]
     pub fn was_asked_while_locked(&self) -> bool {
         self.inner.asked_while_locked.load(Ordering::SeqCst)
@@ -241,19 +244,22 @@ impl Inner {
     }
 
     async fn status(self: &Arc<Self>, mut stream: UnixStream) {
-        if self.sysroot.is_locked() {
+        if self.sysroot.is_locked() && !self.telling.load(Ordering::SeqCst) {
             self.asked_while_locked.store(true, Ordering::SeqCst);
         }
         let lock = self.sysroot.lock().await;
+        self.telling.store(true, Ordering::SeqCst);
         let (mute, answer) = {
             let faults = self.faults.lock().unwrap();
             (faults.mute, faults.answer.clone())
         };
         if mute {
+            self.telling.store(false, Ordering::SeqCst);
             drop(lock);
             return std::future::pending().await;
         }
         let bytes = answer.unwrap_or_else(|| status(&self.sysroot.load()).to_string().into_bytes());
+        self.telling.store(false, Ordering::SeqCst);
         drop(lock);
         let _ = stream.write_all(&bytes).await;
     }
