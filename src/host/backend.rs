@@ -15,13 +15,15 @@ pub struct Chosen {
     pub why: &'static str,
 }
 
-/// rpm-ostree wherever it is there: it has an interface of its own, tells its progress, can be cancelled, drops what is
-/// staged and changes kernel arguments.
+/// rpm-ostree wherever it can be had: it has an interface of its own, tells its progress and why it failed, drops what
+/// is staged and changes kernel arguments.
 pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let asked = async {
-        let rpm_ostree = is_on_bus(host, &bus, super::rpm_ostree::NAME).await?;
-        let [socket] = systemd::states(host, &bus, [super::bootc::STATUS_UNIT]).await?;
+        let [daemon, socket] =
+            systemd::states(host, &bus, [super::rpm_ostree::UNIT, super::bootc::STATUS_UNIT]).await?;
+        let activated = daemon != UnitState::Absent;
+        let rpm_ostree = is_on_bus(host, &bus, super::rpm_ostree::NAME, activated).await?;
         Ok((rpm_ostree, socket))
     };
     let asked = asked.await;
@@ -49,13 +51,13 @@ fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostErr
     }
 }
 
-/// Owned, or somebody will own it when asked.
-async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str) -> Result<bool, HostError> {
+/// Owned, or somebody will own it when asked, unless the unit that would is masked.
+async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str, activated: bool) -> Result<bool, HostError> {
     let asked = async {
         let daemon = proxy(bus, BUS, "/org/freedesktop/DBus", BUS).await?;
         let owned: bool = daemon.call("NameHasOwner", &(name,)).await?;
         let activatable: Vec<String> = daemon.call("ListActivatableNames", &()).await?;
-        Ok(owned || activatable.iter().any(|activatable| activatable == name))
+        Ok(owned || activated && activatable.iter().any(|activatable| activatable == name))
     };
     asked.await.map_err(|error| call_failed("the system bus", "dbus.service", host.deadlines.call, &error))
 }

@@ -169,7 +169,8 @@ async fn is_locked(host: &Host) -> bool {
 }
 
 fn busy(active: &Transaction) -> HostError {
-    HostError::Busy(format!("`{}` of {} is active", active.title, active.client))
+    let how = Backend::Bootc.end_transaction();
+    HostError::Busy(format!("`{}` of {} is active; if it does not end, {how}", active.title, active.client))
 }
 
 async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {

@@ -20,7 +20,7 @@ pub(super) const NAME: &str = "org.projectatomic.rpmostree1";
 const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
 const OS: &str = "org.projectatomic.rpmostree1.OS";
 const TRANSACTION: &str = "org.projectatomic.rpmostree1.Transaction";
-const UNIT: &str = "rpm-ostreed.service";
+pub(super) const UNIT: &str = "rpm-ostreed.service";
 
 /// A first call may meet the daemon's idle exit and be dropped, or be given up by the bus while the daemon still loads.
 const FIRST_CALLS: u32 = 4;

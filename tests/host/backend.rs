@@ -23,6 +23,14 @@ async fn what_is_there_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_that_is_masked_is_not_there() {
+    let lab = Lab::with(HostTools::Both, false).await;
+    lab.machine.systemd().update("rpm-ostreed.service", |unit| "masked".clone_into(&mut unit.load));
+    assert_eq!(lab.host.backend().await.unwrap().backend, Backend::Bootc);
+    assert_eq!(lab.read().await.backend, Backend::Bootc);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_asked_for_is_used() {
     let lab = Lab::with(HostTools::Both, false).await;
     let host = lab.host.clone().with_backend(Some(Backend::Bootc));

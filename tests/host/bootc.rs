@@ -340,7 +340,6 @@ async fn what_others_staged_or_turned_around_is_seen_and_staged_over() {
     // Over what is staged, the image that runs is staged once more.
     stage(&host, lab.verified("1")).await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("1")));
-    // A download that is locked is not what boots next, and is staged for good.
     lab.machine.sysroot().drop_staged().unwrap();
     stage(&host, lab.verified("2")).await.unwrap();
     lab.machine.shut_down().await;

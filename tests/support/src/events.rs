@@ -19,9 +19,9 @@ pub enum Event {
         /// Key to new value.
         changes: BTreeMap<String, Option<String>>,
     },
-    /// A method that makes a transaction was called on rpm-ostreed.
+    /// A method that makes a transaction was called on rpm-ostreed, or `bootc switch` was run.
     TransactionRequested {
-        /// `rebase`, `cleanup`, `kernel-args`.
+        /// `rebase`, `cleanup`, `kernel-args`, or `switch`.
         method: String,
         /// The reference or the other telling argument.
         argument: String,
