@@ -5,8 +5,8 @@
 #![allow(clippy::disallowed_methods, reason = "the doubles own the disk that the agent must not write")]
 
 pub mod apiserver;
-pub mod booted;
 pub mod bootc;
+pub mod booted;
 pub mod bus;
 pub mod events;
 pub mod gpg;
