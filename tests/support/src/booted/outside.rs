@@ -10,11 +10,12 @@ use serde_json::Value;
 use super::node::OSNAME;
 use crate::apiserver::{ApiServer, Store};
 use crate::events::Events;
+use crate::gpg::GpgSigner;
 use crate::image::{ImageSpec, Pushed};
 use crate::machine::Engine;
 use crate::mcc::{self, Delays, DrainController, PREFIX, PoolController, PoolSpec};
 use crate::pki::{Pki, write_kubeconfig};
-use crate::policy::{Policy, RegistriesD, Requirement};
+use crate::policy::{Identity, Policy, RegistriesD, Requirement};
 use crate::registry::{Registry, ServerTls};
 use crate::rpmostreed::{self, Sysroot};
 use crate::sign::{KeyKind, Signer, sign};
@@ -108,6 +109,19 @@ impl Outside {
     async fn sign(&self, image: &Pushed, tag: &str) -> Result<()> {
         let name = format!("{}:{tag}", image.repository());
         sign(&self.registry, &image.digest, &image.repo, &name, &self.signer).await
+    }
+
+    /// From now on the node at `root` takes the OS only with a GPG signature, which `image` gets.
+    pub fn demand_gpg(&self, root: &Path, image: &Pushed, tag: &str) -> Result<()> {
+        let (signer, containers) = (GpgSigner::generate()?, root.join("etc/containers"));
+        let (key, lookaside) = (Path::new("/etc/containers/os.gpg"), Path::new("/etc/containers/lookaside"));
+        signer.write_public(&inside(root, key))?;
+        signer.sign(&inside(root, lookaside), image, &format!("{}:{tag}", image.repository()))?;
+        let scope = format!("{}/example", self.registry.host());
+        let lookaside = format!("file://{}", lookaside.display());
+        RegistriesD::new().lookaside(&scope, &lookaside).write(&containers.join("registries.d/os.yaml"))?;
+        let rule = Requirement::gpg_key_path(key).identity(&Identity::MatchRepository);
+        Policy::accept_by_default().scope(&scope, [rule]).write(&containers.join("policy.json"))
     }
 
     /// A new, unsigned image for `rendered-worker-<version>`.

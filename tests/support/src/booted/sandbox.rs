@@ -57,8 +57,8 @@ impl Process {
         Ok(seen.join(", "))
     }
 
-    /// Fails if anything but what is known can be written in its mounts; gives those that can.
-    pub fn writes_nowhere(&self) -> Result<Vec<String>> {
+    /// Fails if anything but what is known can be written in its mounts, or `granted` cannot; gives those that can.
+    pub fn writes_only(&self, granted: &[&str]) -> Result<Vec<String>> {
         let mounts = fs::read_to_string(self.directory.join("mountinfo"))?;
         let mut writable = BTreeSet::new();
         for line in mounts.lines() {
@@ -73,10 +73,11 @@ impl Process {
                 Err(error) => return Err(error).context(mount_point),
             }
         }
-        let unknown: Vec<_> = writable.iter().filter(|path| KNOWN.iter().all(|(known, _)| known != path)).collect();
-        ensure!(unknown.is_empty(), "it can write to {unknown:?}");
+        let known = |path: &str| KNOWN.iter().any(|(known, _)| *known == path);
+        let found: Vec<&str> = writable.iter().map(String::as_str).filter(|path| !known(path)).collect();
+        ensure!(found == granted, "it can write to {found:?} instead of {granted:?}");
         ensure!(!writable.contains("/") && Path::new(&self.directory).exists(), "the process is gone");
-        let why = |path: &String| KNOWN.iter().find(|(known, _)| known == path).map_or("", |(_, why)| *why).to_owned();
+        let why = |path: &String| KNOWN.iter().find(|(known, _)| known == path).map_or("granted", |(_, why)| *why);
         Ok(writable.iter().map(|path| format!("{path} ({})", why(path))).collect())
     }
 }

@@ -123,6 +123,7 @@ impl Node<'_> {
             .await?;
         teller.step("the journal explains the messages", self.journal_explains()).await?;
         teller.step("rebase-agent status", self.status()).await?;
+        teller.step("a policy that asks for GPG", self.verifies_gpg(&two)).await?;
         teller.step("a deliberate write is stopped", self.writes_are_stopped()).await?;
         teller.step("other updaters are skipped while the agent is enabled", self.excludes_others()).await?;
         Ok(())
@@ -148,7 +149,9 @@ impl Node<'_> {
     }
 
     async fn verifies(&self) -> Result<String> {
-        let verify = "systemd-analyze verify --man=no /usr/lib/systemd/system/rebase-agent*";
+        // Of bootc's units it wants to see the program.
+        let verify = "ln -s /bin/false /usr/bin/bootc; trap 'rm /usr/bin/bootc' EXIT; \
+                      systemd-analyze verify --man=no /usr/lib/systemd/system/rebase-agent*";
         let output = self.container.run(&["bash", "-c", verify]).await?;
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said);
@@ -175,7 +178,7 @@ impl Node<'_> {
     async fn is_confined(&self) -> Result<String> {
         let process = Process::of(&self.container, AGENT).await?;
         let privileges = process.has_no_privileges()?;
-        let writable = process.writes_nowhere()?;
+        let writable = process.writes_only(&[])?;
         let seen = process.reads("/proc/sys/kernel/random/boot_id")?;
         ensure!(seen == self.boot_id().await?, "inside, the boot id is {seen}");
         let landlock = |text: &str| text.contains("Landlock");
@@ -372,6 +375,24 @@ impl Node<'_> {
         let lacks = parts.iter().find(|part| part.is_empty() || !text.contains(**part));
         ensure!(lacks.is_none(), "`status` does not show the service's `{own}`: {text}");
         Ok(format!("shows the service's word `{own}`"))
+    }
+
+    /// GnuPG has nowhere to write in the shipped unit, and the drop-in grants it one place and no other.
+    async fn verifies_gpg(&self, image: &Pushed) -> Result<String> {
+        const EXAMPLE: &str = "/usr/share/doc/rebase-agent/examples/rebase-agent.service.d/10-gpg.conf";
+        const PLACE: &str = "/run/rebase-agent-gnupg";
+        self.outside.demand_gpg(&self.container.path("/"), image, "3")?;
+        self.container.ok(&["systemctl", "restart", AGENT]).await?;
+        let refused = |text: &str| text.contains("its signature is not verified: GpgNeedsScratch");
+        self.container.wait_property(AGENT, "StatusText", DEADLINE, refused).await?;
+        let example = std::fs::read_to_string(self.container.path(EXAMPLE))?;
+        self.container.drop_in(AGENT, "10-gpg", &example).await?;
+        self.container.ok(&["systemctl", "restart", AGENT]).await?;
+        let verified = |text: &str| text.contains("its signature was verified");
+        self.container.wait_property(AGENT, "StatusText", DEADLINE, verified).await?;
+        Process::of(&self.container, AGENT).await?.writes_only(&[PLACE])?;
+        self.container.drop_out(AGENT, "10-gpg").await?;
+        Ok(format!("refused in the shipped unit, verified with 10-gpg.conf, whose only writable mount is {PLACE}"))
     }
 
     /// The same build, made to write, in three sandboxes; in the one with neither guard it has to succeed, or the
