@@ -146,6 +146,7 @@ const SWITCH: &[(&str, &str, &str)] = &[
     ("Service", "EnvironmentFile", "-/etc/mco/proxy.env"),
     ("Service", "TimeoutStartSec", "2h"),
     ("Service", "TimeoutStopSec", "30"),
+    ("Service", "SuccessExitStatus", "SIGTERM"),
 ];
 
 const SIGNED: [(&str, &str, &str); 2] = [

@@ -86,7 +86,7 @@ pub(super) async fn stage(
     }
     progress(format!("{SWITCH} runs as {unit}"));
     let result = tokio::select! {
-        result = systemd::job(host, "StartUnit", &unit) => result?,
+        result = systemd::job(host, systemd::START, &unit) => result?,
         () = cancelled(cancel) => {
             stop(host, &unit).await?;
             return Err(HostError::Cancelled(WHAT));
@@ -212,9 +212,10 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
 
 async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
     let limit = host.deadlines.cancel;
-    match tokio::time::timeout(limit, systemd::job(host, "StopUnit", unit)).await {
+    match tokio::time::timeout(limit, systemd::job(host, systemd::STOP, unit)).await {
+        Ok(Ok(_)) => Ok(()),
         // Not loaded any more: it has ended.
-        Ok(Ok(_) | Err(HostError::Unit { .. })) => Ok(()),
+        Ok(Err(HostError::Unit { result, .. })) if result == "NoSuchUnit" => Ok(()),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(HostError::deadline("stopping `bootc switch`", limit)),
     }

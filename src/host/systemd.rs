@@ -83,7 +83,7 @@ pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(Stri
 /// Starts `unit` and waits for the job's end.
 pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
     let limit = host.deadlines.job;
-    match tokio::time::timeout(limit, job(host, "StartUnit", unit)).await {
+    match tokio::time::timeout(limit, job(host, START, unit)).await {
         Ok(Ok(result)) if result == "done" => Ok(()),
         Ok(Ok(result)) => Err(HostError::Unit { unit: unit.to_owned(), result }),
         Ok(Err(error)) => Err(error),
@@ -91,16 +91,25 @@ pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostErr
     }
 }
 
-/// Has `method` make a job for `unit`, or join the one that does the same, and waits for its end: the job's result.
-pub(super) async fn job(host: &Host, method: &'static str, unit: &str) -> Result<String, HostError> {
+/// What is done with a unit, and how it gets on with a job that there is. A start joins its like and gives way to a
+/// stop; a stop takes the place of a start, which it would contradict.
+pub(super) type Verb = (&'static str, &'static str);
+/// Starts.
+pub(super) const START: Verb = ("StartUnit", "fail");
+/// Stops.
+pub(super) const STOP: Verb = ("StopUnit", "replace");
+
+/// Makes a job for `unit`, or joins the one that does the same, and waits for its end: the job's result.
+pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let result = job_on(host, &bus, method, unit).await;
+    let result = job_on(host, &bus, verb, unit).await;
     close(bus).await;
     result
 }
 
-async fn job_on(host: &Host, bus: &Connection, method: &'static str, unit: &str) -> Result<String, HostError> {
+async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result<String, HostError> {
     const WHAT: &str = "systemd's manager";
+    let (method, mode) = verb;
     let failed = |error: zbus::Error| match &error {
         // No such unit, masked, at odds with a job that is queued.
         zbus::Error::MethodError(name, ..) if name.as_str().starts_with(NAME) => {
@@ -114,7 +123,7 @@ async fn job_on(host: &Host, bus: &Connection, method: &'static str, unit: &str)
     let _: () = manager.call("Subscribe", &()).await.map_err(failed)?;
     let mut removed = manager.receive_signal("JobRemoved").await.map_err(failed)?;
     // Both are listened to at once: signals that nobody takes would keep the reply from being read.
-    let body = (unit, "fail");
+    let body = (unit, mode);
     let mut call = pin!(manager.call::<_, _, OwnedObjectPath>(method, &body));
     let mut job = None;
     let mut ended = Vec::new();

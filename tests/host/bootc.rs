@@ -202,6 +202,28 @@ async fn what_is_obsolete_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_operator_stops_is_cancelled_and_tried_again_in_time() {
+    let lab = lab().await;
+    lab.machine.bootc().hang();
+    let (host, image) = (lab.host.clone(), lab.verified("2"));
+    let running = tokio::spawn(async move { stage(&host, image).await });
+    until("it hangs", || lab.machine.bootc().is_hanging()).await;
+    let systemctl = zbus::connection::Builder::address(lab.machine.bus_address().as_str()).build().await.unwrap();
+    let stop = async |mode: &'static str| {
+        let (name, manager) = ("org.freedesktop.systemd1", "org.freedesktop.systemd1.Manager");
+        let body = (plain(&lab, "2"), mode);
+        systemctl.call_method(Some(name), "/org/freedesktop/systemd1", Some(manager), "StopUnit", &body).await
+    };
+    // As systemd has it: a stop contradicts a start, unless it may take its place.
+    let error = stop("fail").await.unwrap_err();
+    assert!(error.to_string().contains("TransactionIsDestructive"), "{error}");
+    stop("replace").await.unwrap();
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!((error.reason(), error.retryable()), (Reason::Cancelled, true), "{error}");
+    lab.stage("2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_switch_that_never_ends_is_stopped() {
     let lab = lab().await;
     lab.machine.bootc().hang();

@@ -385,7 +385,7 @@ impl Inner {
         ]
     }
 
-    async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool) -> Answer {
+    async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool, mode: &str) -> Answer {
         if self.units.lock().unwrap().get(&name).is_some_and(|unit| unit.load == "masked") {
             return Err(Failure::new("org.freedesktop.systemd1.UnitMasked", format!("Unit {name} is masked.")));
         }
@@ -393,6 +393,14 @@ impl Inner {
             return Err(no_such_unit(format!("Unit {name} not found.")));
         }
         let running = self.starting.lock().unwrap().get(&name).cloned();
+        if stop && mode == "fail" && running.is_some() {
+            return Err(Failure::new(
+                "org.freedesktop.systemd1.TransactionIsDestructive",
+                format!(
+                    "Transaction for {name}/stop is destructive ({name} has 'start' job queued, but 'stop' is included in transaction)."
+                ),
+            ));
+        }
         if let (false, Some(Starting { number, .. })) = (stop, &running) {
             self.merged.fetch_add(1, Ordering::SeqCst);
             return call.reply(&(ObjectPath::try_from(format!("{MANAGER}/job/{number}"))?,));
@@ -575,7 +583,7 @@ impl Service for Inner {
                         format!("Job mode {mode} invalid"),
                     ));
                 }
-                self.job(call, name, call.member == "StopUnit").await
+                self.job(call, name, call.member == "StopUnit", &mode).await
             }
             "ResetFailedUnit" => {
                 let (name,): (String,) = body.deserialize()?;
