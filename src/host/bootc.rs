@@ -36,6 +36,8 @@ const STAGED: &str = "run/ostree/staged-deployment";
 /// Largest such note read, in bytes.
 const MAX_STAGED: u64 = 1 << 20;
 
+/// In place of a job's result.
+const UNTOLD: &str = "an unknown result";
 /// How often a lock that is held is looked at again; nobody tells of its end.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
@@ -87,6 +89,7 @@ pub(super) async fn stage(
     progress(format!("{SWITCH} runs as {unit}"));
     let result = tokio::select! {
         result = systemd::job(host, systemd::START, &unit) => result?,
+        () = gone(host, &unit) => UNTOLD.to_owned(),
         () = cancelled(cancel) => {
             stop(host, &unit).await?;
             return Err(HostError::Cancelled(WHAT));
@@ -104,7 +107,7 @@ pub(super) async fn stage(
     let staged =
         after.as_ref().is_ok_and(|after| after.iter().any(|deployment| deployment.staged && is_it(deployment)));
     match result.as_str() {
-        "done" if staged => Ok(()),
+        "done" | UNTOLD if staged => Ok(()),
         "done" => {
             after?;
             let why = format!("the image is not staged; see `journalctl -u '{unit}'`");
@@ -138,10 +141,27 @@ pub(super) fn set_kernel_arguments(append: &[String], delete: &[String]) -> Host
     HostError::KernelArguments(parts.join(" and "))
 }
 
+/// Ends when a unit that was started does not run any more. The signal that says so may be lost: a systemd that
+/// executes itself anew, as for its own update, may send none.
+async fn gone(host: &Host, unit: &str) {
+    loop {
+        tokio::time::sleep(host.deadlines.look).await;
+        match systemd::matching(host, &unit::PATTERNS).await {
+            Ok(units) if units.iter().any(|(name, state)| name == unit && is_running(*state)) => {}
+            Ok(_) => return,
+            Err(error) => tracing::debug!("whether {unit} still runs is not known: {error}"),
+        }
+    }
+}
+
+fn is_running(state: UnitState) -> bool {
+    matches!(state, UnitState::Active | UnitState::Activating)
+}
+
 /// What the sysroot is locked for: our own unit, or something unknown that status would wait for.
 async fn transaction(host: &Host) -> Result<Option<Transaction>, HostError> {
     let units = systemd::matching(host, &unit::PATTERNS).await?;
-    let running = units.into_iter().find(|(_, state)| matches!(state, UnitState::Active | UnitState::Activating));
+    let running = units.into_iter().find(|(_, state)| is_running(*state));
     Ok(match running {
         Some((unit, _)) => {
             let ours = unit::image(&unit).map(|image| image.digest().clone());

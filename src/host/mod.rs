@@ -41,6 +41,8 @@ pub struct Deadlines {
     pub job: Duration,
     /// Longest silence of a running transaction. Container pulls tell layer by layer, and one may be gigabytes.
     pub stall: Duration,
+    /// Between two looks at a unit whose end should have been told.
+    pub look: Duration,
     /// For a lock on the sysroot to be given back: `bootc status`, whoever runs it, takes it for a moment.
     pub lock: Duration,
     /// For `bootc status`: as long as another program may hold the sysroot lock for a moment.
@@ -59,6 +61,7 @@ impl Default for Deadlines {
             reply: Duration::from_secs(300),
             job: Duration::from_secs(120),
             stall: Duration::from_secs(30 * 60),
+            look: Duration::from_secs(60),
             lock: Duration::from_secs(5),
             status: Duration::from_secs(60),
             whole: Duration::from_secs(3 * 60 * 60),

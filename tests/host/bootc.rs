@@ -202,6 +202,18 @@ async fn what_is_obsolete_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_nobody_tells_is_noticed() {
+    let lab = lab().await;
+    lab.machine.systemd().lose_signals(true);
+    let host = lab.hasty(|deadlines| deadlines.look = Duration::from_millis(200));
+    stage(&host, lab.verified("2")).await.unwrap();
+    assert_eq!(lab.staged(), Some(lab.digest("2")));
+    lab.machine.bootc().fail_next();
+    let error = stage(&host, lab.verified("3")).await.unwrap_err();
+    assert!(error.to_string().contains("`exit-code 1`"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_operator_stops_is_cancelled_and_tried_again_in_time() {
     let lab = lab().await;
     lab.machine.bootc().hang();

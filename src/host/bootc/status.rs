@@ -87,6 +87,7 @@ mod tests {
 
     const BOOTED: &str = "1111111111111111111111111111111111111111111111111111111111111111";
 
+    /// One for each shape, written after the documented schema of the release in its name; none is a recording.
     fn fixture(name: &str) -> Result<Vec<Deployment>, HostError> {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/bootc-status");
         parse(&std::fs::read(format!("{directory}/{name}.json")).unwrap())

@@ -92,6 +92,7 @@ struct Inner {
     jobs: AtomicU32,
     merged: AtomicU32,
     always_early: AtomicBool,
+    loses_signals: AtomicBool,
     version: Mutex<String>,
 }
 
@@ -125,6 +126,7 @@ impl Systemd {
             jobs: AtomicU32::new(1),
             merged: AtomicU32::new(0),
             always_early: AtomicBool::new(false),
+            loses_signals: AtomicBool::new(false),
             version: Mutex::new("257.3-1.el10".to_owned()),
         });
         let this = Self { inner };
@@ -242,6 +244,11 @@ impl Systemd {
     /// Sends every `JobRemoved` before the reply; otherwise every second one.
     pub fn job_removed_early(&self, always: bool) {
         self.inner.always_early.store(always, Ordering::SeqCst);
+    }
+
+    /// Whether no `JobRemoved` is sent, as when systemd executes itself anew at the wrong moment.
+    pub fn lose_signals(&self, lost: bool) {
+        self.inner.loses_signals.store(lost, Ordering::SeqCst);
     }
 
     /// What the `Version` property says.
@@ -441,7 +448,7 @@ impl Inner {
                 _ => this.start(&name, starting).await,
             };
             // Broadcast to everybody, once anybody has subscribed.
-            let heard = !this.subscribers.lock().unwrap().is_empty();
+            let heard = !this.subscribers.lock().unwrap().is_empty() && !this.loses_signals.load(Ordering::SeqCst);
             if heard {
                 let path = ObjectPath::try_from(job.as_str()).expect("a valid path");
                 let _ = this
