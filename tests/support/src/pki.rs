@@ -45,6 +45,21 @@ impl Pki {
         Self { certificate: builder.build(), key }
     }
 
+    /// An authority that [`Pki::ca_pem`] and [`Pki::key_pem`] were taken from.
+    ///
+    /// # Errors
+    /// If that is not what the texts are.
+    pub fn from_pem(ca_pem: &str, key_pem: &str) -> Result<Self, openssl::error::ErrorStack> {
+        let key = PKey::private_key_from_pem(key_pem.as_bytes())?;
+        Ok(Self { certificate: X509::from_pem(ca_pem.as_bytes())?, key })
+    }
+
+    /// The authority's private key.
+    #[must_use]
+    pub fn key_pem(&self) -> String {
+        text(self.key.private_key_to_pem_pkcs8())
+    }
+
     /// The authority's certificate.
     #[must_use]
     pub fn ca_pem(&self) -> String {

@@ -79,7 +79,34 @@ impl Registry {
         Self::start_with(dir, tls, Some(credentials)).await
     }
 
+    /// Starts one on that port of 127.0.0.1, or none.
+    pub async fn start_on(dir: &Path, tls: ServerTls, credentials: Option<Credentials>, port: u16) -> Result<Self> {
+        let mut registry = Self::prepare(dir, tls, credentials)?;
+        registry.listen_on(port).await?;
+        Ok(registry)
+    }
+
     async fn start_with(dir: &Path, tls: ServerTls, credentials: Option<Credentials>) -> Result<Self> {
+        let mut registry = Self::prepare(dir, tls, credentials)?;
+        // Another process may take the port between the look and the server's bind.
+        let mut failure = None;
+        for _ in 0..5 {
+            match registry.listen_on(tools::free_port()).await {
+                Ok(()) => return Ok(registry),
+                Err(error) if format!("{error:#}").contains("address already in use") => failure = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failure.expect("a failure after five attempts"))
+    }
+
+    async fn listen_on(&mut self, port: u16) -> Result<()> {
+        self.port = port;
+        self.name = format!("{}-{port}", std::process::id());
+        self.spawn().await
+    }
+
+    fn prepare(dir: &Path, tls: ServerTls, credentials: Option<Credentials>) -> Result<Self> {
         let dir = std::path::absolute(dir)?;
         for sub in ["storage", "tls", "certs"] {
             fs::create_dir_all(dir.join(sub)).with_context(|| format!("creating {sub} in {}", dir.display()))?;
@@ -97,19 +124,7 @@ impl Registry {
             .pool_max_idle_per_host(0)
             .timeout(DEADLINE)
             .build()?;
-        let mut registry = Self { dir, port: 0, name: String::new(), credentials, client, child: None };
-        // Another process may take the port between the look and the server's bind.
-        let mut failure = None;
-        for _ in 0..5 {
-            registry.port = tools::free_port();
-            registry.name = format!("{}-{}", std::process::id(), registry.port);
-            match registry.spawn().await {
-                Ok(()) => return Ok(registry),
-                Err(error) if format!("{error:#}").contains("address already in use") => failure = Some(error),
-                Err(error) => return Err(error),
-            }
-        }
-        Err(failure.expect("a failure after five attempts"))
+        Ok(Self { dir, port: 0, name: String::new(), credentials, client, child: None })
     }
 
     /// `127.0.0.1:PORT`, with which references to its images begin.

@@ -56,6 +56,16 @@ impl Signer {
         Self { key: key.unwrap() }
     }
 
+    /// A key that [`Signer::private_key_pem`] was taken from.
+    pub fn from_pem(pem: &str) -> Result<Self> {
+        Ok(Self { key: PKey::private_key_from_pem(pem.as_bytes()).context("not a private key")? })
+    }
+
+    /// The private half.
+    pub fn private_key_pem(&self) -> String {
+        String::from_utf8(self.key.private_key_to_pem_pkcs8().unwrap()).unwrap()
+    }
+
     /// The public half, for a policy's `keyData` (in base64) or `keyPath`.
     pub fn public_key_pem(&self) -> String {
         String::from_utf8(self.key.public_key_to_pem().unwrap()).unwrap()
