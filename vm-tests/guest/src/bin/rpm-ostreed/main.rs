@@ -1,0 +1,310 @@
+//! Stands in for rpm-ostree's daemon, which Debian does not have: its interface on the system bus, thin, over work that
+//! is real. What clients may rely on is kept: the sysroot is loaded before the name is claimed, transactions live on a
+//! private socket and begin with `Start`, an equal request joins, another one is refused as busy, a client that leaves
+//! takes its unstarted transaction with it, and an idle daemon exits.
+
+mod transaction;
+mod work;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use futures_util::StreamExt as _;
+use tokio::sync::{Notify, mpsc, watch};
+use zbus::message::Header;
+use zbus::{Connection, DBusError, OwnedObjectPath, OwnedVariant};
+
+use transaction::{Request, Transaction};
+use work::{Deployment, Dict, Job, Refusal};
+
+const NAME: &str = "org.projectatomic.rpmostree1";
+const SYSROOT: &str = "/org/projectatomic/rpmostree1/Sysroot";
+/// Without clients and transaction, the daemon exits after this long.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// GIO's errors as they arrive on the bus.
+#[derive(Debug, DBusError)]
+#[zbus(prefix = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark")]
+enum Failure {
+    #[zbus(error)]
+    ZBus(zbus::Error),
+    /// Failed.
+    Code0(String),
+    /// Not found.
+    Code1(String),
+    /// Busy.
+    Code26(String),
+}
+
+/// The daemon.
+pub struct Daemon {
+    state: Mutex<State>,
+    /// Clients or transaction changed.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    deployments: Vec<Deployment>,
+    clients: BTreeSet<String>,
+    active: Option<Arc<Transaction>>,
+}
+
+impl Daemon {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("not poisoned")
+    }
+
+    /// Reads the sysroot anew.
+    async fn reload(&self) {
+        match tokio::task::spawn_blocking(work::load).await {
+            Ok(Ok(deployments)) => self.state().deployments = deployments,
+            Ok(Err(error)) => eprintln!("reading the sysroot: {error:#}"),
+            Err(error) => eprintln!("reading the sysroot: {error}"),
+        }
+    }
+
+    /// The last client of a finished transaction went.
+    fn closed(&self, transaction: &Arc<Transaction>) {
+        let mut state = self.state();
+        if state.active.as_ref().is_some_and(|active| Arc::ptr_eq(active, transaction)) {
+            state.active = None;
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// A name left the bus.
+    fn left(&self, name: &str) {
+        let mut state = self.state();
+        state.clients.remove(name);
+        if let Some(active) = state.active.as_ref().filter(|active| active.client == name) {
+            active.abandon();
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn is_idle(&self) -> bool {
+        let state = self.state();
+        state.clients.is_empty() && state.active.is_none()
+    }
+
+    /// Makes a transaction, or joins the one that does just this. The answer is its address.
+    async fn transact(
+        self: &Arc<Self>,
+        method: &'static str,
+        job: Job,
+        options: &HashMap<String, OwnedVariant>,
+        header: &Header<'_>,
+    ) -> Result<String, Failure> {
+        let title = text(options, "initiating-command-line").unwrap_or_else(|| method.to_lowercase());
+        let client = header.sender().map(|sender| sender.to_string()).unwrap_or_default();
+        let request = Request { job, title };
+        if let Some(active) = &self.state().active {
+            if active.request == request {
+                return Ok(Transaction::address());
+            }
+            return Err(Failure::Code26(format!("Transaction in progress: {}", active.request.title)));
+        }
+        let (said, saying) = mpsc::unbounded_channel();
+        let (cancelled, is_cancelled) = watch::channel(false);
+        let worker = work::prepare(request.job.clone(), said, is_cancelled).await.map_err(|refusal| match refusal {
+            Refusal::Busy => Failure::Code26("System transaction in progress".to_owned()),
+            Refusal::Failed(text) => Failure::Code0(text),
+        })?;
+        let transaction = Transaction::listen(self, request, method, client, worker, saying, cancelled)
+            .map_err(|error| Failure::Code0(error.to_string()))?;
+        self.state().active = Some(transaction);
+        Ok(Transaction::address())
+    }
+}
+
+fn text(options: &HashMap<String, OwnedVariant>, key: &str) -> Option<String> {
+    String::try_from(options.get(key)?.try_clone().ok()?).ok()
+}
+
+/// As the original escapes names in object paths; clients must not compute it.
+fn os_path(osname: &str) -> String {
+    let escaped: String = osname
+        .bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'_' => char::from(byte).to_string(),
+            b'-' | b'/' => "_".to_owned(),
+            other => format!("_{other:02X}"),
+        })
+        .collect();
+    format!("/org/projectatomic/rpmostree1/{escaped}")
+}
+
+fn copy(dict: &Dict) -> Dict {
+    dict.iter().filter_map(|(key, value)| Some((key.clone(), value.try_clone().ok()?))).collect()
+}
+
+struct Sysroot(Arc<Daemon>);
+
+#[zbus::interface(name = "org.projectatomic.rpmostree1.Sysroot")]
+impl Sysroot {
+    fn register_client(&self, _options: HashMap<String, OwnedVariant>, #[zbus(header)] header: Header<'_>) {
+        if let Some(sender) = header.sender() {
+            self.0.state().clients.insert(sender.to_string());
+        }
+        self.0.changed.notify_one();
+    }
+
+    fn unregister_client(&self, _options: HashMap<String, OwnedVariant>, #[zbus(header)] header: Header<'_>) {
+        if let Some(sender) = header.sender() {
+            self.0.state().clients.remove(sender.as_str());
+        }
+        self.0.changed.notify_one();
+    }
+
+    async fn reload(&self) {
+        self.0.reload().await;
+    }
+
+    #[zbus(name = "GetOS")]
+    fn get_os(&self, name: &str) -> Result<OwnedObjectPath, Failure> {
+        if !self.0.state().deployments.iter().any(|one| one.osname == name) {
+            return Err(Failure::Code1(format!("OS name \"{name}\" not found")));
+        }
+        OwnedObjectPath::try_from(os_path(name)).map_err(|error| Failure::Code0(error.to_string()))
+    }
+
+    #[zbus(property)]
+    fn booted(&self) -> OwnedObjectPath {
+        let state = self.0.state();
+        let path = state.deployments.iter().find(|one| one.booted).map_or("/".to_owned(), |one| os_path(&one.osname));
+        OwnedObjectPath::try_from(path).expect("an escaped path is one")
+    }
+
+    #[zbus(property)]
+    fn path(&self) -> &str {
+        "/"
+    }
+
+    #[zbus(property)]
+    fn automatic_update_policy(&self) -> &str {
+        "none"
+    }
+
+    #[zbus(property)]
+    fn active_transaction(&self) -> (String, String, String) {
+        match &self.0.state().active {
+            Some(active) => (active.method.to_owned(), active.client.clone(), "/".to_owned()),
+            None => Default::default(),
+        }
+    }
+
+    #[zbus(property)]
+    fn active_transaction_path(&self) -> String {
+        self.0.state().active.as_ref().map(|_| Transaction::address()).unwrap_or_default()
+    }
+
+    #[zbus(property)]
+    fn deployments(&self) -> Vec<Dict> {
+        self.0.state().deployments.iter().map(|one| copy(&one.dict)).collect()
+    }
+}
+
+struct Os(Arc<Daemon>);
+
+#[zbus::interface(name = "org.projectatomic.rpmostree1.OS")]
+impl Os {
+    async fn rebase(
+        &self,
+        options: HashMap<String, OwnedVariant>,
+        refspec: String,
+        _packages: Vec<String>,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<String, Failure> {
+        self.0.transact("Rebase", Job::Rebase { reference: refspec }, &options, &header).await
+    }
+
+    async fn cleanup(&self, kinds: Vec<String>, #[zbus(header)] header: Header<'_>) -> Result<String, Failure> {
+        const KINDS: [&str; 4] = ["base", "pending-deploy", "rollback-deploy", "repomd"];
+        if let Some(kind) = kinds.iter().find(|kind| !KINDS.contains(&kind.as_str())) {
+            return Err(Failure::Code0(format!("Invalid cleanup type: {kind}")));
+        }
+        self.0.transact("Cleanup", Job::Cleanup { kinds }, &HashMap::new(), &header).await
+    }
+
+    async fn kernel_args(
+        &self,
+        _existing: String,
+        added: Vec<String>,
+        replaced: Vec<String>,
+        removed: Vec<String>,
+        options: HashMap<String, OwnedVariant>,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<String, Failure> {
+        self.0.transact("KernelArgs", Job::KernelArguments { added, replaced, removed }, &options, &header).await
+    }
+
+    async fn rollback(
+        &self,
+        options: HashMap<String, OwnedVariant>,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<String, Failure> {
+        self.0.transact("Rollback", Job::Rollback, &options, &header).await
+    }
+
+    fn get_deployment_boot_config(
+        &self,
+        id: &str,
+        _is_pending: bool,
+    ) -> Result<HashMap<String, OwnedVariant>, Failure> {
+        let state = self.0.state();
+        let deployment = match id {
+            "" => state.deployments.first(),
+            id => state.deployments.iter().find(|one| one.id == id),
+        };
+        let deployment = deployment.ok_or_else(|| Failure::Code1(format!("Deployment with id={id} not found")))?;
+        let value = |text: &String| OwnedVariant::try_from(zbus::Variant::from(text.clone()));
+        deployment
+            .boot
+            .iter()
+            .map(|(key, text)| Ok(((*key).to_owned(), value(text).map_err(|e| Failure::Code0(e.to_string()))?)))
+            .collect()
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let daemon = Arc::new(Daemon { state: Mutex::default(), changed: Notify::new() });
+    let deployments = tokio::task::spawn_blocking(work::load).await?.context("Opening the sysroot")?;
+    let names: BTreeSet<String> = deployments.iter().map(|one| one.osname.clone()).collect();
+    daemon.state().deployments = deployments;
+
+    let bus = Connection::system().await?;
+    let watch = zbus::fdo::DBusProxy::new(&bus).await?;
+    let mut changes = watch.receive_name_owner_changed().await?;
+    let server = bus.object_server();
+    server.at(SYSROOT, Sysroot(daemon.clone())).await?;
+    for name in names {
+        server.at(os_path(&name), Os(daemon.clone())).await?;
+    }
+    bus.request_name(NAME).await?;
+
+    let watched = daemon.clone();
+    tokio::spawn(async move {
+        while let Some(change) = changes.next().await {
+            if let Ok(args) = change.args()
+                && args.new_owner().is_none()
+            {
+                watched.left(args.name().as_str());
+            }
+        }
+    });
+    // Nobody left for long enough: exit, to be activated again.
+    loop {
+        let changed = tokio::time::timeout(IDLE, daemon.changed.notified()).await;
+        if changed.is_err() && daemon.is_idle() {
+            println!("In idle state; will auto-exit");
+            bus.release_name(NAME).await?;
+            return Ok(());
+        }
+    }
+}

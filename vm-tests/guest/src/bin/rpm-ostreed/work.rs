@@ -1,0 +1,333 @@
+//! What transactions do, done by the libraries that the original uses: import under the container policy through
+//! ostree-ext and skopeo, staging, cleanup and rollback through libostree.
+//!
+//! libostree's objects stay on the thread that made them, so each transaction has one.
+
+use std::collections::HashMap;
+use std::pin::pin;
+
+use anyhow::{Context as _, Result, bail};
+use ostree_ext::container::OstreeImageReference;
+use ostree_ext::container::deploy::{ORIGIN_CONTAINER, prune};
+use ostree_ext::container::store::{ImageImporter, ImportProgress, PrepareResult};
+use ostree_ext::ostree::gio::Cancellable;
+use ostree_ext::ostree::{self, glib};
+use ostree_ext::sysroot::SysrootLock;
+use tokio::sync::{mpsc, oneshot, watch};
+use zbus::{OwnedVariant, Variant};
+
+pub type Dict = HashMap<String, OwnedVariant>;
+
+/// What a transaction is asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Job {
+    Rebase { reference: String },
+    Cleanup { kinds: Vec<String> },
+    KernelArguments { added: Vec<String>, replaced: Vec<String>, removed: Vec<String> },
+    Rollback,
+}
+
+/// What a transaction tells its clients while it runs.
+pub enum Said {
+    Message(String),
+    TaskBegin(String),
+    TaskEnd(String),
+}
+
+/// One entry of the boot order, as the bus shows it.
+pub struct Deployment {
+    pub id: String,
+    pub osname: String,
+    pub booted: bool,
+    /// Keys of its boot loader entry.
+    pub boot: Vec<(&'static str, String)>,
+    pub dict: Dict,
+}
+
+/// A transaction's thread, which holds the sysroot's lock.
+pub struct Worker {
+    /// Sent: begin. Dropped: nobody will ask for it any more.
+    pub go: oneshot::Sender<()>,
+    pub outcome: oneshot::Receiver<Result<(), String>>,
+}
+
+/// Why a transaction cannot be.
+pub enum Refusal {
+    /// Somebody else has the sysroot's lock.
+    Busy,
+    Failed(String),
+}
+
+/// Reads what is deployed.
+pub fn load() -> Result<Vec<Deployment>> {
+    let sysroot = open()?;
+    let booted = sysroot.booted_deployment();
+    let repo = sysroot.repo();
+    sysroot.deployments().iter().map(|deployment| describe(&repo, deployment, booted.as_ref())).collect()
+}
+
+/// Takes the sysroot's lock and waits for the word to begin.
+pub async fn prepare(
+    job: Job,
+    said: mpsc::UnboundedSender<Said>,
+    cancelled: watch::Receiver<bool>,
+) -> Result<Worker, Refusal> {
+    let (locked, is_locked) = oneshot::channel();
+    let (go, may_go) = oneshot::channel();
+    let (told, outcome) = oneshot::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async move {
+            let sysroot = match lock() {
+                Ok(sysroot) => sysroot,
+                Err(refusal) => return drop(locked.send(Err(refusal))),
+            };
+            let _ = locked.send(Ok(()));
+            if may_go.await.is_ok() {
+                let _ = told.send(run(&sysroot, &job, &said, cancelled).await);
+            }
+        });
+    });
+    match is_locked.await {
+        Ok(Ok(())) => Ok(Worker { go, outcome }),
+        Ok(Err(refusal)) => Err(refusal),
+        Err(_) => Err(Refusal::Failed("the transaction's thread died".to_owned())),
+    }
+}
+
+/// The unit gives this process a mount namespace of its own, in which libostree may remount what it writes to.
+fn open() -> Result<ostree::Sysroot> {
+    let sysroot = ostree::Sysroot::new_default();
+    sysroot.set_mount_namespace_in_use();
+    sysroot.load(Cancellable::NONE)?;
+    Ok(sysroot)
+}
+
+fn lock() -> Result<SysrootLock, Refusal> {
+    let failed = |error: &dyn std::fmt::Display| Refusal::Failed(error.to_string());
+    let sysroot = open().map_err(|error| failed(&format!("{error:#}")))?;
+    if !sysroot.try_lock().map_err(|error| failed(&error))? {
+        return Err(Refusal::Busy);
+    }
+    // Whoever had the lock may have changed everything.
+    sysroot.load_if_changed(Cancellable::NONE).map_err(|error| failed(&error))?;
+    Ok(SysrootLock::from_assumed_locked(&sysroot))
+}
+
+async fn run(
+    sysroot: &SysrootLock,
+    job: &Job,
+    said: &mpsc::UnboundedSender<Said>,
+    mut cancelled: watch::Receiver<bool>,
+) -> Result<(), String> {
+    let work = async {
+        match job {
+            Job::Rebase { reference } => rebase(sysroot, reference, said).await,
+            Job::Cleanup { kinds } => cleanup(sysroot, kinds),
+            Job::KernelArguments { added, replaced, removed } => kernel_arguments(sysroot, added, replaced, removed),
+            Job::Rollback => rollback(sysroot),
+        }
+    };
+    let outcome = tokio::select! {
+        biased;
+        outcome = work => outcome.map_err(|error| format!("{error:#}")),
+        _ = cancelled.wait_for(|cancelled| *cancelled) => Err("Operation was cancelled".to_owned()),
+    };
+    sysroot.unlock();
+    outcome
+}
+
+async fn rebase(sysroot: &SysrootLock, reference: &str, said: &mpsc::UnboundedSender<Said>) -> Result<()> {
+    let say = |said_now: Said| drop(said.send(said_now));
+    let imgref = OstreeImageReference::try_from(reference)?;
+    let merge = merge_deployment(sysroot)?;
+    if origin_reference(&merge).is_some_and(|old| old == imgref.to_string()) {
+        bail!("Old and new refs are equal: {imgref}");
+    }
+    say(Said::Message(format!("Pulling manifest: {imgref}")));
+    let mut importer = ImageImporter::new(&sysroot.repo(), &imgref, Default::default()).await?;
+    importer.require_bootable();
+    let mut progress = importer.request_progress();
+    let image = match importer.prepare().await? {
+        PrepareResult::AlreadyPresent(image) => image,
+        PrepareResult::Ready(prepared) => {
+            say(Said::Message(format!("Importing: {imgref} (digest: {})", prepared.manifest_digest)));
+            let needed = prepared.layers_to_fetch().collect::<Result<Vec<_>>>()?;
+            let bytes: u64 = needed.iter().map(|(layer, _)| layer.layer().size()).sum();
+            say(Said::Message(format!("layers needed: {} ({bytes} bytes)", needed.len())));
+            drop(needed);
+            let mut import = pin!(importer.import(prepared));
+            loop {
+                tokio::select! {
+                    imported = &mut import => break imported.context("Importing")?,
+                    Some(layer) = progress.recv() => match layer {
+                        ImportProgress::OstreeChunkStarted(layer) | ImportProgress::DerivedLayerStarted(layer) => {
+                            say(Said::TaskBegin(format!("Fetching layer {}", layer.digest())));
+                        }
+                        ImportProgress::OstreeChunkCompleted(layer) | ImportProgress::DerivedLayerCompleted(layer) => {
+                            say(Said::TaskEnd(format!("Fetching layer {}", layer.digest())));
+                        }
+                    },
+                }
+            }
+        }
+    };
+    say(Said::TaskBegin("Staging deployment".to_owned()));
+    let origin = glib::KeyFile::new();
+    origin.set_string("origin", ORIGIN_CONTAINER, &imgref.to_string());
+    stage(sysroot, &image.merge_commit, &origin, &merge, &arguments(&merge))?;
+    say(Said::TaskEnd("Staging deployment".to_owned()));
+    tidy(sysroot)
+}
+
+fn stage(
+    sysroot: &SysrootLock,
+    commit: &str,
+    origin: &glib::KeyFile,
+    merge: &ostree::Deployment,
+    arguments: &[String],
+) -> Result<()> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let options = ostree::SysrootDeployTreeOpts { override_kernel_argv: Some(&arguments), ..Default::default() };
+    sysroot
+        .stage_tree_with_options(Some(&merge.osname()), commit, Some(origin), Some(merge), &options, Cancellable::NONE)
+        .context("Staging deployment")?;
+    Ok(())
+}
+
+/// Forgets images that no deployment is of, and what only they needed.
+fn tidy(sysroot: &SysrootLock) -> Result<()> {
+    sysroot.load_if_changed(Cancellable::NONE)?;
+    sysroot.cleanup(Cancellable::NONE).context("Cleaning up")?;
+    let pruned = prune(sysroot).context("Pruning")?;
+    if !pruned.is_empty() {
+        println!("Pruned images: {} (layers: {})", pruned.n_images, pruned.n_layers);
+    }
+    Ok(())
+}
+
+fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
+    let has = |kind: &str| kinds.iter().any(|wanted| wanted == kind);
+    let booted = sysroot.booted_deployment().context("Not booted into a deployment")?;
+    let all = sysroot.deployments();
+    let place = all.iter().position(|one| one.equal(&booted)).context("The booted deployment is not listed")?;
+    let mut kept = Vec::new();
+    for (index, one) in all.iter().enumerate() {
+        let goes = (index < place && has("pending-deploy")) || (index > place && has("rollback-deploy"));
+        if !goes || one.is_pinned() {
+            kept.push(one.clone());
+        }
+    }
+    if kept.len() < all.len() {
+        sysroot.write_deployments(&kept, Cancellable::NONE)?;
+    }
+    tidy(sysroot)
+}
+
+fn kernel_arguments(sysroot: &SysrootLock, added: &[String], replaced: &[String], removed: &[String]) -> Result<()> {
+    let merge = merge_deployment(sysroot)?;
+    let mut wanted = arguments(&merge);
+    for replacement in replaced {
+        // KEY=NEW, or KEY=OLD=NEW where there are several.
+        let (key, value) = replacement.split_once('=').context("KEY=VALUE expected")?;
+        let (old, new) = value.split_once('=').map_or((None, value), |(old, new)| (Some(old), new));
+        let is_it = |argument: &String| match argument.split_once('=') {
+            Some((name, value)) => name == key && old.is_none_or(|old| old == value),
+            None => argument == key && old.is_none(),
+        };
+        let place = wanted.iter().position(is_it).with_context(|| format!("No key '{key}' found"))?;
+        wanted[place] = format!("{key}={new}");
+    }
+    for one in removed {
+        let place = wanted.iter().position(|argument| argument == one);
+        wanted.remove(place.with_context(|| format!("No karg '{one}' found"))?);
+    }
+    wanted.extend(added.iter().cloned());
+    let origin = merge.origin().context("The deployment has no origin")?;
+    stage(sysroot, &merge.csum(), &origin, &merge, &wanted)?;
+    tidy(sysroot)
+}
+
+fn rollback(sysroot: &SysrootLock) -> Result<()> {
+    let mut all = sysroot.deployments();
+    if all.first().is_some_and(ostree::Deployment::is_staged) {
+        bail!("Staged deployment (remove with cleanup -p)");
+    }
+    let booted = sysroot.booted_deployment().context("Not booted into a deployment")?;
+    let place = all.iter().position(|one| one.equal(&booted)).context("The booted deployment is not listed")?;
+    // The one after the booted one, or the booted one if it is not first.
+    let chosen = if place > 0 { place } else { 1 };
+    if chosen >= all.len() {
+        bail!("No rollback deployment found");
+    }
+    let first = all.remove(chosen);
+    all.insert(0, first);
+    sysroot.write_deployments(&all, Cancellable::NONE)?;
+    Ok(())
+}
+
+/// The first in boot order: a staged one, too.
+fn merge_deployment(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
+    sysroot.deployments().into_iter().next().context("Nothing is deployed")
+}
+
+fn origin_reference(deployment: &ostree::Deployment) -> Option<String> {
+    let origin = deployment.origin()?;
+    origin.string("origin", ORIGIN_CONTAINER).ok().map(Into::into)
+}
+
+fn options(deployment: &ostree::Deployment) -> String {
+    deployment.bootconfig().and_then(|boot| boot.get("options")).map(Into::into).unwrap_or_default()
+}
+
+/// Kernel arguments, without the one that libostree sets itself.
+fn arguments(deployment: &ostree::Deployment) -> Vec<String> {
+    options(deployment).split_whitespace().filter(|one| !one.starts_with("ostree=")).map(str::to_owned).collect()
+}
+
+fn describe(
+    repo: &ostree::Repo,
+    deployment: &ostree::Deployment,
+    booted: Option<&ostree::Deployment>,
+) -> Result<Deployment> {
+    let checksum = deployment.csum().to_string();
+    let (osname, serial) = (deployment.osname().to_string(), deployment.deployserial());
+    let id = format!("{osname}-{checksum}.{serial}");
+    let is_booted = booted.is_some_and(|booted| booted.equal(deployment));
+    let (commit, _) = repo.load_commit(&checksum)?;
+    let metadata = glib::VariantDict::new(Some(&commit.child_value(0)));
+    let text = |key: &str| metadata.lookup::<String>(key).ok().flatten();
+
+    let mut dict = Dict::new();
+    let mut set = |key: &str, value: Variant<'static>| -> Result<()> {
+        dict.insert(key.to_owned(), OwnedVariant::try_from(value)?);
+        Ok(())
+    };
+    set("id", id.clone().into())?;
+    set("osname", osname.clone().into())?;
+    set("checksum", checksum.into())?;
+    set("serial", serial.into())?;
+    set("booted", is_booted.into())?;
+    set("staged", deployment.is_staged().into())?;
+    set("pinned", deployment.is_pinned().into())?;
+    set("unlocked", ostree::Deployment::unlocked_state_to_string(deployment.unlocked()).to_string().into())?;
+    set("timestamp", ostree::commit_get_timestamp(&commit).into())?;
+    if let Some(version) = text("version") {
+        set("version", version.into())?;
+    }
+    if let Some(reference) = origin_reference(deployment) {
+        set("container-image-reference", reference.into())?;
+    }
+    if let Some(digest) = text("ostree.manifest-digest") {
+        set("container-image-reference-digest", digest.into())?;
+    }
+    const OF_IMAGES: [&str; 3] = ["ostree.manifest-digest", "ostree.manifest", "ostree.container.image-config"];
+    let shown: HashMap<String, Variant<'static>> =
+        OF_IMAGES.iter().filter_map(|key| Some(((*key).to_owned(), Variant::from(text(key)?)))).collect();
+    set("base-commit-meta", Variant::from(shown))?;
+
+    const OF_BOOT: [&str; 5] = ["title", "version", "linux", "initrd", "options"];
+    let config = deployment.bootconfig();
+    let boot = OF_BOOT.iter().filter_map(|key| Some((*key, config.as_ref()?.get(key)?.to_string()))).collect();
+    Ok(Deployment { id, osname, booted: is_booted, boot, dict })
+}

@@ -1,0 +1,94 @@
+//! The power goes at the worst moments, and finalization fails.
+
+use anyhow::{Context as _, Result, ensure};
+use support::events::Event;
+
+use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
+use crate::vm::SHUTDOWN;
+
+/// The agent's message that an image is staged.
+const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
+/// libostree's message that finalization begins.
+const FINALIZING: &str = "e8646cd63dff4625b77909a8e7a40994";
+
+/// What was staged is lost with the boot; it is staged again.
+pub async fn after_staging(lab: &mut Lab) -> Result<()> {
+    let old = lab.booted_digest().await?;
+    let image = lab.signed().await?;
+    let mark = lab.vm.journal.mark();
+    lab.target(&image);
+    lab.vm.journal.wait(mark, UPDATE, "an image is staged", |entry| entry.has_id(STAGED)).await?;
+    lab.power_cut().await?;
+    lab.power_on().await?;
+    ensure!(lab.booted_digest().await? == old, "what was only staged boots");
+    arrive(lab).await
+}
+
+/// The attempt is on record and the reboot was not asked for yet: it counts, and one more is made.
+pub async fn after_the_attempt(lab: &mut Lab) -> Result<()> {
+    let old = lab.booted_digest().await?;
+    let image = lab.signed().await?;
+    let mut events = lab.events.subscribe();
+    lab.target(&image);
+    lab.wait_event(
+        &mut events,
+        UPDATE,
+        "an attempt on record",
+        |event| matches!(event, Event::NodeChanged { changes, .. } if matches!(changes.get(ATTEMPT), Some(Some(_)))),
+    )
+    .await?;
+    lab.power_cut().await?;
+    lab.power_on().await?;
+    ensure!(lab.booted_digest().await? == old, "what was only staged boots");
+    arrive(lab).await
+}
+
+/// Whatever the boot loader finds afterwards, the node arrives.
+pub async fn during_finalization(lab: &mut Lab) -> Result<()> {
+    let image = lab.signed().await?;
+    let mark = lab.vm.journal.mark();
+    lab.target(&image);
+    lab.vm.journal.wait(mark, UPDATE, "finalization begins", |entry| entry.has_id(FINALIZING)).await?;
+    lab.power_cut().await?;
+    lab.power_on().await?;
+    if lab.booted_digest().await? == image.digest {
+        lab.say("the new image boots: its boot loader entry was written in time");
+        lab.wait_done(&image).await?;
+        return lab.arrived(&image).await;
+    }
+    lab.say("the old image boots: finalization did not come that far");
+    arrive(lab).await
+}
+
+/// /boot cannot be written: the old image comes up again, once more, and then the node says why it stays there.
+pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
+    let old = lab.booted_digest().await?;
+    lab.vm.run("chattr +i /boot").await.context("making /boot immutable")?;
+    let image = lab.signed().await?;
+    lab.target(&image);
+    for attempt in 1..=2 {
+        lab.reboot_of_its_own(UPDATE).await.with_context(|| format!("attempt {attempt}"))?;
+        ensure!(lab.booted_digest().await? == old, "the new image boots after a failed finalization");
+        let (_, failed) = lab.vm.status("systemctl is-failed ostree-boot-complete.service").await?;
+        ensure!(failed.trim() == "failed", "ostree-boot-complete.service is {failed}, so nothing failed");
+    }
+    let reason = lab.wait_reason("Degraded", "", WORK).await?;
+    lab.say(&format!("the Node says: {reason}"));
+    ensure!(reason.contains("finaliz"), "the reason does not tell of the finalization: {reason}");
+    let boot = lab.vm.boot_id().to_owned();
+
+    // The way out: the cause goes, and the pool gets another image.
+    lab.vm.run("chattr -i /boot").await?;
+    let image = lab.signed().await?;
+    let version = lab.version();
+    ensure!(lab.vm.boot_id() == boot, "a third attempt");
+    lab.update(&image, version).await.context("after /boot can be written again")
+}
+
+/// The second and last way to the target that is set.
+async fn arrive(lab: &mut Lab) -> Result<()> {
+    lab.reboot_of_its_own(UPDATE + SHUTDOWN).await?;
+    let image = lab.last_target();
+    lab.wait_done(&image).await?;
+    lab.arrived(&image).await
+}

@@ -1,0 +1,50 @@
+//! Updates that go well.
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::lab::Lab;
+use crate::oci::Extra;
+
+/// From whatever runs to a new image.
+pub async fn forward(lab: &mut Lab) -> Result<()> {
+    let image = lab.signed().await?;
+    let version = lab.version();
+    let mark = lab.vm.journal.mark();
+    lab.update(&image, version).await?;
+    let shown = lab.vm.run("cat /usr/share/vm-tests/version").await?;
+    ensure!(shown.starts_with(&format!("{version} ")), "the image's content is not what runs: {shown}");
+    let finalized = lab.vm.journal.since(mark, |entry| entry.has_id("dd440e3e549083b63d0efc7dc15255f1"));
+    ensure!(finalized.len() == 1, "libostree finalized {} deployments instead of one", finalized.len());
+    let (code, output) = lab.vm.status("rebase-agent status").await?;
+    ensure!(code == 0, "`rebase-agent status` of a node that is Done: status {code}, {output}");
+    Ok(())
+}
+
+/// To a new image, and back to the one before it.
+pub async fn back(lab: &mut Lab) -> Result<()> {
+    let old = lab.signed().await?;
+    let old_version = lab.version();
+    lab.update(&old, old_version).await.context("there")?;
+    let new = lab.signed().await?;
+    let new_version = lab.version();
+    lab.update(&new, new_version).await.context("further")?;
+    lab.update(&old, old_version).await.context("back")
+}
+
+/// The image brings another build of the agent: the old one starts the update, the new one finishes it.
+pub async fn of_the_agent(lab: &mut Lab) -> Result<()> {
+    const RUNNING: &str = "sha256sum </proc/$(systemctl show --value -p MainPID rebase-agent)/exe";
+    const AGENT: &str = "/usr/bin/rebase-agent";
+    let old = lab.vm.run(RUNNING).await?;
+    // Bytes behind the program change nothing but what it is.
+    let mut program = lab.vm.read(AGENT).await?;
+    program.extend_from_slice(format!("another build, in image {}", lab.version()).as_bytes());
+    let wanted = support::image::digest(&program);
+    let image = lab.signed_with(Extra::default().file(AGENT, 0o755, program)).await?;
+    let version = lab.version();
+    lab.update(&image, version).await?;
+    let new = lab.vm.run(RUNNING).await?;
+    ensure!(new != old, "the old program runs");
+    ensure!(wanted.ends_with(new.split(' ').next().unwrap_or_default()), "{new} runs instead of {wanted}");
+    Ok(())
+}

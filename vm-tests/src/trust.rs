@@ -1,0 +1,92 @@
+//! What the guest's image trusts and where it looks, made once: the image carries its policy, its key and its registry's
+//! name as an operating system does, so they are older than every run.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use support::pki::Pki;
+use support::policy::{Policy, RegistriesD, Requirement};
+use support::registry::{Credentials, ServerTls};
+use support::sign::{KeyKind, Signer};
+use support::tools;
+
+/// The host's 127.0.0.1 as QEMU shows it to the guest.
+pub const HOST_IN_GUEST: &str = "10.0.2.2";
+/// The API server's name; the guest's /etc/hosts knows it.
+pub const API_IN_GUEST: &str = "api-int.test.example";
+/// Repository of the OS images.
+pub const REPOSITORY: &str = "os";
+/// Where the guest keeps the key that its policy names.
+pub const KEY_IN_GUEST: &str = "/etc/containers/os.pub";
+
+/// Keys, authority and the registry's port.
+pub struct Trust {
+    /// Signs what is trusted.
+    pub signer: Signer,
+    /// Signs the certificates of the API server, the registry and the kubelet.
+    pub pki: Pki,
+    /// Where the registry listens on the host's loopback.
+    pub port: u16,
+}
+
+impl Trust {
+    /// Reads what `make` wrote.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+        };
+        Ok(Self {
+            signer: Signer::from_pem(&read("private/signer.pem")?)?,
+            pki: Pki::from_pem(&read("private/ca.pem")?, &read("private/ca.key")?)?,
+            port: read("private/port")?.trim().parse().context("private/port")?,
+        })
+    }
+
+    /// Makes keys and, for the image, `etc/` and `reference`; does nothing if that was done.
+    pub fn make(dir: &Path) -> Result<()> {
+        if dir.join("reference").exists() {
+            return Ok(());
+        }
+        let trust = Self { signer: Signer::generate(KeyKind::P256), pki: Pki::new(), port: tools::free_port() };
+        let write = |name: &str, text: &str| {
+            let path = dir.join(name);
+            fs::create_dir_all(path.parent().context("a file in a directory")?)?;
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+        };
+        write("private/signer.pem", &trust.signer.private_key_pem())?;
+        write("private/ca.pem", &trust.pki.ca_pem())?;
+        write("private/ca.key", &trust.pki.key_pem())?;
+        write("private/port", &trust.port.to_string())?;
+        let host = trust.registry_in_guest();
+        write(&format!("etc{}", KEY_IN_GUEST.trim_start_matches("/etc")), &trust.signer.public_key_pem())?;
+        write(&format!("etc/containers/certs.d/{host}/ca.crt"), &trust.pki.ca_pem())?;
+        // OpenShift's own policy, with one scope that demands a signature.
+        Policy::accept_by_default()
+            .scope(&host, [Requirement::sigstore_key_path(Path::new(KEY_IN_GUEST))])
+            .write(&dir.join("etc/containers/policy.json"))?;
+        RegistriesD::new().attachments(&host, true).write(&dir.join("etc/containers/registries.d/os.yaml"))?;
+        // Last: it says that all of the above is there.
+        write("reference", &format!("{host}/{REPOSITORY}"))
+    }
+
+    /// `10.0.2.2:PORT`, with which references to images begin.
+    #[must_use]
+    pub fn registry_in_guest(&self) -> String {
+        format!("{HOST_IN_GUEST}:{}", self.port)
+    }
+
+    /// What the registry is believed for, on either side.
+    #[must_use]
+    pub fn registry_tls(&self) -> ServerTls {
+        let (cert_pem, key_pem) = self.pki.server(&[HOST_IN_GUEST]);
+        ServerTls { cert_pem, key_pem, ca_pem: self.pki.ca_pem() }
+    }
+
+    /// The node's pull secret.
+    #[must_use]
+    pub fn pull_secret(&self) -> String {
+        Credentials::PULLER.auth_file(&self.registry_in_guest()).to_string()
+    }
+}

@@ -1,0 +1,303 @@
+//! The machine: a QEMU process per boot, its boot loader, its power, and a way to run commands in it.
+//!
+//! The kernel is booted directly: what a boot loader would choose is read from the disk before every start, so the end
+//! of the process is an exact "it rebooted", and the disk can be looked at in between.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use openssl::base64::{decode_block, encode_block};
+use support::tools;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::disk::Disk;
+use crate::journal::Journal;
+
+/// From power to taking commands. Quiet, it takes 15 s.
+pub const BOOT: Duration = Duration::from_secs(120);
+/// For a command in the guest; most take under a second.
+pub const COMMAND: Duration = Duration::from_secs(60);
+/// From the word to the end of a shutdown, finalization included. Quiet, it takes 5 s.
+pub const SHUTDOWN: Duration = Duration::from_secs(90);
+/// For QEMU to make its sockets.
+const START: Duration = Duration::from_secs(10);
+/// Between two looks for a socket.
+const LOOK: Duration = Duration::from_millis(20);
+/// For firmware to find out that there is nothing to boot; with KVM it takes less than a second.
+const FIRMWARE: Duration = Duration::from_secs(3);
+const MEMORY_MIB: u32 = 1024;
+
+/// The emulator and how it is started.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    program: PathBuf,
+    firmware: Vec<PathBuf>,
+    kvm: bool,
+}
+
+impl Emulator {
+    /// The one at `tree`, if it was put there, or else the system's.
+    pub async fn find(tree: Option<&Path>) -> Result<Self> {
+        let mut emulator = match tree {
+            Some(tree) => Self {
+                program: tree.join("qemu"),
+                firmware: ["qemu", "seabios"].map(|name| tree.join("root/usr/share").join(name)).to_vec(),
+                kvm: false,
+            },
+            None => Self {
+                program: tools::on_path("qemu-system-x86_64").context("no qemu-system-x86_64 on PATH")?,
+                firmware: Vec::new(),
+                kvm: false,
+            },
+        };
+        emulator.kvm = emulator.has_kvm().await;
+        Ok(emulator)
+    }
+
+    /// What it is called in a report.
+    #[must_use]
+    pub fn describe(&self) -> &'static str {
+        if self.kvm { "KVM" } else { "TCG" }
+    }
+
+    /// Whether KVM works, not only whether there is a device of that name: firmware that finds nothing to boot restarts,
+    /// which ends the process.
+    async fn has_kvm(&self) -> bool {
+        if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            return false;
+        }
+        let mut command = self.command();
+        command.args(["-accel", "kvm", "-cpu", "host", "-machine", "pc", "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-no-reboot", "-boot", "reboot-timeout=1"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        let Ok(mut child) = command.spawn() else { return false };
+        matches!(timeout(FIRMWARE, child.wait()).await, Ok(Ok(status)) if status.success())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::from(tools::child(&self.program));
+        for directory in &self.firmware {
+            command.arg("-L").arg(directory);
+        }
+        command
+    }
+}
+
+/// What the guest's first boot leaves in its /etc and /var, as Ignition does: lines of tmpfiles.d, which change nothing
+/// that is there already.
+#[derive(Clone, Debug, Default)]
+pub struct Provision(Vec<String>);
+
+impl Provision {
+    /// With this file, root's.
+    #[must_use]
+    pub fn file(mut self, path: &str, mode: u32, content: &[u8]) -> Self {
+        self.0.push(format!("f~ {path} {mode:04o} root root - {}", encode_block(content)));
+        self
+    }
+
+    /// With this symbolic link.
+    #[must_use]
+    pub fn link(mut self, path: &str, to: &str) -> Self {
+        self.0.push(format!("L {path} - - - - {to}"));
+        self
+    }
+}
+
+/// A machine.
+pub struct Vm {
+    /// Its disk.
+    pub disk: Disk,
+    /// What it said, in all boots.
+    pub journal: Journal,
+    dir: PathBuf,
+    emulator: Emulator,
+    sockets: TempDir,
+    provision: PathBuf,
+    boots: u32,
+    running: Option<Running>,
+}
+
+struct Running {
+    qemu: Child,
+    channel: BufReader<UnixStream>,
+    boot_id: String,
+}
+
+impl Vm {
+    /// A new machine with a copy of that disk; `dir` keeps everything of it.
+    pub fn new(dir: &Path, disk: &Path, emulator: &Emulator, provision: &Provision) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let path = dir.join("provision");
+        let lines = encode_block(format!("{}\n", provision.0.join("\n")).as_bytes());
+        fs::write(&path, format!("io.systemd.credential.binary:tmpfiles.extra={lines}"))?;
+        Ok(Self {
+            disk: Disk::copy(disk, &dir.join("disk.raw"))?,
+            journal: Journal::new(),
+            dir: dir.to_owned(),
+            emulator: emulator.clone(),
+            // Addresses of Unix sockets are short.
+            sockets: tempfile::Builder::new().prefix("vm-").tempdir()?,
+            provision: path,
+            boots: 0,
+            running: None,
+        })
+    }
+
+    /// Where console and journal are kept.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// This boot's id.
+    #[must_use]
+    pub fn boot_id(&self) -> &str {
+        self.running.as_ref().map_or("", |running| running.boot_id.as_str())
+    }
+
+    /// Whether it is on.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Boots what a boot loader would choose, and waits until it takes commands.
+    pub async fn power_on(&mut self) -> Result<Duration> {
+        ensure!(!self.is_on(), "it is on");
+        let began = Instant::now();
+        self.disk.recover()?;
+        let entry = self.disk.entry()?;
+        let (kernel, initrd) = (self.dir.join("kernel"), self.dir.join("initrd"));
+        self.disk.extract(&format!("/boot{}", entry.linux), &kernel)?;
+        self.disk.extract(&format!("/boot{}", entry.initrd), &initrd)?;
+        self.boots += 1;
+        let socket = |name: &str| self.sockets.path().join(format!("{name}-{}", self.boots));
+        let (command, journal) = (socket("command"), socket("journal"));
+
+        let mut qemu = self.emulator.command();
+        match self.emulator.kvm {
+            true => qemu.args(["-accel", "kvm", "-cpu", "host"]),
+            // Without cx16 because QEMU 7.2 emulates it wrongly between threads: the guest's kernel dies of it.
+            false => qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-cx16"]),
+        };
+        qemu.args(["-machine", "pc", "-smp", "2", "-m", &MEMORY_MIB.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-nic", "user,model=virtio-net-pci,ipv6=off", "-device", "virtio-rng-pci"])
+            .args(["-device", "virtio-serial-pci"])
+            .arg("-drive")
+            .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.path().display()))
+            .arg("-smbios")
+            .arg(format!("type=11,path={}", self.provision.display()))
+            .arg("-serial")
+            .arg(format!("file:{}", self.dir.join(format!("console-{}.log", self.boots)).display()))
+            .arg("-kernel")
+            .arg(&kernel)
+            .arg("-initrd")
+            .arg(&initrd)
+            .arg("-append")
+            .arg(&entry.options);
+        for (name, path) in [("command", &command), ("journal", &journal)] {
+            qemu.arg("-chardev").arg(format!("socket,id={name},path={},server=on,wait=off", path.display()));
+            qemu.arg("-device").arg(format!("virtserialport,chardev={name},name=vmtest.{name}"));
+        }
+        let log = File::options().create(true).append(true).open(self.dir.join("qemu.log"))?;
+        let mut qemu = qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true).spawn()?;
+        let kept = File::options().create(true).append(true).open(self.dir.join("journal.jsonl"))?;
+        self.journal.read(connect(&journal).await?, kept);
+        let mut channel = BufReader::new(connect(&command).await?);
+        let ready = tokio::select! {
+            ready = timeout(BOOT, ready(&mut channel)) => ready
+                .with_context(|| format!("no boot within {BOOT:?}; see {}", self.dir.display()))
+                .and_then(|ready| ready),
+            status = qemu.wait() => Err(anyhow::anyhow!("QEMU ends with {} while booting; see {}", status?, self.dir.display())),
+        };
+        let boot_id = ready?;
+        self.running = Some(Running { qemu, channel, boot_id });
+        Ok(began.elapsed())
+    }
+
+    /// Runs a script in the guest; anything but success is an error with what it printed.
+    pub async fn run(&mut self, script: &str) -> Result<String> {
+        match self.status(script).await? {
+            (0, output) => Ok(output),
+            (status, output) => bail!("in the guest, status {status} from `{script}`: {output}"),
+        }
+    }
+
+    /// Runs a script in the guest: its status and what it printed.
+    pub async fn status(&mut self, script: &str) -> Result<(i32, String)> {
+        let running = self.running.as_mut().context("the guest is off")?;
+        let exchange = async {
+            running.channel.write_all(format!("{}\n", encode_block(script.as_bytes())).as_bytes()).await?;
+            let mut line = String::new();
+            while line.trim().is_empty() {
+                line.clear();
+                ensure!(running.channel.read_line(&mut line).await? > 0, "the guest went down");
+            }
+            let (status, output) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
+            let output = String::from_utf8_lossy(&decode_block(output)?).into_owned();
+            Ok((status.parse().with_context(|| format!("answer `{line}`"))?, output))
+        };
+        timeout(COMMAND, exchange).await.with_context(|| format!("no answer within {COMMAND:?}: `{script}`"))?
+    }
+
+    /// Reads a file of the guest.
+    pub async fn read(&mut self, path: &str) -> Result<Vec<u8>> {
+        let text = self.run(&format!("base64 -w 0 {path}")).await?;
+        decode_block(&text).with_context(|| format!("reading {path}"))
+    }
+
+    /// Waits until it is off by itself, as after a reboot.
+    pub async fn wait_off(&mut self, deadline: Duration) -> Result<()> {
+        let running = self.running.as_mut().context("the guest is off already")?;
+        let status = timeout(deadline, running.qemu.wait())
+            .await
+            .with_context(|| format!("the guest did not go down within {deadline:?}"))??;
+        self.running = None;
+        ensure!(status.success(), "QEMU ends with {status}; see {}", self.dir.join("qemu.log").display());
+        Ok(())
+    }
+
+    /// Takes the power away.
+    pub async fn power_cut(&mut self) -> Result<()> {
+        if let Some(mut running) = self.running.take() {
+            running.qemu.kill().await?;
+        }
+        Ok(())
+    }
+}
+
+async fn connect(path: &Path) -> Result<UnixStream> {
+    let connect = async {
+        loop {
+            if let Ok(stream) = UnixStream::connect(path).await {
+                return stream;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    timeout(START, connect).await.with_context(|| format!("QEMU makes no socket {}", path.display()))
+}
+
+/// The line `READY boot-id uptime`.
+async fn ready(channel: &mut BufReader<UnixStream>) -> Result<String> {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if channel.read_line(&mut line).await? == 0 {
+            // The process's end says more.
+            std::future::pending::<()>().await;
+        }
+        if let Some(rest) = line.trim().strip_prefix("READY ") {
+            return Ok(rest.split(' ').next().unwrap_or_default().to_owned());
+        }
+    }
+}
