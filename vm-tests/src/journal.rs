@@ -107,6 +107,12 @@ impl Journal {
             .await
             .with_context(|| format!("the journal does not say within {deadline:?}: {what}"))
     }
+
+    /// Tells when records come.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<Vec<Entry>> {
+        self.0.subscribe()
+    }
 }
 
 impl Default for Journal {

@@ -1,6 +1,7 @@
 //! A really booted, really rebooted ostree host, and the world around it; vm-tests/run builds what this needs.
 #![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "the harness is not the agent")]
 
+mod demo;
 mod disk;
 mod journal;
 mod lab;
@@ -39,6 +40,8 @@ enum Command {
     List,
     /// Run scenarios.
     Run(Run),
+    /// Tell one update as a story.
+    Demo(Built),
 }
 
 /// Where the build left things.
@@ -93,6 +96,7 @@ async fn main() -> ExitCode {
             Ok(true)
         }
         Command::Run(run) => run_scenarios(run).await,
+        Command::Demo(built) => show(built).await,
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -113,6 +117,10 @@ fn list() {
         };
         println!("{number:02}  {name:<22} {when:<10} {about}");
     }
+}
+
+async fn show(built: Built) -> Result<bool> {
+    demo::tell(&built.stock().await?).await.map(|()| true)
 }
 
 /// Those that are asked for, and 00 first whatever is asked for.

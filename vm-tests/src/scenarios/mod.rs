@@ -12,7 +12,9 @@ mod guest;
 mod neighbours;
 mod power;
 mod refusal;
+mod soak;
 mod update;
+mod writes;
 
 type Run = for<'a> fn(&'a mut Lab) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
@@ -52,9 +54,12 @@ impl Scenario {
         Self { short: true, ..self }
     }
 
-    #[allow(dead_code)]
     const fn own_guest(self) -> Self {
         Self { guest: Guest::Own, ..self }
+    }
+
+    const fn on_demand(self) -> Self {
+        Self { on_demand: true, ..self }
     }
 }
 
@@ -109,4 +114,8 @@ pub const ALL: &[Scenario] = &[
     scenario(16, "key-rotation", "the image brings the key that the next one is signed with", |lab| {
         Box::pin(refusal::key_rotation(lab))
     }),
+    scenario(17, "writes", "the agent opens no file for writing in a whole update", |lab| Box::pin(writes::none(lab))),
+    scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))
+        .own_guest()
+        .on_demand(),
 ];

@@ -1,0 +1,79 @@
+//! Not one file: everything that the agent's processes opened for writing during one whole update.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::lab::{Lab, WORK};
+
+const UNIT: &str = "rebase-agent.service";
+/// A unit that does write, to see that the watch sees.
+const CONTROL: &str = "vmtest-writer.service";
+/// What systemd runs in the unit's control group before it becomes the unit's program.
+const EXECUTOR: &str = "/usr/lib/systemd/systemd-executor";
+/// Landlock leaves the agent this one.
+const ALLOWED: &str = "/dev/null";
+
+/// From the agent's start in the old image to Done in the new one.
+pub async fn none(lab: &mut Lab) -> Result<()> {
+    lab.vm.run("touch /etc/vm-tests-watch-writes && systemctl start watch-writes.service").await?;
+    lab.vm
+        .run(&format!(
+            "systemd-run --quiet --wait --collect --unit={CONTROL} sh -c 'echo x >/var/tmp/x; mkdir /run/x; rmdir /run/x; rm /var/tmp/x'"
+        ))
+        .await?;
+    let control = written(&listing(lab).await?, CONTROL);
+    lab.say(&format!("the watch sees what another unit writes: {control:?}"));
+    for (path, did) in [("/x", "had it open for writing"), ("x", "created"), ("x", "deleted")] {
+        let seen = control.keys().any(|(_, seen, how)| seen.ends_with(path) && how.contains(did));
+        ensure!(seen, "the watch does not see that {path} was {did}: {control:?}");
+    }
+
+    lab.vm.run("systemctl restart rebase-agent.service").await?;
+    let image = lab.signed().await?;
+    let version = lab.version();
+    let old = lab.vm.boot_id().to_owned();
+    lab.update(&image, version).await?;
+    let second = listing(lab).await?;
+    let first = lines(
+        &lab.vm.run(&format!("journalctl -o cat -u watch-writes.service _BOOT_ID={}", old.replace('-', ""))).await?,
+    );
+
+    let watched: Vec<&str> = first.iter().filter_map(|line| line["filesystem"].as_str()).collect();
+    ensure!(watched.contains(&"/") && watched.contains(&"/run"), "not watched: {watched:?}");
+    let mut writes = written(&first, UNIT);
+    writes.extend(written(&second, UNIT));
+    let programs: Vec<&str> = writes.keys().map(|(program, _, _)| program.as_str()).collect();
+    lab.say(&format!("seen in {UNIT} before it is the agent: {}", programs.iter().filter(|p| **p == EXECUTOR).count()));
+    let agents: Vec<_> =
+        writes.iter().filter(|((program, path, _), _)| program != EXECUTOR && path != ALLOWED).collect();
+    for ((program, path, did), times) in writes.iter().filter(|((program, _, _), _)| program != EXECUTOR) {
+        lab.say(&format!("{program} {did} {path} ({times} times)"));
+    }
+    lab.say(&format!("files written by the agent in one whole update: {}", agents.len()));
+    ensure!(agents.is_empty(), "the agent wrote: {agents:#?}");
+    lab.vm.run("rm /etc/vm-tests-watch-writes; systemctl stop watch-writes.service").await?;
+    lab.wait_guest("the agent runs", WORK, "systemctl is-active rebase-agent.service").await
+}
+
+async fn listing(lab: &mut Lab) -> Result<Vec<Value>> {
+    Ok(lines(
+        &lab.vm.run("journalctl --sync; journalctl -b -o cat -u watch-writes.service").await.context("the watch")?,
+    ))
+}
+
+fn lines(text: &str) -> Vec<Value> {
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// What a unit's processes did: program, path and deed, and how often.
+fn written(lines: &[Value], unit: &str) -> BTreeMap<(String, String, String), usize> {
+    let mut writes = BTreeMap::new();
+    for line in lines.iter().filter(|line| line["unit"] == unit) {
+        let text = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
+        let did: Vec<&str> = line["did"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        *writes.entry((text("program"), text("path"), did.join(", "))).or_default() += 1;
+    }
+    writes
+}
