@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use support::events::Event;
 
 use crate::journal::Journal;
-use crate::lab::{Lab, Stock, UPDATE, WORK};
+use crate::lab::{Kind, Lab, Stock, UPDATE, WORK};
 
 struct Teller(Instant);
 
@@ -24,7 +24,7 @@ impl Teller {
 /// Tells it; any deviation is an error.
 pub async fn tell(stock: &Stock) -> Result<()> {
     let teller = Arc::new(Teller(Instant::now()));
-    let mut lab = Lab::new(stock, "demo").await?;
+    let mut lab = Lab::new(stock, "demo", Kind::Plain, None).await?;
     let told = teller.clone();
     lab.events.listen(move |event| {
         if let Event::NodeChanged { manager, changes, .. } = event {

@@ -2,6 +2,7 @@
 //! sees as another machine.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -39,14 +40,44 @@ const CLIENT: &str = "/var/lib/kubelet/pki/kubelet-client-current.pem";
 /// Where everything is that a lab is made from.
 #[derive(Clone, Debug)]
 pub struct Stock {
-    /// What the image build printed.
-    pub image: PathBuf,
+    /// Builds images: vm-tests/run.
+    pub builder: PathBuf,
+    /// What the builder is to know of the image besides.
+    pub image_options: Vec<String>,
     /// Keys and names.
     pub keys: PathBuf,
     /// Where labs keep what they leave.
     pub runs: PathBuf,
     /// The emulator.
     pub emulator: Emulator,
+}
+
+/// Kinds of guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// As it is.
+    Plain,
+    /// SELinux enforces the agent's domain.
+    Selinux,
+    /// The agent can be told to misbehave.
+    Faults,
+}
+
+impl Stock {
+    /// The directory of the image, which is built if it was not.
+    async fn image(&self, kind: Kind) -> Result<PathBuf> {
+        let kind = match kind {
+            Kind::Plain => "plain",
+            Kind::Selinux => "selinux",
+            Kind::Faults => "faults",
+        };
+        let mut command = tokio::process::Command::new(&self.builder);
+        command.args(["--build-image", kind]).args(&self.image_options).stdout(Stdio::piped());
+        let builds = command.spawn().with_context(|| format!("running {}", self.builder.display()))?;
+        let output = builds.wait_with_output().await?;
+        ensure!(output.status.success(), "the image `{kind}` was not built");
+        Ok(String::from_utf8(output.stdout)?.trim().into())
+    }
 }
 
 /// A guest and its cluster.
@@ -80,21 +111,18 @@ pub struct Lab {
 
 impl Lab {
     /// Everything but power.
-    pub async fn new(stock: &Stock, name: &str) -> Result<Self> {
+    pub async fn new(stock: &Stock, name: &str, kind: Kind, fault: Option<&str>) -> Result<Self> {
+        let image = stock.image(kind).await?;
         let dir = stock.runs.join(name);
         match std::fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => std::fs::create_dir_all(&dir)?,
         }
         let trust = Trust::load(&stock.keys)?;
-        let layout = Layout::open(&stock.image.join("oci"))?;
-        let registry = Registry::start_on(
-            &stock.image.join("registry"),
-            trust.registry_tls(),
-            Some(Credentials::PULLER),
-            trust.port,
-        )
-        .await?;
+        let layout = Layout::open(&image.join("oci"))?;
+        let registry =
+            Registry::start_on(&image.join("registry"), trust.registry_tls(), Some(Credentials::PULLER), trust.port)
+                .await?;
         layout.push(&registry, REPOSITORY).await.context("pushing the installed image")?;
         let installed = Pushed {
             host: trust.registry_in_guest(),
@@ -113,8 +141,12 @@ impl Lab {
         let delays = Delays { evict: Duration::from_secs(1), give_up: Duration::from_secs(30), ..Delays::short() };
         let drains = DrainController::start(store, delays);
         pool.set_target("rendered-worker-1", installed.pullspec().as_str());
-        let provision = provision(&dir, &trust, &api, &installed)?;
-        let vm = Vm::new(&dir, &stock.image.join("disk.raw"), &stock.emulator, &provision)?;
+        let mut provision = provision(&dir, &trust, &api, &installed)?;
+        if let Some(fault) = fault {
+            provision = provision
+                .drop_in("rebase-agent.service", &format!("[Service]\nEnvironment=REBASE_AGENT_FAULT={fault}\n"));
+        }
+        let vm = Vm::new(&dir, &image.join("disk.raw"), &stock.emulator, &provision)?;
         Ok(Self {
             vm,
             api,
@@ -134,8 +166,8 @@ impl Lab {
     }
 
     /// Everything, with the guest settled on the installed image.
-    pub async fn start(stock: &Stock, name: &str) -> Result<Self> {
-        let mut lab = Self::new(stock, name).await?;
+    pub async fn start(stock: &Stock, name: &str, kind: Kind, fault: Option<&str>) -> Result<Self> {
+        let mut lab = Self::new(stock, name, kind, fault).await?;
         lab.power_on().await?;
         let installed = lab.installed.clone();
         lab.wait_done(&installed).await.context("the first boot")?;
@@ -289,7 +321,10 @@ impl Lab {
     pub async fn update(&mut self, image: &Pushed, version: u32) -> Result<()> {
         let (before, drains) = (self.vm.boot_id().to_owned(), self.drains.drains());
         self.target_as(image, version);
-        self.reboot_of_its_own(UPDATE).await?;
+        self.vm.wait_off(UPDATE).await.context("no reboot")?;
+        ensure!(self.annotation(ATTEMPT).is_some(), "a reboot without an attempt on record");
+        self.store().set_ready(NODE, false);
+        self.power_on().await?;
         self.wait_done(image).await?;
         ensure!(self.vm.boot_id() != before, "Done without a new boot");
         ensure!(self.drains.drains() == drains + 1, "{} drains instead of one", self.drains.drains() - drains);

@@ -17,8 +17,8 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
-use lab::{Lab, Stock};
-use scenarios::{ALL, Guest, Scenario};
+use lab::{Kind, Lab, Stock};
+use scenarios::{ALL, Run, Scenario};
 use trust::Trust;
 use vm::Emulator;
 
@@ -39,17 +39,17 @@ enum Command {
     /// List the scenarios.
     List,
     /// Run scenarios.
-    Run(Run),
+    Run(Wanted),
     /// Tell one update as a story.
-    Demo(Built),
+    Demo(Sources),
 }
 
-/// Where the build left things.
+/// What labs are made from.
 #[derive(Debug, Args)]
-struct Built {
-    /// What vm-tests/image/build printed.
+struct Sources {
+    /// vm-tests/run, which builds images.
     #[arg(long)]
-    image: PathBuf,
+    builder: PathBuf,
     /// What `keys` made.
     #[arg(long)]
     keys: PathBuf,
@@ -59,13 +59,23 @@ struct Built {
     /// What vm-tests/image/qemu printed.
     #[arg(long)]
     qemu: Option<PathBuf>,
+    /// A tree for the image.
+    #[arg(long)]
+    overlay: Option<String>,
+    /// Packages for the image.
+    #[arg(long)]
+    packages: Option<String>,
 }
 
-impl Built {
+impl Sources {
     async fn stock(self) -> Result<Stock> {
+        let option = |name: &str, value: Option<String>| value.map(|value| [name.to_owned(), value]);
+        let image_options =
+            [option("--overlay", self.overlay), option("--packages", self.packages)].into_iter().flatten().flatten();
         Ok(Stock {
             emulator: Emulator::find(self.qemu.as_deref()).await?,
-            image: self.image,
+            builder: self.builder,
+            image_options: image_options.collect(),
             keys: self.keys,
             runs: self.runs,
         })
@@ -73,9 +83,9 @@ impl Built {
 }
 
 #[derive(Debug, Args)]
-struct Run {
+struct Wanted {
     #[command(flatten)]
-    built: Built,
+    sources: Sources,
     /// Only those that every change has to pass.
     #[arg(long)]
     short: bool,
@@ -96,7 +106,7 @@ async fn main() -> ExitCode {
             Ok(true)
         }
         Command::Run(run) => run_scenarios(run).await,
-        Command::Demo(built) => show(built).await,
+        Command::Demo(sources) => show(sources).await,
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -119,12 +129,12 @@ fn list() {
     }
 }
 
-async fn show(built: Built) -> Result<bool> {
-    demo::tell(&built.stock().await?).await.map(|()| true)
+async fn show(sources: Sources) -> Result<bool> {
+    demo::tell(&sources.stock().await?).await.map(|()| true)
 }
 
 /// Those that are asked for, and 00 first whatever is asked for.
-fn chosen(run: &Run) -> Result<Vec<&'static Scenario>> {
+fn chosen(run: &Wanted) -> Result<Vec<&'static Scenario>> {
     for wanted in &run.scenarios {
         if !ALL.iter().any(|one| is_called(one, wanted)) {
             bail!("no scenario `{wanted}`; see vm-tests/run --list");
@@ -141,10 +151,10 @@ fn is_called(scenario: &Scenario, wanted: &str) -> bool {
     scenario.name == wanted || wanted.parse() == Ok(scenario.number)
 }
 
-async fn run_scenarios(run: Run) -> Result<bool> {
+async fn run_scenarios(run: Wanted) -> Result<bool> {
     let chosen = chosen(&run)?;
     let keep = run.keep;
-    let stock = run.built.stock().await?;
+    let stock = run.sources.stock().await?;
     let (began, mut failed, mut shared) = (Instant::now(), Vec::new(), None);
     for scenario in &chosen {
         let name = format!("{:02}-{}", scenario.number, scenario.name);
@@ -160,9 +170,7 @@ async fn run_scenarios(run: Run) -> Result<bool> {
             }
         }
     }
-    if let Some(lab) = shared {
-        lab.end(keep).await;
-    }
+    end(&mut shared, keep).await;
     let seconds = began.elapsed().as_secs();
     let how = stock.emulator.describe();
     match failed.as_slice() {
@@ -175,18 +183,26 @@ async fn run_scenarios(run: Run) -> Result<bool> {
 }
 
 async fn one(stock: &Stock, scenario: &Scenario, name: &str, shared: &mut Option<Lab>, keep: bool) -> Result<()> {
-    let mut lab = match shared.take() {
-        Some(lab) if scenario.guest == Guest::Shared => lab,
-        other => {
-            // One machine at a time.
-            if let Some(lab) = other {
-                lab.end(keep).await;
-            }
-            Lab::start(stock, name).await?
+    let kind = match scenario.run {
+        Run::Shared(_) => None,
+        Run::Own(kind, _) => Some(kind),
+        Run::Itself(run) => {
+            end(shared, keep).await;
+            return run(stock).await;
         }
     };
-    match (scenario.run)(&mut lab).await {
-        Ok(()) if scenario.guest == Guest::Shared => *shared = Some(lab),
+    let mut lab = match (shared.take(), kind) {
+        (Some(lab), None) => lab,
+        (other, kind) => {
+            *shared = other;
+            // One machine at a time.
+            end(shared, keep).await;
+            Lab::start(stock, name, kind.unwrap_or(Kind::Plain), None).await?
+        }
+    };
+    let (Run::Shared(run) | Run::Own(_, run)) = scenario.run else { return Ok(()) };
+    match run(&mut lab).await {
+        Ok(()) if kind.is_none() => *shared = Some(lab),
         Ok(()) => lab.end(keep).await,
         Err(error) => {
             let kept = lab.keep_evidence().await;
@@ -194,4 +210,10 @@ async fn one(stock: &Stock, scenario: &Scenario, name: &str, shared: &mut Option
         }
     }
     Ok(())
+}
+
+async fn end(lab: &mut Option<Lab>, keep: bool) {
+    if let Some(lab) = lab.take() {
+        lab.end(keep).await;
+    }
 }

@@ -93,21 +93,40 @@ impl Emulator {
 /// What the guest's first boot leaves in its /etc and /var, as Ignition does: lines of tmpfiles.d, which change nothing
 /// that is there already.
 #[derive(Clone, Debug, Default)]
-pub struct Provision(Vec<String>);
+pub struct Provision {
+    lines: Vec<String>,
+    drop_ins: Vec<(String, String)>,
+}
 
 impl Provision {
     /// With this file, root's.
     #[must_use]
     pub fn file(mut self, path: &str, mode: u32, content: &[u8]) -> Self {
-        self.0.push(format!("f~ {path} {mode:04o} root root - {}", encode_block(content)));
+        self.lines.push(format!("f~ {path} {mode:04o} root root - {}", encode_block(content)));
         self
     }
 
     /// With this symbolic link.
     #[must_use]
     pub fn link(mut self, path: &str, to: &str) -> Self {
-        self.0.push(format!("L {path} - - - - {to}"));
+        self.lines.push(format!("L {path} - - - - {to}"));
         self
+    }
+
+    /// With this drop-in for a unit, in every boot.
+    #[must_use]
+    pub fn drop_in(mut self, unit: &str, text: &str) -> Self {
+        self.drop_ins.push((unit.to_owned(), text.to_owned()));
+        self
+    }
+
+    /// As systemd takes credentials from the firmware.
+    fn credentials(&self) -> Vec<String> {
+        let of =
+            |name: &str, text: &str| format!("io.systemd.credential.binary:{name}={}", encode_block(text.as_bytes()));
+        let lines = of("tmpfiles.extra", &format!("{}\n", self.lines.join("\n")));
+        let drop_ins = self.drop_ins.iter().map(|(unit, text)| of(&format!("systemd.unit-dropin.{unit}"), text));
+        [lines].into_iter().chain(drop_ins).collect()
     }
 }
 
@@ -120,7 +139,7 @@ pub struct Vm {
     dir: PathBuf,
     emulator: Emulator,
     sockets: TempDir,
-    provision: PathBuf,
+    credentials: Vec<PathBuf>,
     boots: u32,
     running: Option<Running>,
 }
@@ -135,9 +154,12 @@ impl Vm {
     /// A new machine with a copy of that disk; `dir` keeps everything of it.
     pub fn new(dir: &Path, disk: &Path, emulator: &Emulator, provision: &Provision) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        let path = dir.join("provision");
-        let lines = encode_block(format!("{}\n", provision.0.join("\n")).as_bytes());
-        fs::write(&path, format!("io.systemd.credential.binary:tmpfiles.extra={lines}"))?;
+        let mut credentials = Vec::new();
+        for (number, text) in provision.credentials().into_iter().enumerate() {
+            let path = dir.join(format!("credential-{number}"));
+            fs::write(&path, text)?;
+            credentials.push(path);
+        }
         Ok(Self {
             disk: Disk::copy(disk, &dir.join("disk.raw"))?,
             journal: Journal::new(),
@@ -145,7 +167,7 @@ impl Vm {
             emulator: emulator.clone(),
             // Addresses of Unix sockets are short.
             sockets: tempfile::Builder::new().prefix("vm-").tempdir()?,
-            provision: path,
+            credentials,
             boots: 0,
             running: None,
         })
@@ -194,8 +216,6 @@ impl Vm {
             .args(["-device", "virtio-serial-pci"])
             .arg("-drive")
             .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.path().display()))
-            .arg("-smbios")
-            .arg(format!("type=11,path={}", self.provision.display()))
             .arg("-serial")
             .arg(format!("file:{}", self.dir.join(format!("console-{}.log", self.boots)).display()))
             .arg("-kernel")
@@ -204,6 +224,9 @@ impl Vm {
             .arg(&initrd)
             .arg("-append")
             .arg(&entry.options);
+        for path in &self.credentials {
+            qemu.arg("-smbios").arg(format!("type=11,path={}", path.display()));
+        }
         for (name, path) in [("command", &command), ("journal", &journal)] {
             qemu.arg("-chardev").arg(format!("socket,id={name},path={},server=on,wait=off", path.display()));
             qemu.arg("-device").arg(format!("virtserialport,chardev={name},name=vmtest.{name}"));

@@ -6,25 +6,30 @@ use std::pin::Pin;
 
 use anyhow::Result;
 
-use crate::lab::Lab;
+use crate::lab::{Kind, Lab, Stock};
 
+mod faults;
 mod guest;
 mod neighbours;
 mod power;
 mod refusal;
+mod selinux;
 mod soak;
 mod update;
 mod writes;
 
-type Run = for<'a> fn(&'a mut Lab) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+type Done<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+type WithLab = for<'a> fn(&'a mut Lab) -> Done<'a>;
 
-/// Which guest a scenario takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guest {
+/// What a scenario does, and with which guest.
+#[derive(Clone, Copy)]
+pub enum Run {
     /// Any that is settled; it is left settled.
-    Shared,
-    /// A new one, which nobody gets afterwards.
-    Own,
+    Shared(WithLab),
+    /// A new one of that kind, which nobody gets afterwards.
+    Own(Kind, WithLab),
+    /// As many as it wants.
+    Itself(for<'a> fn(&'a Stock) -> Done<'a>),
 }
 
 /// One scenario.
@@ -35,8 +40,6 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it shows.
     pub about: &'static str,
-    /// Which guest it takes.
-    pub guest: Guest,
     /// Whether it is one of the few that every change has to pass.
     pub short: bool,
     /// Whether it runs only when it is named.
@@ -45,8 +48,8 @@ pub struct Scenario {
     pub run: Run,
 }
 
-const fn scenario(number: u32, name: &'static str, about: &'static str, run: Run) -> Scenario {
-    Scenario { number, name, about, guest: Guest::Shared, short: false, on_demand: false, run }
+const fn scenario(number: u32, name: &'static str, about: &'static str, run: WithLab) -> Scenario {
+    Scenario { number, name, about, short: false, on_demand: false, run: Run::Shared(run) }
 }
 
 impl Scenario {
@@ -54,8 +57,11 @@ impl Scenario {
         Self { short: true, ..self }
     }
 
-    const fn own_guest(self) -> Self {
-        Self { guest: Guest::Own, ..self }
+    const fn own(self, kind: Kind) -> Self {
+        match self.run {
+            Run::Shared(run) | Run::Own(_, run) => Self { run: Run::Own(kind, run), ..self },
+            Run::Itself(_) => self,
+        }
     }
 
     const fn on_demand(self) -> Self {
@@ -79,13 +85,15 @@ pub const ALL: &[Scenario] = &[
     .short(),
     scenario(3, "strange-key", "an image signed with a key that the policy does not name is refused", |lab| {
         Box::pin(refusal::strange_key(lab))
-    }),
+    })
+    .short(),
     scenario(4, "back", "the pool goes back to the image before", |lab| Box::pin(update::back(lab))),
     scenario(5, "index", "the target's digest is that of an index", |lab| Box::pin(neighbours::index_digest(lab))),
     scenario(6, "power-staged", "the power goes when the image is staged", |lab| Box::pin(power::after_staging(lab))),
     scenario(7, "power-attempt", "the power goes when the attempt is on record", |lab| {
         Box::pin(power::after_the_attempt(lab))
-    }),
+    })
+    .short(),
     scenario(8, "power-finalizing", "the power goes while the deployment is finalized", |lab| {
         Box::pin(power::during_finalization(lab))
     }),
@@ -115,7 +123,29 @@ pub const ALL: &[Scenario] = &[
         Box::pin(refusal::key_rotation(lab))
     }),
     scenario(17, "writes", "the agent opens no file for writing in a whole update", |lab| Box::pin(writes::none(lab))),
+    scenario(18, "finalizer-late", "nothing would finalize the deployment: no drain, no reboot", |lab| {
+        Box::pin(neighbours::finalizer_late(lab))
+    })
+    .short(),
+    scenario(19, "no-effect", "a transaction ends well and staged nothing: not believed", |lab| {
+        Box::pin(neighbours::no_effect(lab))
+    }),
+    scenario(
+        20,
+        "selinux",
+        "one update with SELinux enforcing for the agent's domain, which is denied nothing",
+        |lab| Box::pin(selinux::update(lab)),
+    )
+    .own(Kind::Selinux),
+    Scenario {
+        number: 21,
+        name: "faults",
+        about: "an agent that misbehaves in one way is caught by the scenario for it",
+        short: false,
+        on_demand: false,
+        run: Run::Itself(|stock| Box::pin(faults::are_caught(stock))),
+    },
     scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))
-        .own_guest()
+        .own(Kind::Plain)
         .on_demand(),
 ];

@@ -32,12 +32,8 @@ pub async fn registry_gone(lab: &mut Lab) -> Result<()> {
     lab.registry.stop();
     lab.vm
         .journal
-        .wait(mark, WORK, "the transaction fails", |entry| entry.message().contains("Txn Rebase failed"))
-        .await?;
-    lab.vm
-        .journal
-        .wait(mark, WORK, "the agent tells that it failed", |entry| {
-            entry.is_agents() && entry.field("PRIORITY").is_some_and(|priority| priority <= "4")
+        .wait(mark, WORK, "the agent tells that the registry is away", |entry| {
+            entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some("RegistryUnreachable")
         })
         .await?;
     ensure!(!lab.is_staged().await?, "half an image is staged");
@@ -96,8 +92,11 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
     let boot = lab.vm.boot_id().to_owned();
     let mark = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the first time")?;
+    // The agent looks when it wakes: here because the kubelet says that it lives, otherwise after the poll's minutes.
+    lab.store().heartbeat(NODE);
     lab.wait_guest("the agent drops it", WORK, "test ! -e /run/ostree/staged-deployment").await?;
     lab.vm.run(STAGE).await.context("the second time")?;
+    lab.store().heartbeat(NODE);
     lab.vm
         .journal
         .wait(mark, WORK, "the agent tells the human", |entry| {
@@ -105,6 +104,7 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
         })
         .await?;
     lab.vm.run("ostree admin undeploy 0").await?;
+    lab.store().heartbeat(NODE);
     lab.wait_guest("it is gone", WORK, "test ! -e /run/ostree/staged-deployment").await?;
     ensure!(lab.vm.boot_id() == boot, "a reboot");
     let image = lab.settled();
@@ -131,6 +131,66 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     ensure!(lab.booted_digest().await? == second.digest, "the obsolete image boots");
     lab.wait_done(&second).await?;
     lab.arrived(&second).await
+}
+
+/// The finalizer cannot start, so a reboot would lose what is staged: it is awaited, and nobody is drained before.
+pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
+    const MAY: &str = "/run/vm-tests-finalizer-may-start";
+    const DIRECTORY: &str = "/run/systemd/system/ostree-finalize-staged.service.d";
+    lab.vm
+        .run(&format!(
+            "mkdir -p {DIRECTORY}; printf '[Unit]\nConditionPathExists={MAY}\n' >{DIRECTORY}/late.conf
+             systemctl daemon-reload"
+        ))
+        .await?;
+    let (boot, drains) = (lab.vm.boot_id().to_owned(), lab.drains.drains());
+    let image = lab.signed().await?;
+    let mark = lab.vm.journal.mark();
+    lab.target(&image);
+    lab.vm
+        .journal
+        .wait(mark, WORK, "the agent misses the finalizer", |entry| {
+            entry.is_agents() && entry.field("REBASE_AGENT_REASON").is_some_and(|reason| reason.contains("Finalizer"))
+        })
+        .await?;
+    ensure!(lab.is_staged().await?, "nothing is staged");
+    ensure!(lab.drains.drains() == drains, "a drain before a reboot that cannot come");
+    ensure!(lab.vm.boot_id() == boot, "a reboot that loses what is staged");
+    lab.vm.run(&format!("touch {MAY}")).await?;
+    lab.reboot_of_its_own(UPDATE).await?;
+    lab.wait_done(&image).await?;
+    lab.arrived(&image).await
+}
+
+/// The daemon says that its transaction ended well, as the original does when it finds nothing to change; the
+/// deployments say something else. Depends on the stand-in's way of being told so.
+pub async fn no_effect(lab: &mut Lab) -> Result<()> {
+    const NOTHING: &str = "/run/rpm-ostreed-changes-nothing";
+    if lab.vm.status("test -x /usr/libexec/rpm-ostreed").await?.0 != 0 {
+        lab.say("skipped: this rpm-ostree is real");
+        return Ok(());
+    }
+    lab.vm.run(&format!("touch {NOTHING}")).await?;
+    let (boot, drains) = (lab.vm.boot_id().to_owned(), lab.drains.drains());
+    let image = lab.signed().await?;
+    let mark = lab.vm.journal.mark();
+    lab.target(&image);
+    lab.vm
+        .journal
+        .wait(mark, WORK, "the transaction ends well", |entry| entry.message().contains("Txn Rebase successful"))
+        .await?;
+    lab.vm
+        .journal
+        .wait(mark, WORK, "the agent does not believe it", |entry| {
+            entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some("HostConfused")
+        })
+        .await?;
+    ensure!(lab.drains.drains() == drains, "a drain with nothing staged");
+    ensure!(lab.vm.boot_id() == boot, "a reboot with nothing staged");
+    lab.vm.run(&format!("rm {NOTHING}")).await?;
+    lab.reboot_of_its_own(UPDATE).await?;
+    lab.wait_done(&image).await?;
+    lab.arrived(&image).await
 }
 
 fn payload(seed: u32) -> Extra {

@@ -12,8 +12,11 @@ use crate::trust::KEY_IN_GUEST;
 pub async fn unsigned(lab: &mut Lab) -> Result<()> {
     let before = Untouched::of(lab).await?;
     let image = lab.unsigned().await?;
+    let mark = lab.vm.journal.mark();
     lab.target(&image);
     lab.wait_reason("Degraded", "SignatureMissing", WORK).await?;
+    let asked = lab.vm.journal.since(mark, |entry| entry.message().contains(&image.digest) && !entry.is_agents());
+    ensure!(asked.is_empty(), "the daemon was asked for an unverified image: {}", asked[0].message());
     // The daemon, asked without the agent, finds the same policy in its way.
     let (code, said) = pull(lab, &image).await?;
     ensure!(code != 0 && said.contains("A signature was required"), "the pull: status {code}, {said}");
