@@ -36,9 +36,9 @@ struct Watch {
     processes: Mutex<HashMap<i32, Process>>,
     /// Device numbers of the file systems that are watched.
     marked: Mutex<HashSet<String>>,
-    /// Tells execs, and files that were open for writing.
+    /// Tells execs, and files of the kernel that were open for writing.
     files: Fanotify,
-    /// Tells directory entries and attributes.
+    /// Tells everything else, by the entry's name.
     names: Fanotify,
 }
 
@@ -101,12 +101,13 @@ impl Watch {
                 | MaskFlags::FAN_MOVED_TO
                 | MaskFlags::FAN_ATTRIB
                 | MaskFlags::FAN_ONDIR;
-            let by_file = self.files.mark(add, writes, AT_FDCWD, Some(&path));
-            let by_name = self.names.mark(add, entries, AT_FDCWD, Some(&path));
-            let how = match (by_file, by_name) {
-                (Ok(()), Ok(())) => "watched".to_owned(),
-                (Ok(()), Err(error)) => format!("watched without names: {error}"),
-                (Err(error), _) => format!("not watched: {error}"),
+            // Some of the kernel's own file systems cannot name entries.
+            let how = match self.names.mark(add, writes | entries, AT_FDCWD, Some(&path)) {
+                Ok(()) => "watched".to_owned(),
+                Err(_) => match self.files.mark(add, writes, AT_FDCWD, Some(&path)) {
+                    Ok(()) => "watched for writes".to_owned(),
+                    Err(error) => format!("not watched: {error}"),
+                },
             };
             println!("{}", json!({ "filesystem": point, "type": kind, "device": device, "is": how }));
         }
@@ -114,7 +115,15 @@ impl Watch {
 
     fn read_files(&self) -> Result<()> {
         loop {
-            for event in self.files.read_events()? {
+            let events = match self.files.read_events() {
+                Ok(events) => events,
+                // To tell of a file, the kernel opens it, which some of its own files refuse: that event is lost.
+                Err(error) => {
+                    println!("{}", json!({ "lost": error.to_string() }));
+                    continue;
+                }
+            };
+            for event in events {
                 let mask = event.mask();
                 let Some(fd) = event.fd() else {
                     ensure!(!mask.contains(MaskFlags::FAN_Q_OVERFLOW), "events were lost");
