@@ -86,9 +86,12 @@ pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
 
 /// Somebody stages something else by hand: dropped once, told about and waited out when done again.
 pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
-    const STAGE: &str = "set -e
-        commit=$(ostree admin status | sed -n 's/^ *default \\([0-9a-f]\\{64\\}\\).*(rollback).*/\\1/p')
-        ostree admin deploy --stage --os=default \"${commit:?there is no rollback}\"";
+    const COMMIT: &str = "set -e
+        booted=$(ostree admin status | sed -n 's/^\\* default \\([0-9a-f]\\{64\\}\\).*/\\1/p')
+        unshare --mount sh -ec \"mount -o remount,rw /sysroot
+            ostree commit --repo=/ostree/repo --branch=human --bootable --tree=ref=${booted:?nothing is booted}\"";
+    const STAGE: &str = "ostree admin deploy --stage --os=default human";
+    lab.vm.run(COMMIT).await.context("a commit of one's own")?;
     let boot = lab.vm.boot_id().to_owned();
     let mark = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the first time")?;
