@@ -1,6 +1,6 @@
 //! Scenarios that cannot fail prove nothing: an agent that misbehaves in one way must be caught by one.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{WithLab, neighbours, power, refusal};
 use crate::lab::{Kind, Lab, Stock, WORK};
@@ -17,24 +17,32 @@ const WRITES: usize = 4;
 
 /// Each fault in a guest of its own.
 pub async fn are_caught(stock: &Stock) -> Result<()> {
+    let mut missed = Vec::new();
     for (fault, how, scenario) in CAUGHT {
-        let mut lab = Lab::start(stock, &format!("fault-{fault}"), Kind::Faults, Some(fault)).await.context(fault)?;
-        let outcome = scenario(&mut lab).await;
-        let said = match outcome {
-            Ok(()) => bail!("{fault} is not caught"),
+        let name = format!("fault-{fault}");
+        let mut lab = Lab::start(stock, &name, Kind::Faults, Some(fault)).await.context(fault)?;
+        let said = match scenario(&mut lab).await {
+            Ok(()) => String::new(),
             Err(error) => format!("{error:#}"),
         };
-        lab.say(&format!("{fault} is caught: {}", said.lines().next().unwrap_or_default()));
-        if !said.contains(how) {
+        if said.contains(how) {
+            lab.say(&format!("{fault} is caught: {}", said.lines().next().unwrap_or_default()));
+            lab.end(false).await;
+        } else {
             let kept = lab.keep_evidence().await;
-            bail!("{fault} is caught by something else than `{how}`: {said}; see {}", kept.display());
+            missed.push(format!("{fault} is not caught by `{how}` but by `{said}`; see {}", kept.display()));
         }
-        lab.end(false).await;
     }
     let mut lab = Lab::start(stock, "fault-write", Kind::Faults, Some("write")).await.context("write")?;
-    let outcome = writes_are_stopped(&mut lab).await;
-    lab.end(false).await;
-    outcome
+    match writes_are_stopped(&mut lab).await {
+        Ok(()) => lab.end(false).await,
+        Err(error) => {
+            let kept = lab.keep_evidence().await;
+            missed.push(format!("write: {error:#}; see {}", kept.display()));
+        }
+    }
+    ensure!(missed.is_empty(), "{}", missed.join("\n"));
+    Ok(())
 }
 
 /// What an agent tries to write, the sandbox stops.

@@ -1,9 +1,10 @@
 //! Images that must not run, and keys that change.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use support::image::Pushed;
 use support::sign::{KeyKind, Signer};
 
+use crate::journal::Entry;
 use crate::lab::{Lab, WORK};
 use crate::oci::Extra;
 use crate::trust::KEY_IN_GUEST;
@@ -14,9 +15,13 @@ pub async fn unsigned(lab: &mut Lab) -> Result<()> {
     let image = lab.unsigned().await?;
     let mark = lab.vm.journal.mark();
     lab.target(&image);
-    lab.wait_reason("Degraded", "SignatureMissing", WORK).await?;
-    let asked = lab.vm.journal.since(mark, |entry| entry.message().contains(&image.digest) && !entry.is_agents());
-    ensure!(asked.is_empty(), "the daemon was asked for an unverified image: {}", asked[0].message());
+    let is_asked = |entry: &Entry| entry.message().contains(&image.digest) && !entry.is_agents();
+    tokio::select! {
+        reason = lab.wait_reason("Degraded", "SignatureMissing", WORK) => drop(reason?),
+        Ok(asked) = lab.vm.journal.wait(mark, WORK, "", is_asked) => {
+            bail!("the daemon was asked for an unverified image: {}", asked.message());
+        }
+    }
     // The daemon, asked without the agent, finds the same policy in its way.
     let (code, said) = pull(lab, &image).await?;
     ensure!(code != 0 && said.contains("A signature was required"), "the pull: status {code}, {said}");
