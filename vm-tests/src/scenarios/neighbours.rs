@@ -1,11 +1,15 @@
 //! What the agent talks to goes away, changes its mind, or is somebody else's.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use support::mcc::{MANAGER, PREFIX};
 
 use crate::lab::{Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
 
+/// How often an agent that has nothing to do looks whether somebody staged something.
+const HOUSEKEEPING: Duration = Duration::from_secs(180);
 /// How many seconds a certificate lives that is to expire.
 const LIFE: i64 = 20;
 /// Large enough to be in the middle of it.
@@ -93,21 +97,17 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
     const STAGE: &str = "ostree admin deploy --stage --os=default human";
     lab.vm.run(COMMIT).await.context("a commit of one's own")?;
     let boot = lab.vm.boot_id().to_owned();
-    let mark = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the first time")?;
-    // The agent looks when it wakes: here because the kubelet says that it lives, otherwise after the poll's minutes.
-    lab.store().heartbeat(NODE);
-    lab.wait_guest("the agent drops it", WORK, "test ! -e /run/ostree/staged-deployment").await?;
+    lab.wait_guest("the agent drops it", HOUSEKEEPING + WORK, "test ! -e /run/ostree/staged-deployment").await?;
+    let again = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the second time")?;
-    lab.store().heartbeat(NODE);
     lab.vm
         .journal
-        .wait(mark, WORK, "the agent tells the human", |entry| {
+        .wait(again, HOUSEKEEPING + WORK, "the agent tells the human", |entry| {
             entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("9")
         })
         .await?;
     lab.vm.run("ostree admin undeploy 0").await?;
-    lab.store().heartbeat(NODE);
     lab.wait_guest("it is gone", WORK, "test ! -e /run/ostree/staged-deployment").await?;
     ensure!(lab.vm.boot_id() == boot, "a reboot");
     let image = lab.settled();
