@@ -23,8 +23,8 @@ impl Teller {
 
 /// Tells it; any deviation is an error.
 pub async fn tell(stock: &Stock) -> Result<()> {
-    let teller = Arc::new(Teller(Instant::now()));
     let mut lab = Lab::new(stock, "demo", Kind::Plain, None).await?;
+    let teller = Arc::new(Teller(Instant::now()));
     let told = teller.clone();
     lab.events.listen(move |event| {
         if let Event::NodeChanged { manager, changes, .. } = event {
@@ -91,7 +91,8 @@ async fn listen(journal: Journal, teller: Arc<Teller>) {
             let who = match (entry.field("SYSLOG_IDENTIFIER"), entry.field("_SYSTEMD_UNIT")) {
                 (Some("rebase-agent"), _) => "agent",
                 (_, Some("rpm-ostreed.service")) => "rpm-ostree",
-                (Some("ostree"), _) | (_, Some("ostree-finalize-staged.service")) => "ostree",
+                // What it prints besides says the same once more.
+                (_, Some("ostree-finalize-staged.service")) if entry.field("_TRANSPORT") == Some("journal") => "ostree",
                 _ => continue,
             };
             teller.line(who, &shorten(entry.message().trim()));
