@@ -7,20 +7,23 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::container::Container;
 
-/// Compares every directive of the `[Service]` section of `unit`'s file with the property that systemd shows; gives
-/// their number.
+/// Compares every directive of the `[Service]` or `[Socket]` section of `unit`'s file with the property that systemd
+/// shows; gives their number.
 pub async fn compare(container: &Container, unit: &str) -> Result<usize> {
     let path = container.property(unit, "FragmentPath").await?;
     let text = std::fs::read_to_string(container.path(&path)).with_context(|| path.clone())?;
     let shown = container.ok(&["systemctl", "show", "--all", unit]).await?;
     let shown: BTreeMap<&str, &str> = shown.lines().filter_map(|line| line.split_once('=')).collect();
-    let written = service_section(&text)?;
-    ensure!(!written.is_empty(), "{path} has no [Service] section");
+    let own = if unit.ends_with(".socket") { "Socket" } else { "Service" };
+    let written = section(&text, own)?;
+    ensure!(!written.is_empty(), "{path} has no [{own}] section");
+    let instance =
+        unit.split_once('@').and_then(|(_, rest)| rest.rsplit_once('.')).map_or("", |(instance, _)| instance);
     let mut wrong = Vec::new();
     for (directive, values) in &written {
         let outcome = match directive.as_str() {
             "SystemCallFilter" => same_calls(container, values, shown.get("SystemCallFilter")).await,
-            _ => same(directive, values, &shown),
+            _ => same(directive, values, &shown, instance),
         };
         if let Err(error) = outcome {
             wrong.push(format!("{directive}={}: {error:#}", values.join(" | ")));
@@ -30,15 +33,15 @@ pub async fn compare(container: &Container, unit: &str) -> Result<usize> {
     Ok(written.len())
 }
 
-/// Directives in order, with the values of all their lines.
-fn service_section(text: &str) -> Result<Vec<(String, Vec<String>)>> {
+/// Directives of the section `own` in order, with the values of all their lines.
+fn section(text: &str, own: &str) -> Result<Vec<(String, Vec<String>)>> {
     let mut section = "";
     let mut directives: Vec<(String, Vec<String>)> = Vec::new();
     let joined = text.replace("\\\n", " ");
     for line in joined.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', ';'])) {
         if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
             section = name;
-        } else if section == "Service" {
+        } else if section == own {
             let (key, value) = line.split_once('=').with_context(|| format!("not a directive: {line}"))?;
             match directives.iter_mut().find(|(known, _)| known == key) {
                 Some((_, values)) => values.push(value.to_owned()),
@@ -54,24 +57,37 @@ fn words(values: &[String]) -> BTreeSet<&str> {
 }
 
 /// Properties are not always called as their directive, nor written as it was.
-fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>) -> Result<()> {
+fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instance: &str) -> Result<()> {
     let property = match directive {
         "WatchdogSec" => "WatchdogUSec",
         "RestartSec" => "RestartUSec",
         "TimeoutSec" | "TimeoutStartSec" => "TimeoutStartUSec",
         "TimeoutStopSec" => "TimeoutStopUSec",
+        "RuntimeMaxSec" => "RuntimeMaxUSec",
         "EnvironmentFile" => "EnvironmentFiles",
+        "ListenStream" => "Listen",
+        // The other one does not show what the characters before the program ask for.
+        "ExecStart" => "ExecStartEx",
         other => other,
     };
     let actual = *shown.get(property).context("this systemd has no such property")?;
     let last = values.last().map(String::as_str).unwrap_or_default();
     let equal = match directive {
-        "ExecStart" | "ExecStartPre" | "ExecStop" | "ExecReload" => actual.contains(&format!("argv[]={last} ;")),
+        "ExecStart" => {
+            let (command, flags) = match last.strip_prefix(':') {
+                Some(command) => (command, "no-env-expand"),
+                None => (last, ""),
+            };
+            let command = command.replace("%I", instance);
+            actual.contains(&format!("argv[]={command} ; flags={flags} ;"))
+        }
+        "ListenStream" => actual == format!("{last} (Stream)"),
         "EnvironmentFile" => match last.strip_prefix('-') {
             Some(path) => actual == format!("{path} (ignore_errors=yes)"),
             None => actual == format!("{last} (ignore_errors=no)"),
         },
         _ if directive.ends_with("Sec") => seconds(actual) == seconds(last),
+        "SuccessExitStatus" => last.trim_start_matches("SIG") == actual,
         "SystemCallErrorNumber" => number_of(last) == number_of(actual),
         _ => match boolean(last).zip(boolean(actual)) {
             Some((wanted, found)) => wanted == found,
@@ -189,7 +205,7 @@ mod tests {
         let text = "[Unit]\nA=1\n[Service]\n# B=2\nC=x \\\n  y\nD=\nC=z\n[Install]\nE=1\n";
         let expected =
             vec![("C".to_owned(), vec!["x    y".to_owned(), "z".to_owned()]), ("D".to_owned(), vec![String::new()])];
-        assert_eq!(service_section(text).unwrap(), expected);
+        assert_eq!(section(text, "Service").unwrap(), expected);
     }
 
     #[test]
@@ -201,14 +217,21 @@ mod tests {
             ("CapabilityBoundingSet", ""),
             ("EnvironmentFiles", "/etc/x (ignore_errors=yes)"),
             ("SystemCallErrorNumber", "1"),
+            ("ExecStartEx", "{ path=/bin/a ; argv[]=/bin/a -- x ; flags=no-env-expand ; start_time=[n/a] ; }"),
+            ("Listen", "/run/s (Stream)"),
+            ("SuccessExitStatus", "TERM"),
         ]);
-        let same = |directive: &str, value: &str| same(directive, &[value.to_owned()], &shown).is_ok();
+        let same = |directive: &str, value: &str| same(directive, &[value.to_owned()], &shown, "x").is_ok();
         assert!(same("WatchdogSec", "360") && !same("WatchdogSec", "36"));
         assert!(same("PrivateDevices", "true") && !same("PrivateDevices", "no"));
         assert!(same("ReadOnlyPaths", "/run /dev") && !same("ReadOnlyPaths", "/run"));
         assert!(same("CapabilityBoundingSet", "") && !same("CapabilityBoundingSet", "CAP_CHOWN"));
         assert!(same("EnvironmentFile", "-/etc/x") && !same("EnvironmentFile", "/etc/x"));
         assert!(same("SystemCallErrorNumber", "EPERM") && !same("SystemCallErrorNumber", "EACCES"));
+        assert!(same("ExecStart", ":/bin/a -- %I") && !same("ExecStart", ":/bin/a %I"));
+        assert!(!same("ExecStart", "/bin/a -- %I"), "its variables would be expanded");
+        assert!(same("SuccessExitStatus", "SIGTERM") && !same("SuccessExitStatus", "SIGKILL"));
+        assert!(same("ListenStream", "/run/s") && !same("ListenStream", "/run/t"));
         assert!(!same("ProtectEverything", "yes"));
     }
 }
