@@ -1,6 +1,7 @@
 //! The shipped unit on a real systemd as PID 1 of a container: outside, what is around the node and the story; inside,
-//! what plays the rest of the node.
+//! what plays the rest of the node, bootc by its own name.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -47,13 +48,17 @@ enum Part {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    let ended = match Options::parse().command {
-        Command::Story { version, root, faulty, directory } => {
-            story::tell(&story::Plan { version, root, faulty, directory }).await
-        }
-        Command::Node(Part::Boot) => node::boot(),
-        Command::Node(Part::RpmOstreed) => node::rpm_ostreed().await,
-        Command::Node(Part::Finalize) => node::finalize(),
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let ended = match arguments.first().is_some_and(|name| name == node::bootc::PROGRAM) {
+        true => node::bootc::run(&arguments).await,
+        false => match Options::parse_from(arguments).command {
+            Command::Story { version, root, faulty, directory } => {
+                story::tell(&story::Plan { version, root, faulty, directory }).await
+            }
+            Command::Node(Part::Boot) => node::boot(),
+            Command::Node(Part::RpmOstreed) => node::rpm_ostreed().await,
+            Command::Node(Part::Finalize) => node::finalize(),
+        },
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,

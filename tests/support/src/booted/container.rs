@@ -15,7 +15,7 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// Longest command inside.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 /// Between two looks at something that cannot be waited for.
-const TICK: Duration = Duration::from_millis(50);
+pub const TICK: Duration = Duration::from_millis(50);
 /// What systemd-nspawn exits with after a reboot inside.
 const REBOOT: i32 = 133;
 

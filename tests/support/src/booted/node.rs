@@ -1,5 +1,7 @@
 //! What plays the rest of the node inside the container, one process each: the boot loader and the initramfs,
-//! rpm-ostreed, and the finalizer.
+//! rpm-ostreed or bootc, and the finalizer.
+
+pub mod bootc;
 
 use std::fs;
 use std::path::Path;
@@ -147,13 +149,6 @@ pub fn finalize() -> Result<()> {
 
 /// The daemon, until it is stopped.
 pub async fn rpm_ostreed() -> Result<()> {
-    let cert_dir = fs::read_dir(CERTS_D)?.next().context("no registry is trusted")??.path();
-    let engine = Engine {
-        skopeo: "/usr/bin/skopeo".into(),
-        policy: "/etc/containers/policy.json".into(),
-        registries_d: "/etc/containers/registries.d".into(),
-        cert_dir,
-    };
     let events = Events::new();
     events.listen(|event| match event {
         Event::TransactionRequested { method, argument } => println!("requested: {method} {argument}"),
@@ -162,8 +157,20 @@ pub async fn rpm_ostreed() -> Result<()> {
         _ => {}
     });
     let sysroot = Arc::new(Sysroot::running(Path::new("/"), OSNAME)?);
-    let address = "unix:path=/run/dbus/system_bus_socket".to_owned();
-    let daemon = RpmOstreed::service(address, Path::new("/run/rpm-ostree"), events, sysroot, engine);
+    let daemon = daemon(events, sysroot)?;
     daemon.start().await.map_err(anyhow::Error::msg).with_context(|| format!("cannot be {NAME}"))?;
     std::future::pending().await
+}
+
+/// What pulls and stages, with the node's own engine, policy and systemd.
+fn daemon(events: Events, sysroot: Arc<Sysroot>) -> Result<RpmOstreed> {
+    let cert_dir = fs::read_dir(CERTS_D)?.next().context("no registry is trusted")??.path();
+    let engine = Engine {
+        skopeo: "/usr/bin/skopeo".into(),
+        policy: "/etc/containers/policy.json".into(),
+        registries_d: "/etc/containers/registries.d".into(),
+        cert_dir,
+    };
+    let address = "unix:path=/run/dbus/system_bus_socket".to_owned();
+    Ok(RpmOstreed::service(address, Path::new("/run/rpm-ostree"), events, sysroot, engine))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::node::OSNAME;
 use crate::apiserver::{ApiServer, Store};
@@ -67,14 +67,8 @@ impl Outside {
         write_private(&inside(root, pem), &pki.kubelet_pem(NODE))?;
         write_kubeconfig(&kubelet.join("kubeconfig"), &self.api.url(), &pki.ca_pem(), pem);
 
-        let containers = root.join("etc/containers");
-        let key = Path::new("/etc/containers/os.pub");
-        let scope = format!("{}/example", self.registry.host());
-        let policy = Policy::accept_by_default().scope(&scope, [Requirement::sigstore_key_path(key)]);
-        policy.write(&containers.join("policy.json"))?;
-        self.signer.write_public(&inside(root, key))?;
-        RegistriesD::new().attachments(&scope, true).write(&containers.join("registries.d/os.yaml"))?;
-        let certificates = containers.join("certs.d").join(self.registry.host());
+        self.demand_sigstore(root, Policy::accept_by_default())?;
+        let certificates = root.join("etc/containers/certs.d").join(self.registry.host());
         fs::create_dir_all(&certificates)?;
         fs::write(certificates.join("ca.crt"), pki.ca_pem())?;
 
@@ -111,6 +105,15 @@ impl Outside {
         sign(&self.registry, &image.digest, &image.repo, &name, &self.signer).await
     }
 
+    /// From now on the node at `root` takes the OS only with the signer's signature, and anything else as `policy` says.
+    pub fn demand_sigstore(&self, root: &Path, policy: Policy) -> Result<()> {
+        let (key, containers) = (Path::new("/etc/containers/os.pub"), root.join("etc/containers"));
+        let scope = format!("{}/example", self.registry.host());
+        RegistriesD::new().attachments(&scope, true).write(&containers.join("registries.d/os.yaml"))?;
+        self.signer.write_public(&inside(root, key))?;
+        policy.scope(&scope, [Requirement::sigstore_key_path(key)]).write(&containers.join("policy.json"))
+    }
+
     /// From now on the node at `root` takes the OS only with a GPG signature, which `image` gets.
     pub fn demand_gpg(&self, root: &Path, image: &Pushed, tag: &str) -> Result<()> {
         let (signer, containers) = (GpgSigner::generate()?, root.join("etc/containers"));
@@ -139,6 +142,18 @@ impl Outside {
     /// Gives the pool a new target.
     pub fn target(&self, version: &str, image: &Pushed) {
         self.pool.set_target(&format!("rendered-worker-{version}"), image.pullspec().as_str());
+    }
+
+    /// The same, and the node is told at once: MCC would wait until it is done with what it was told before.
+    pub fn retarget(&self, version: &str, image: &Pushed) -> Result<()> {
+        self.target(version, image);
+        let config = format!("rendered-worker-{version}");
+        let annotations = json!({
+            format!("{PREFIX}desiredConfig"): config,
+            format!("{PREFIX}desiredImage"): image.pullspec(),
+        });
+        self.store().patch_as("kubectl-annotate", NODE, json!({"metadata": {"annotations": annotations}}))?;
+        Ok(())
     }
 
     /// The API server's objects.

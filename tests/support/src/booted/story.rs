@@ -1,10 +1,12 @@
-//! What has to hold of the shipped unit on a real systemd, one line each.
+//! What has to hold of the shipped units on a real systemd, one line each.
+
+mod bootc;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::container::{Container, Options};
@@ -86,7 +88,7 @@ pub async fn tell(plan: &Plan) -> Result<()> {
         binds: vec![(std::env::current_exe()?, PROGRAM), (plan.faulty.clone(), FAULTY)],
     };
     outside.target("1", &outside.installed);
-    let mut node = Node { container: Container::boot(options).await?, outside: &outside, plan };
+    let mut node = Node { container: Container::boot(options).await?, outside: &outside, plan, updates: 0 };
     let told = node.tell(&teller).await;
     let stopped = node.container.stop().await;
     told?;
@@ -99,6 +101,8 @@ struct Node<'a> {
     container: Container,
     outside: &'a Outside,
     plan: &'a Plan,
+    /// How many the node has gone through.
+    updates: usize,
 }
 
 impl Node<'_> {
@@ -126,7 +130,7 @@ impl Node<'_> {
         teller.step("a policy that asks for GPG", self.verifies_gpg(&two)).await?;
         teller.step("a deliberate write is stopped", self.writes_are_stopped()).await?;
         teller.step("other updaters are skipped while the agent is enabled", self.excludes_others()).await?;
-        Ok(())
+        self.tell_of_bootc(teller, &two).await
     }
 
     async fn boot_id(&self) -> Result<String> {
@@ -143,9 +147,14 @@ impl Node<'_> {
         let ended = |state: &str| matches!(state, "running" | "auto-restart" | "failed" | "dead");
         let state = self.container.wait_property(AGENT, "SubState", DEADLINE, ended).await?;
         ensure!(state == "running", "it is {state}");
+        self.nothing_failed().await?;
+        Ok(version.to_owned())
+    }
+
+    async fn nothing_failed(&self) -> Result<()> {
         let failed = self.container.ok(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"]).await?;
         ensure!(failed.is_empty(), "units failed: {failed}");
-        Ok(version.to_owned())
+        Ok(())
     }
 
     async fn verifies(&self) -> Result<String> {
@@ -269,8 +278,8 @@ impl Node<'_> {
         self.outside.store().annotate("kubectl-annotate", NODE, HOLD, None)?;
         let rebooting = |node: &Value| node["metadata"]["annotations"][ATTEMPT].is_string();
         self.outside.wait("the reboot", rebooting).await?;
-        let drains = self.outside.drains.drains();
-        ensure!(drains == 1, "the node was drained {drains} times before its reboot");
+        self.updates += 1;
+        self.was_drained_for_each()?;
         let start = Instant::now();
         self.container.reboot(|| self.outside.set_up(None)).await?;
         Ok(format!("1 drain, {:.1} s to be up again", start.elapsed().as_secs_f64()))
@@ -284,7 +293,9 @@ impl Node<'_> {
         self.is_arrived(image)?;
         let journal = ["journalctl", "--quiet", "--output=cat", "--boot=-1"];
         let log = self.container.ok(&journal).await?;
-        let at = |text: &str| log.lines().position(|line| line.contains(text)).with_context(|| format!("no `{text}`"));
+        let lines: Vec<&str> = log.lines().collect();
+        let at =
+            |text: &str| lines.iter().rposition(|line| line.contains(text)).with_context(|| format!("no `{text}`"));
         // Nothing of ours touches the deployments while they are finalized: by order, not by luck.
         let after = self.container.property(AGENT, "After").await?;
         ensure!(after.split(' ').any(|unit| unit == FINALIZER), "the agent is not ordered after {FINALIZER}");
@@ -303,7 +314,7 @@ impl Node<'_> {
         self.deployments()?.into_iter().find(|deployment| deployment.booted).context("nothing is booted")
     }
 
-    /// What must be true of a node that says Done after its one update.
+    /// What must be true of a node that says Done after an update.
     fn is_arrived(&self, image: &Pushed) -> Result<()> {
         let node = self.outside.node()?;
         let digest = self.booted()?.digest;
@@ -315,10 +326,13 @@ impl Node<'_> {
         let drain = (annotation(&node, "desiredDrain"), annotation(&node, "lastAppliedDrain"));
         ensure!(drain.0 == drain.1, "Done while a drain is open: {drain:?}");
         ensure!(node["metadata"]["annotations"][ATTEMPT].is_null(), "Done with an attempt left over");
-        match self.outside.drains.drains() {
-            1 => Ok(()),
-            count => bail!("the node was drained {count} times"),
-        }
+        self.was_drained_for_each()
+    }
+
+    fn was_drained_for_each(&self) -> Result<()> {
+        let (drains, updates) = (self.outside.drains.drains(), self.updates);
+        ensure!(drains == updates, "the node was drained {drains} times for {updates} updates");
+        Ok(())
     }
 
     async fn survives_the_watchdog(&self, image: &Pushed) -> Result<String> {

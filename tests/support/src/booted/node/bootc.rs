@@ -1,0 +1,129 @@
+//! bootc, as far as the shipped units run it: `status` and `switch`, on the disk that rpm-ostreed's double works on,
+//! with the same real pull, under the lock that the kernel knows of.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Error, Result, ensure};
+use clap::Parser;
+use serde_json::{Value, json};
+
+use super::{OSNAME, daemon};
+use crate::events::Events;
+use crate::rpmostreed::{Deployment, Reference, Sysroot};
+
+/// Where it is inside; what is there is this program, which knows by that name what it is.
+pub const PROGRAM: &str = "/usr/bin/bootc";
+/// The story's word for the switch to an image, in a file that is called as the image's digest.
+pub const WORDS: &str = "/run/bootc-words";
+/// Says that the switch fails before it has staged anything.
+pub const FAIL: &str = "fail";
+/// Says that it fails when it has staged: a bound image could not be pulled.
+pub const FAIL_LATE: &str = "fail late";
+/// Stands before the arguments, as JSON, in the journal.
+pub const CALLED: &str = "called with ";
+/// What whoever changes or only reads the deployments takes and waits for.
+const LOCK: &str = "/ostree/lock";
+
+#[derive(Debug, Parser)]
+#[command(name = "bootc")]
+enum Command {
+    Status {
+        #[arg(long)]
+        format: String,
+        #[arg(long)]
+        format_version: u32,
+    },
+    Switch {
+        #[arg(long)]
+        quiet: bool,
+        #[arg(long)]
+        enforce_container_sigpolicy: bool,
+        image: String,
+    },
+}
+
+/// Runs one command of it.
+pub async fn run(arguments: &[OsString]) -> Result<()> {
+    let shown: Vec<_> = arguments.iter().skip(1).map(|argument| argument.to_string_lossy()).collect();
+    eprintln!("{CALLED}{}", json!(shown));
+    let command = Command::try_parse_from(arguments)?;
+    let sysroot = Arc::new(Sysroot::running(Path::new("/"), OSNAME)?);
+    let lock = fs::File::options().write(true).open(LOCK)?;
+    lock.lock()?;
+    match command {
+        Command::Status { format, format_version } => {
+            ensure!((format.as_str(), format_version) == ("json", 1), "status as {format} {format_version}");
+            print!("{}", status(&sysroot.load()));
+            Ok(())
+        }
+        Command::Switch { quiet, enforce_container_sigpolicy, image } => {
+            ensure!(quiet, "progress would go to the journal, line by line");
+            switch(sysroot, Reference { signed: enforce_container_sigpolicy, name: image }).await
+        }
+    }
+}
+
+async fn switch(sysroot: Arc<Sysroot>, target: Reference) -> Result<()> {
+    let deployments = sysroot.load();
+    // `host.spec` is what is staged, else what is booted.
+    let spec = deployments.iter().find(|d| d.staged).or(deployments.iter().find(|d| d.booted));
+    if spec.is_some_and(|spec| spec.reference == target.canonical()) {
+        println!("Image specification is unchanged.");
+        return Ok(());
+    }
+    // A pipe in that place lasts until somebody writes to it.
+    let digest = target.name.rsplit('@').next().unwrap_or_default();
+    let word = fs::read_to_string(Path::new(WORDS).join(digest)).unwrap_or_default();
+    ensure!(word != FAIL, "Switching: Pulling: something went wrong");
+    let daemon = daemon(Events::new(), sysroot)?;
+    let image = daemon.import(&target).await.map_err(Error::msg).context("Switching: Pulling")?;
+    daemon.stage_imported(image).await.map_err(Error::msg).context("Switching: Staging")?;
+    ensure!(word != FAIL_LATE, "Switching: Pulling bound image");
+    println!("Queued for next boot: {}", target.canonical());
+    Ok(())
+}
+
+fn status(deployments: &[Deployment]) -> Value {
+    let staged = deployments.iter().find(|deployment| deployment.staged);
+    let order: Vec<&Deployment> = deployments.iter().filter(|deployment| !deployment.staged).collect();
+    let booted = order.iter().find(|deployment| deployment.booted).copied();
+    let rollback = order.iter().find(|deployment| !deployment.booted).copied();
+    let spec = staged.or(booted).map(entry);
+    json!({
+        "apiVersion": "org.containers.bootc/v1",
+        "kind": "BootcHost",
+        "metadata": { "name": "host" },
+        "spec": { "image": spec.as_ref().map(|spec| &spec["image"]["image"]), "bootOrder": "default" },
+        "status": {
+            "staged": staged.map(entry),
+            "booted": booted.map(entry),
+            "rollback": rollback.map(entry),
+            "rollbackQueued": false,
+            "type": booted.map(|_| "bootcHost"),
+        },
+    })
+}
+
+fn entry(deployment: &Deployment) -> Value {
+    let image = Reference::parse(&deployment.reference).map(|reference| {
+        let signature = if reference.signed { "containerPolicy" } else { "insecure" };
+        json!({
+            "image": { "image": reference.name, "transport": "registry", "signature": signature },
+            "version": deployment.version,
+            "imageDigest": deployment.digest,
+        })
+    });
+    json!({
+        "image": image.ok(),
+        "incompatible": false,
+        "pinned": deployment.pinned,
+        "ostree": {
+            "checksum": deployment.checksum,
+            "deploySerial": deployment.serial,
+            "stateroot": deployment.osname,
+        },
+    })
+}
