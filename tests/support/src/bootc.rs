@@ -326,7 +326,7 @@ fn entry(deployment: &Deployment) -> Value {
     })
 }
 
-fn status(deployments: &[Deployment]) -> Value {
+pub(crate) fn status(deployments: &[Deployment]) -> Value {
     let staged = deployments.iter().find(|deployment| deployment.staged);
     let order: Vec<&Deployment> = deployments.iter().filter(|deployment| !deployment.staged).collect();
     let booted = order.iter().position(|deployment| deployment.booted);

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, ensure};
 use clap::Parser;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{OSNAME, daemon};
+use crate::bootc::status;
 use crate::events::Events;
-use crate::rpmostreed::{Deployment, Reference, Sysroot};
+use crate::rpmostreed::{Reference, Sysroot};
 
 /// Where it is inside; what is there is this program, which knows by that name what it is.
 pub const PROGRAM: &str = "/usr/bin/bootc";
@@ -84,46 +85,4 @@ async fn switch(sysroot: Arc<Sysroot>, target: Reference) -> Result<()> {
     ensure!(word != FAIL_LATE, "Switching: Pulling bound image");
     println!("Queued for next boot: {}", target.canonical());
     Ok(())
-}
-
-fn status(deployments: &[Deployment]) -> Value {
-    let staged = deployments.iter().find(|deployment| deployment.staged);
-    let order: Vec<&Deployment> = deployments.iter().filter(|deployment| !deployment.staged).collect();
-    let booted = order.iter().find(|deployment| deployment.booted).copied();
-    let rollback = order.iter().find(|deployment| !deployment.booted).copied();
-    let spec = staged.or(booted).map(entry);
-    json!({
-        "apiVersion": "org.containers.bootc/v1",
-        "kind": "BootcHost",
-        "metadata": { "name": "host" },
-        "spec": { "image": spec.as_ref().map(|spec| &spec["image"]["image"]), "bootOrder": "default" },
-        "status": {
-            "staged": staged.map(entry),
-            "booted": booted.map(entry),
-            "rollback": rollback.map(entry),
-            "rollbackQueued": false,
-            "type": booted.map(|_| "bootcHost"),
-        },
-    })
-}
-
-fn entry(deployment: &Deployment) -> Value {
-    let image = Reference::parse(&deployment.reference).map(|reference| {
-        let signature = if reference.signed { "containerPolicy" } else { "insecure" };
-        json!({
-            "image": { "image": reference.name, "transport": "registry", "signature": signature },
-            "version": deployment.version,
-            "imageDigest": deployment.digest,
-        })
-    });
-    json!({
-        "image": image.ok(),
-        "incompatible": false,
-        "pinned": deployment.pinned,
-        "ostree": {
-            "checksum": deployment.checksum,
-            "deploySerial": deployment.serial,
-            "stateroot": deployment.osname,
-        },
-    })
 }
