@@ -52,15 +52,19 @@ pub fn parse(text: &str) -> Result<PinnedImage, ReferenceError> {
     if !is_host(host) {
         return Err(malformed("the registry host is not a host name with an optional port"));
     }
-    if path.len() > MAX_REPOSITORY || !path.split('/').all(is_component) {
+    if !path.split('/').all(is_component) {
         return Err(malformed("the repository is not in lower case with single separators"));
     }
-    let name = match host {
-        "docker.io" | "index.docker.io" if !path.contains('/') => format!("docker.io/library/{path}"),
-        "index.docker.io" => format!("docker.io/{path}"),
-        _ => format!("{host}/{path}"),
+    let (host, path) = match host {
+        "docker.io" | "index.docker.io" if !path.contains('/') => ("docker.io", format!("library/{path}")),
+        "index.docker.io" => ("docker.io", path.to_owned()),
+        _ => (host, path.to_owned()),
     };
-    Ok(PinnedImage::new(name, digest))
+    // As it is spelt in full: what is accepted must be accepted when it is read back.
+    if path.len() > MAX_REPOSITORY {
+        return Err(malformed("the repository's name is too long"));
+    }
+    Ok(PinnedImage::new(format!("{host}/{path}"), digest))
 }
 
 /// The specification's own grammar, without the regular expression for it: compiled, that takes 15 MiB for as long as
@@ -160,6 +164,9 @@ mod tests {
             format!("docker://quay.io/org/os@sha256:{HEX}"),
             format!("quay.io//os@sha256:{HEX}"),
             format!("quay.io/{}@sha256:{HEX}", "a/".repeat(300)),
+            format!("quay.io/{}@sha256:{HEX}", "a".repeat(MAX_REPOSITORY + 1)),
+            // Spelt in full, it has `library/` before it.
+            format!("docker.io/{}@sha256:{HEX}", "a".repeat(MAX_REPOSITORY)),
             String::new(),
         ] {
             assert!(parse(&text).is_err(), "{text}");
