@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use guest::Said;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use zbus::connection::Builder;
@@ -15,7 +16,7 @@ use zbus::object_server::ResponseDispatchNotifier;
 use zbus::{Connection, Guid, MessageStream};
 
 use crate::Daemon;
-use crate::work::{Job, Said, Worker};
+use crate::work::{Job, Worker};
 
 /// Where clients find the one transaction there can be.
 const SOCKET: &str = "/run/rpm-ostree-transaction.sock";

@@ -1,15 +1,12 @@
-//! What transactions do, done by the libraries that the original uses: import under the container policy through
-//! ostree-ext and skopeo, staging, cleanup and rollback through libostree.
+//! What transactions do; the work that the other stand-in does, too, is in the library.
 //!
 //! libostree's objects stay on the thread that made them, so each transaction has one.
 
 use std::collections::HashMap;
-use std::pin::pin;
 
 use anyhow::{Context as _, Result, bail};
+use guest::{Said, arguments, import, open, origin, origin_reference, stage, tidy};
 use ostree_ext::container::OstreeImageReference;
-use ostree_ext::container::deploy::{ORIGIN_CONTAINER, prune};
-use ostree_ext::container::store::{ImageImporter, ImportProgress, PrepareResult};
 use ostree_ext::ostree::gio::Cancellable;
 use ostree_ext::ostree::{self, glib};
 use ostree_ext::sysroot::SysrootLock;
@@ -28,13 +25,6 @@ pub enum Job {
     Cleanup { kinds: Vec<String> },
     KernelArguments { added: Vec<String>, replaced: Vec<String>, removed: Vec<String> },
     Rollback,
-}
-
-/// What a transaction tells its clients while it runs.
-pub enum Said {
-    Message(String),
-    TaskBegin(String),
-    TaskEnd(String),
 }
 
 /// One entry of the boot order, as the bus shows it.
@@ -98,14 +88,6 @@ pub async fn prepare(
     }
 }
 
-/// The unit gives this process a mount namespace of its own, in which libostree may remount what it writes to.
-fn open() -> Result<ostree::Sysroot> {
-    let sysroot = ostree::Sysroot::new_default();
-    sysroot.set_mount_namespace_in_use();
-    sysroot.load(Cancellable::NONE)?;
-    Ok(sysroot)
-}
-
 fn lock() -> Result<SysrootLock, Refusal> {
     let failed = |error: &dyn std::fmt::Display| Refusal::Failed(error.to_string());
     let sysroot = open().map_err(|error| failed(&format!("{error:#}")))?;
@@ -148,66 +130,11 @@ async fn rebase(sysroot: &SysrootLock, reference: &str, said: &mpsc::UnboundedSe
     if origin_reference(&merge).is_some_and(|old| old == imgref.to_string()) {
         bail!("Old and new refs are equal: {imgref}");
     }
-    say(Said::Message(format!("Pulling manifest: {imgref}")));
-    let mut importer = ImageImporter::new(&sysroot.repo(), &imgref, Default::default()).await?;
-    importer.require_bootable();
-    let mut progress = importer.request_progress();
-    let image = match importer.prepare().await? {
-        PrepareResult::AlreadyPresent(image) => image,
-        PrepareResult::Ready(prepared) => {
-            say(Said::Message(format!("Importing: {imgref} (digest: {})", prepared.manifest_digest)));
-            let needed = prepared.layers_to_fetch().collect::<Result<Vec<_>>>()?;
-            let bytes: u64 = needed.iter().map(|(layer, _)| layer.layer().size()).sum();
-            say(Said::Message(format!("layers needed: {} ({bytes} bytes)", needed.len())));
-            drop(needed);
-            let mut import = pin!(importer.import(prepared));
-            loop {
-                tokio::select! {
-                    imported = &mut import => break imported.context("Importing")?,
-                    Some(layer) = progress.recv() => match layer {
-                        ImportProgress::OstreeChunkStarted(layer) | ImportProgress::DerivedLayerStarted(layer) => {
-                            say(Said::TaskBegin(format!("Fetching layer {}", layer.digest())));
-                        }
-                        ImportProgress::OstreeChunkCompleted(layer) | ImportProgress::DerivedLayerCompleted(layer) => {
-                            say(Said::TaskEnd(format!("Fetching layer {}", layer.digest())));
-                        }
-                    },
-                }
-            }
-        }
-    };
+    let image = import(sysroot, &imgref, say).await?;
     say(Said::TaskBegin("Staging deployment".to_owned()));
-    let origin = glib::KeyFile::new();
-    origin.set_string("origin", ORIGIN_CONTAINER, &imgref.to_string());
-    stage(sysroot, &image.merge_commit, &origin, &merge, &arguments(&merge))?;
+    stage(sysroot, &image.merge_commit, &origin(&imgref), &merge, &arguments(&merge))?;
     say(Said::TaskEnd("Staging deployment".to_owned()));
     tidy(sysroot)
-}
-
-fn stage(
-    sysroot: &SysrootLock,
-    commit: &str,
-    origin: &glib::KeyFile,
-    merge: &ostree::Deployment,
-    arguments: &[String],
-) -> Result<()> {
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let options = ostree::SysrootDeployTreeOpts { override_kernel_argv: Some(&arguments), ..Default::default() };
-    sysroot
-        .stage_tree_with_options(Some(&merge.osname()), commit, Some(origin), Some(merge), &options, Cancellable::NONE)
-        .context("Staging deployment")?;
-    Ok(())
-}
-
-/// Forgets images that no deployment is of, and what only they needed.
-fn tidy(sysroot: &SysrootLock) -> Result<()> {
-    sysroot.load_if_changed(Cancellable::NONE)?;
-    sysroot.cleanup(Cancellable::NONE).context("Cleaning up")?;
-    let pruned = prune(sysroot).context("Pruning")?;
-    if !pruned.is_empty() {
-        println!("Pruned images: {} (layers: {})", pruned.n_images, pruned.n_layers);
-    }
-    Ok(())
 }
 
 fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
@@ -273,20 +200,6 @@ fn rollback(sysroot: &SysrootLock) -> Result<()> {
 /// The first in boot order: a staged one, too.
 fn merge_deployment(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
     sysroot.deployments().into_iter().next().context("Nothing is deployed")
-}
-
-fn origin_reference(deployment: &ostree::Deployment) -> Option<String> {
-    let origin = deployment.origin()?;
-    origin.string("origin", ORIGIN_CONTAINER).ok().map(Into::into)
-}
-
-fn options(deployment: &ostree::Deployment) -> String {
-    deployment.bootconfig().and_then(|boot| boot.get("options")).map(Into::into).unwrap_or_default()
-}
-
-/// Kernel arguments, without the one that libostree sets itself.
-fn arguments(deployment: &ostree::Deployment) -> Vec<String> {
-    options(deployment).split_whitespace().filter(|one| !one.starts_with("ostree=")).map(str::to_owned).collect()
 }
 
 fn describe(

@@ -1,0 +1,116 @@
+//! The real work behind the stand-ins, done by the libraries that the originals use: import under the container policy
+//! through ostree-ext and skopeo, staging and pruning through libostree.
+
+use std::pin::pin;
+
+use anyhow::{Context as _, Result};
+use ostree_ext::container::OstreeImageReference;
+use ostree_ext::container::deploy::{ORIGIN_CONTAINER, prune};
+use ostree_ext::container::store::{ImageImporter, ImportProgress, LayeredImageState, PrepareResult};
+use ostree_ext::ostree::gio::Cancellable;
+use ostree_ext::ostree::{self, glib};
+use ostree_ext::sysroot::SysrootLock;
+
+/// What is told while an image is imported and staged.
+pub enum Said {
+    /// A line for people.
+    Message(String),
+    /// A part of the work begins.
+    TaskBegin(String),
+    /// A part of the work is done.
+    TaskEnd(String),
+}
+
+/// Opens the sysroot of the system. The caller has a mount namespace of its own, in which libostree may remount what
+/// it writes to.
+pub fn open() -> Result<ostree::Sysroot> {
+    let sysroot = ostree::Sysroot::new_default();
+    sysroot.set_mount_namespace_in_use();
+    sysroot.load(Cancellable::NONE)?;
+    Ok(sysroot)
+}
+
+/// Brings an image into the repository, as far as it is not there.
+pub async fn import(
+    sysroot: &SysrootLock,
+    imgref: &OstreeImageReference,
+    mut say: impl FnMut(Said),
+) -> Result<Box<LayeredImageState>> {
+    say(Said::Message(format!("Pulling manifest: {imgref}")));
+    let mut importer = ImageImporter::new(&sysroot.repo(), imgref, Default::default()).await?;
+    importer.require_bootable();
+    let mut progress = importer.request_progress();
+    let prepared = match importer.prepare().await? {
+        PrepareResult::AlreadyPresent(image) => return Ok(image),
+        PrepareResult::Ready(prepared) => prepared,
+    };
+    say(Said::Message(format!("Importing: {imgref} (digest: {})", prepared.manifest_digest)));
+    let needed = prepared.layers_to_fetch().collect::<Result<Vec<_>>>()?;
+    let bytes: u64 = needed.iter().map(|(layer, _)| layer.layer().size()).sum();
+    say(Said::Message(format!("layers needed: {} ({bytes} bytes)", needed.len())));
+    drop(needed);
+    let mut import = pin!(importer.import(prepared));
+    loop {
+        tokio::select! {
+            imported = &mut import => return imported.context("Importing"),
+            Some(layer) = progress.recv() => match layer {
+                ImportProgress::OstreeChunkStarted(layer) | ImportProgress::DerivedLayerStarted(layer) => {
+                    say(Said::TaskBegin(format!("Fetching layer {}", layer.digest())));
+                }
+                ImportProgress::OstreeChunkCompleted(layer) | ImportProgress::DerivedLayerCompleted(layer) => {
+                    say(Said::TaskEnd(format!("Fetching layer {}", layer.digest())));
+                }
+            },
+        }
+    }
+}
+
+/// The origin of a deployment of that image.
+#[must_use]
+pub fn origin(imgref: &OstreeImageReference) -> glib::KeyFile {
+    let origin = glib::KeyFile::new();
+    origin.set_string("origin", ORIGIN_CONTAINER, &imgref.to_string());
+    origin
+}
+
+/// Stages a commit with what the `merge` deployment has in /etc.
+pub fn stage(
+    sysroot: &SysrootLock,
+    commit: &str,
+    origin: &glib::KeyFile,
+    merge: &ostree::Deployment,
+    arguments: &[String],
+) -> Result<()> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let options = ostree::SysrootDeployTreeOpts { override_kernel_argv: Some(&arguments), ..Default::default() };
+    sysroot
+        .stage_tree_with_options(Some(&merge.osname()), commit, Some(origin), Some(merge), &options, Cancellable::NONE)
+        .context("Staging deployment")?;
+    Ok(())
+}
+
+/// Forgets images that no deployment is of, and what only they needed.
+pub fn tidy(sysroot: &SysrootLock) -> Result<()> {
+    sysroot.load_if_changed(Cancellable::NONE)?;
+    sysroot.cleanup(Cancellable::NONE).context("Cleaning up")?;
+    let pruned = prune(sysroot).context("Pruning")?;
+    if !pruned.is_empty() {
+        println!("Pruned images: {} (layers: {})", pruned.n_images, pruned.n_layers);
+    }
+    Ok(())
+}
+
+/// The image that a deployment is of, if it is of one.
+#[must_use]
+pub fn origin_reference(deployment: &ostree::Deployment) -> Option<String> {
+    let origin = deployment.origin()?;
+    origin.string("origin", ORIGIN_CONTAINER).ok().map(Into::into)
+}
+
+/// Kernel arguments, without the one that libostree sets itself.
+#[must_use]
+pub fn arguments(deployment: &ostree::Deployment) -> Vec<String> {
+    let options = deployment.bootconfig().and_then(|boot| boot.get("options"));
+    let options: String = options.map(Into::into).unwrap_or_default();
+    options.split_whitespace().filter(|one| !one.starts_with("ostree=")).map(str::to_owned).collect()
+}
