@@ -91,6 +91,7 @@ async fn listen(journal: Journal, teller: Arc<Teller>) {
             let who = match (entry.field("SYSLOG_IDENTIFIER"), entry.field("_SYSTEMD_UNIT")) {
                 (Some("rebase-agent"), _) => "agent",
                 (_, Some("rpm-ostreed.service")) => "rpm-ostree",
+                (Some("bootc"), _) => "bootc",
                 // What it prints besides says the same once more.
                 (_, Some("ostree-finalize-staged.service")) if entry.field("_TRANSPORT") == Some("journal") => "ostree",
                 _ => continue,

@@ -19,6 +19,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
+use crate::backend::Backend;
 use crate::oci::{Extra, Layout};
 use crate::trust::{API_IN_GUEST, KEY_IN_GUEST, REPOSITORY, Trust};
 use crate::vm::{BOOT, Emulator, Provision, Vm};
@@ -42,6 +43,8 @@ const CLIENT: &str = "/var/lib/kubelet/pki/kubelet-client-current.pem";
 pub struct Stock {
     /// Builds images: vm-tests/run.
     pub builder: PathBuf,
+    /// What stages images in the guest.
+    pub backend: Backend,
     /// What the builder is to know of the image besides.
     pub image_options: Vec<String>,
     /// Keys and names.
@@ -65,14 +68,15 @@ pub enum Kind {
 
 impl Stock {
     /// The directory of the image, which is built if it was not.
-    async fn image(&self, kind: Kind) -> Result<PathBuf> {
+    pub async fn image(&self, kind: Kind) -> Result<PathBuf> {
         let kind = match kind {
             Kind::Plain => "plain",
             Kind::Selinux => "selinux",
             Kind::Faults => "faults",
         };
         let mut command = tokio::process::Command::new(&self.builder);
-        command.args(["--build-image", kind]).args(&self.image_options).stdout(Stdio::piped());
+        command.args(["--build-image", kind, "--backend", self.backend.name()]);
+        command.args(&self.image_options).stdout(Stdio::piped());
         let builds = command.spawn().with_context(|| format!("running {}", self.builder.display()))?;
         let output = builds.wait_with_output().await?;
         ensure!(output.status.success(), "the image `{kind}` was not built");
@@ -84,6 +88,8 @@ impl Stock {
 pub struct Lab {
     /// The machine.
     pub vm: Vm,
+    /// What stages images in it.
+    pub backend: Backend,
     /// The API server.
     pub api: ApiServer,
     /// The pool's half of MCC.
@@ -149,6 +155,7 @@ impl Lab {
         let vm = Vm::new(&dir, &image.join("disk.raw"), &stock.emulator, &provision)?;
         Ok(Self {
             vm,
+            backend: stock.backend,
             api,
             pool,
             drains,
@@ -474,7 +481,7 @@ impl Lab {
         let write = |name: &str, text: String| drop(std::fs::write(dir.join(name), text));
         if self.vm.is_on() {
             const SCRIPT: &str = "journalctl --boot --no-pager; ostree admin status; systemctl --failed --no-pager
-                systemctl status --no-pager rebase-agent rpm-ostreed ostree-finalize-staged; findmnt; df -h";
+                systemctl status --no-pager rebase-agent rpm-ostreed 'rebase-agent-bootc*' ostree-finalize-staged; findmnt; df -h";
             if let Ok((_, text)) = self.vm.status(SCRIPT).await {
                 write("guest.txt", text);
             }

@@ -1,6 +1,7 @@
 //! A really booted, really rebooted ostree host, and the world around it; vm-tests/run builds what this needs.
 #![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "the harness is not the agent")]
 
+mod backend;
 mod demo;
 mod disk;
 mod journal;
@@ -17,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
+use backend::Backend;
 use lab::{Kind, Lab, Stock};
 use scenarios::{ALL, Run, Scenario};
 use trust::Trust;
@@ -59,6 +61,9 @@ struct Sources {
     /// What vm-tests/image/qemu printed.
     #[arg(long)]
     qemu: Option<PathBuf>,
+    /// What stages images in the guest.
+    #[arg(long, default_value = "rpm-ostree")]
+    backend: Backend,
     /// A tree for the image.
     #[arg(long)]
     overlay: Option<String>,
@@ -75,6 +80,7 @@ impl Sources {
         Ok(Stock {
             emulator: Emulator::find(self.qemu.as_deref()).await?,
             builder: self.builder,
+            backend: self.backend,
             image_options: image_options.collect(),
             keys: self.keys,
             runs: self.runs,

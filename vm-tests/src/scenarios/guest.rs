@@ -80,6 +80,10 @@ pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
     // Nobody but root may ask the daemon for anything, and the node reports what it runs.
     let (code, output) = lab.vm.status("rebase-agent status").await?;
     ensure!(code == 0, "`rebase-agent status` of a node that is Done: status {code}, {output}");
+    ensure!(
+        output.contains(lab.backend.chosen()),
+        "`rebase-agent status` does not say which backend and why: {output}"
+    );
     let installed = lab.installed.digest.clone();
     let booted = lab.booted_digest().await?;
     ensure!(lab.version() > 1 || booted == installed, "{booted} is booted instead of {installed}");

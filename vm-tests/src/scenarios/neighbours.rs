@@ -7,6 +7,7 @@ use support::mcc::{MANAGER, PREFIX};
 
 use crate::lab::{Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
+use crate::scenarios::power::STAGED;
 
 /// How often an agent that has nothing to do looks whether somebody staged something.
 const HOUSEKEEPING: Duration = Duration::from_secs(180);
@@ -14,8 +15,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(180);
 const LIFE: i64 = 20;
 /// Large enough to be in the middle of it.
 const PAYLOAD: usize = 48 << 20;
-/// The daemon says so when a layer is on its way.
-const FETCHING: &str = "Fetching layer";
+/// More than a verification takes.
+const FETCHED: u64 = 4 << 20;
 
 /// A digest that names an index: what is booted in the end is the instance that the index selects.
 pub async fn index_digest(lab: &mut Lab) -> Result<()> {
@@ -30,14 +31,14 @@ pub async fn index_digest(lab: &mut Lab) -> Result<()> {
 /// The registry dies in the middle of a layer and comes back.
 pub async fn registry_gone(lab: &mut Lab) -> Result<()> {
     let image = lab.signed_with(payload(lab.version())).await?;
-    let mark = lab.vm.journal.mark();
+    let (mark, before, reason) = (lab.vm.journal.mark(), received(lab).await?, lab.backend.lost_registry());
     lab.target(&image);
-    lab.vm.journal.wait(mark, WORK, "a layer is fetched", |entry| entry.message().contains(FETCHING)).await?;
+    wait_fetching(lab, before).await?;
     lab.registry.stop();
     lab.vm
         .journal
         .wait(mark, WORK, "the agent tells that the registry is away", |entry| {
-            entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some("RegistryUnreachable")
+            entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some(reason)
         })
         .await?;
     ensure!(!lab.is_staged().await?, "half an image is staged");
@@ -88,7 +89,8 @@ pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
-/// Somebody stages something else by hand: dropped once, told about and waited out when done again.
+/// Somebody stages something else by hand: dropped once, told about and waited out when done again. What cannot be
+/// dropped is staged over.
 pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
     const COMMIT: &str = "set -e
         booted=$(ostree admin status | sed -n 's/^\\* default \\([0-9a-f]\\{64\\}\\).*/\\1/p')
@@ -97,14 +99,29 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
     const STAGE: &str = "ostree admin deploy --stage --os=default human";
     lab.vm.run(COMMIT).await.context("a commit of one's own")?;
     let boot = lab.vm.boot_id().to_owned();
+    let once = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the first time")?;
-    lab.wait_guest("the agent drops it", HOUSEKEEPING + WORK, "test ! -e /run/ostree/staged-deployment").await?;
+    let gone = match lab.backend.drops_staged() {
+        true => "test ! -e /run/ostree/staged-deployment".to_owned(),
+        false => format!(
+            "staged=$(ostree admin status | sed -n 's/^ *default \\([0-9a-f]*\\.[0-9]*\\) (staged)$/\\1/p')
+             grep -q {} /ostree/deploy/default/deploy/${{staged:?nothing is}}.origin",
+            lab.settled().digest
+        ),
+    };
+    lab.wait_guest("the agent puts it away", HOUSEKEEPING + WORK, &gone).await?;
+    if !lab.backend.drops_staged() {
+        // Whoever is faster than the agent's look at what it did makes it do that once more.
+        lab.vm.journal.wait(once, WORK, "the agent sees it staged", |entry| entry.has_id(STAGED)).await?;
+    }
     let again = lab.vm.journal.mark();
     lab.vm.run(STAGE).await.context("the second time")?;
     lab.vm
         .journal
         .wait(again, HOUSEKEEPING + WORK, "the agent tells the human", |entry| {
-            entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("9")
+            entry.is_agents()
+                && entry.field("REBASE_AGENT_RULE") == Some("9")
+                && entry.message().contains("staged again by hand")
         })
         .await?;
     lab.vm.run("ostree admin undeploy 0").await?;
@@ -120,9 +137,9 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     let first = lab.signed_with(payload(lab.version())).await?;
     let second = lab.signed().await?;
     let version = lab.version();
-    let mark = lab.vm.journal.mark();
+    let before = received(lab).await?;
     lab.target_as(&first, version - 1);
-    lab.vm.journal.wait(mark, WORK, "a layer is fetched", |entry| entry.message().contains(FETCHING)).await?;
+    wait_fetching(lab, before).await?;
     // The pool would wait for its turn: the one who is updating uses up the one that may.
     lab.target_as(&second, version);
     for (key, value) in [("desiredConfig", format!("rendered-worker-{version}")), ("desiredImage", second.pullspec())] {
@@ -165,23 +182,20 @@ pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
-/// The daemon says that its transaction ended well, as the original does when it finds nothing to change; the
-/// deployments say something else. Depends on the stand-in's way of being told so.
+/// The backend says that it ended well, as the originals do when they find nothing to change; the deployments say
+/// something else.
 pub async fn no_effect(lab: &mut Lab) -> Result<()> {
-    const NOTHING: &str = "/run/rpm-ostreed-changes-nothing";
-    if lab.vm.status("test -x /usr/libexec/rpm-ostreed").await?.0 != 0 {
+    if lab.vm.status(lab.backend.change_nothing()).await?.0 != 0 {
         lab.say("skipped: this rpm-ostree is real");
         return Ok(());
     }
-    lab.vm.run(&format!("touch {NOTHING}")).await?;
     let (boot, drains) = (lab.vm.boot_id().to_owned(), lab.drains.drains());
     let image = lab.signed().await?;
     let mark = lab.vm.journal.mark();
     lab.target(&image);
-    lab.vm
-        .journal
-        .wait(mark, WORK, "the transaction ends well", |entry| entry.message().contains("Txn Rebase successful"))
-        .await?;
+    let (units, pattern) = (lab.backend.units(), lab.backend.ended_well());
+    let ended = format!("journalctl --boot --quiet {units} --grep='{pattern}'");
+    lab.wait_guest("staging ends well", WORK, &ended).await?;
     lab.vm
         .journal
         .wait(mark, WORK, "the agent does not believe it", |entry| {
@@ -190,10 +204,27 @@ pub async fn no_effect(lab: &mut Lab) -> Result<()> {
         .await?;
     ensure!(lab.drains.drains() == drains, "a drain with nothing staged");
     ensure!(lab.vm.boot_id() == boot, "a reboot with nothing staged");
-    lab.vm.run(&format!("rm {NOTHING}")).await?;
+    lab.vm.run(lab.backend.change_again()).await?;
     lab.reboot_of_its_own(UPDATE).await?;
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
+}
+
+/// What the guest has received, in bytes.
+async fn received(lab: &mut Lab) -> Result<u64> {
+    let text = lab.vm.run("cat /sys/class/net/en*/statistics/rx_bytes").await?;
+    text.trim().parse().with_context(|| format!("bytes received: {text}"))
+}
+
+/// Waits until a layer is on its way, which no backend tells in a way that others do, too.
+async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
+    let enough = before + FETCHED;
+    lab.wait_guest(
+        "a layer is fetched",
+        WORK,
+        &format!("test $(cat /sys/class/net/en*/statistics/rx_bytes) -gt {enough}"),
+    )
+    .await
 }
 
 fn payload(seed: u32) -> Extra {

@@ -7,7 +7,7 @@ use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
 use crate::vm::SHUTDOWN;
 
 /// The agent's message that an image is staged.
-const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
+pub(super) const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
 /// libostree's message that finalization begins.
 const FINALIZING: &str = "e8646cd63dff4625b77909a8e7a40994";
 

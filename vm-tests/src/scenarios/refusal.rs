@@ -22,7 +22,7 @@ pub async fn unsigned(lab: &mut Lab) -> Result<()> {
             bail!("the daemon was asked for an unverified image: {}", asked.message());
         }
     }
-    // The daemon, asked without the agent, finds the same policy in its way.
+    // The backend, asked without the agent, finds the same policy in its way.
     let (code, said) = pull(lab, &image).await?;
     ensure!(code != 0 && said.contains("A signature was required"), "the pull: status {code}, {said}");
     before.holds(lab).await?;
@@ -63,9 +63,9 @@ pub async fn key_rotation(lab: &mut Lab) -> Result<()> {
     lab.update(&image, version).await.context("an image with the new key's signature")
 }
 
-/// `rpm-ostree rebase` by anybody with root, over D-Bus: its status and what was said.
+/// By anybody with root: its status and what was said.
 async fn pull(lab: &mut Lab, image: &Pushed) -> Result<(i32, String)> {
-    lab.vm.status(&format!("rpm-ostree rebase ostree-unverified-registry:{}", image.pullspec())).await
+    lab.vm.status(&lab.backend.pull(&image.pullspec())).await
 }
 
 /// What a refusal must leave as it was.

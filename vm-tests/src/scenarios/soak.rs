@@ -64,7 +64,10 @@ impl Residue {
             memory: number("memory", "awk '/^VmRSS/ { print $2 }' /proc/$(systemctl show --value -p MainPID rebase-agent)/status").await?,
             errors: lab
                 .vm
-                .run("journalctl -b -p err -q --no-pager -u rebase-agent -u rpm-ostreed -u ostree-finalize-staged -u ostree-boot-complete")
+                .run(&format!(
+                    "journalctl -b -p err -q --no-pager -u rebase-agent {} -u ostree-finalize-staged -u ostree-boot-complete",
+                    lab.backend.units()
+                ))
                 .await?
                 .trim()
                 .to_owned(),
