@@ -30,6 +30,12 @@ impl Disk {
         Ok(Self(to.to_owned()))
     }
 
+    /// The one at that path, only to be read.
+    #[must_use]
+    pub fn open(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

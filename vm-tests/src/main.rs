@@ -125,10 +125,11 @@ async fn main() -> ExitCode {
 }
 
 fn list() {
-    for Scenario { number, name, about, short, on_demand, .. } in ALL {
-        let when = match (short, on_demand) {
-            (true, _) => "short",
-            (_, true) => "on demand",
+    for Scenario { number, name, about, short, on_demand, only, .. } in ALL {
+        let when = match (short, on_demand, only) {
+            (true, ..) => "short",
+            (_, true, _) => "on demand",
+            (.., Some(backend)) => backend.name(),
             _ => "",
         };
         println!("{number:02}  {name:<22} {when:<10} {about}");
@@ -142,15 +143,20 @@ async fn show(sources: Sources) -> Result<bool> {
 /// Those that are asked for, and 00 first whatever is asked for.
 fn chosen(run: &Wanted) -> Result<Vec<&'static Scenario>> {
     for wanted in &run.scenarios {
-        if !ALL.iter().any(|one| is_called(one, wanted)) {
-            bail!("no scenario `{wanted}`; see vm-tests/run --list");
+        match ALL.iter().find(|one| is_called(one, wanted)) {
+            None => bail!("no scenario `{wanted}`; see vm-tests/run --list"),
+            Some(Scenario { only: Some(only), .. }) if *only != run.sources.backend => {
+                bail!("scenario `{wanted}` needs --backend {}", only.name());
+            }
+            Some(_) => {}
         }
     }
+    let fits = |one: &&Scenario| one.only.is_none_or(|only| only == run.sources.backend);
     let is_chosen = |one: &&Scenario| match run.scenarios.as_slice() {
         [] => !one.on_demand && (one.short || !run.short),
         wanted => one.number == 0 || wanted.iter().any(|wanted| is_called(one, wanted)),
     };
-    Ok(ALL.iter().filter(is_chosen).collect())
+    Ok(ALL.iter().filter(fits).filter(is_chosen).collect())
 }
 
 fn is_called(scenario: &Scenario, wanted: &str) -> bool {

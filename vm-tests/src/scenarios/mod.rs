@@ -6,8 +6,10 @@ use std::pin::Pin;
 
 use anyhow::Result;
 
+use crate::backend::Backend;
 use crate::lab::{Kind, Lab, Stock};
 
+mod bootc;
 mod faults;
 mod guest;
 mod neighbours;
@@ -44,12 +46,14 @@ pub struct Scenario {
     pub short: bool,
     /// Whether it runs only when it is named.
     pub on_demand: bool,
+    /// Whether there is nothing to show with another backend.
+    pub only: Option<Backend>,
     /// What it does.
     pub run: Run,
 }
 
 const fn scenario(number: u32, name: &'static str, about: &'static str, run: WithLab) -> Scenario {
-    Scenario { number, name, about, short: false, on_demand: false, run: Run::Shared(run) }
+    Scenario { number, name, about, short: false, on_demand: false, only: None, run: Run::Shared(run) }
 }
 
 impl Scenario {
@@ -66,6 +70,10 @@ impl Scenario {
 
     const fn on_demand(self) -> Self {
         Self { on_demand: true, ..self }
+    }
+
+    const fn only(self, backend: Backend) -> Self {
+        Self { only: Some(backend), ..self }
     }
 }
 
@@ -143,7 +151,25 @@ pub const ALL: &[Scenario] = &[
         about: "an agent that misbehaves in one way is caught by the scenario for it",
         short: false,
         on_demand: false,
+        only: None,
         run: Run::Itself(|stock| Box::pin(faults::are_caught(stock))),
+    },
+    scenario(
+        22,
+        "bootc-signed",
+        "bootc enforces the policy where that means anything, and the origin says so",
+        |lab| Box::pin(bootc::signed(lab)),
+    )
+    .own(Kind::Plain)
+    .only(Backend::Bootc),
+    Scenario {
+        number: 23,
+        name: "bootc-overlay",
+        about: "the /usr/bin/bootc of an overlay is what the agent's units start",
+        short: false,
+        on_demand: false,
+        only: Some(Backend::Bootc),
+        run: Run::Itself(|stock| Box::pin(bootc::overlay(stock))),
     },
     scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))
         .own(Kind::Plain)
