@@ -51,7 +51,8 @@ enum Event {
 /// One look around, as far as it went.
 struct Readings {
     node: Option<Told>,
-    host: Option<Reading<HostFacts>>,
+    /// With the stamps from before it was read: what changes meanwhile must be read once more.
+    host: Option<([Option<SystemTime>; 2], Reading<HostFacts>)>,
     machine: Reading<MachineFacts>,
 }
 
@@ -250,8 +251,10 @@ impl Agent {
         let (neighbours, events) = (self.neighbours.clone(), self.events.clone());
         tokio::spawn(async move {
             let node = async { if how == Look::Everything { Some(neighbours.api.full().await) } else { None } };
-            let host =
-                async { if how >= Look::Host { Some(observe::deployments(&neighbours.host).await) } else { None } };
+            let host = async {
+                let stamps = neighbours.host.root().deployments_stamp();
+                if how >= Look::Host { Some((stamps, observe::deployments(&neighbours.host).await)) } else { None }
+            };
             let (node, host, machine) = tokio::join!(node, host, observe::machine(&neighbours.host));
             let _ = events.send(Event::Looked(Box::new(Readings { node, host, machine }))).await;
         });
@@ -300,11 +303,11 @@ impl Agent {
                     Some(Err(error)) => self.cluster_failed(&error, "the Node cannot be read"),
                     None => {}
                 }
-                if let Some(host) = readings.host {
+                if let Some((stamps, host)) = readings.host {
                     self.seen.1 = true;
                     self.stale = false;
                     self.observed.host = host;
-                    self.stamps.deployments = self.neighbours.host.root().deployments_stamp();
+                    self.stamps.deployments = stamps;
                 }
                 self.observed.machine = readings.machine;
                 if let Some(how) = self.again.take() {
