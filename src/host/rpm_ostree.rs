@@ -172,7 +172,12 @@ impl<'h> Client<'h> {
                 parsed.wanted_arguments = self.host.root.wanted_arguments(&parsed.osname, directory);
             }
             if parsed.staged {
-                parsed.arguments = Some(split_arguments(&self.boot_arguments(&os, &parsed.id).await?));
+                parsed.arguments = match self.boot_arguments(&os, &parsed.id).await {
+                    Ok(arguments) => Some(split_arguments(&arguments)),
+                    // What somebody staged by hand may tell none, and must not hide the host for that.
+                    Err(HostError::Confused { .. }) => None,
+                    Err(error) => return Err(error),
+                };
             }
             deployments.push(parsed);
         }
