@@ -55,3 +55,16 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
     assert_eq!(set(&["x"], &[]).await.unwrap_err().reason(), Reason::HostUnreachable);
     set(&["x"], &[]).await.unwrap();
 }
+
+/// What somebody staged by hand may tell none; it is seen all the same, and can be dropped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_staged_deployment_without_options_hides_nothing() {
+    let lab = Lab::new().await;
+    lab.stage("3").await.unwrap();
+    lab.machine.rpm_ostreed().tells_no_options();
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert_eq!(staged.arguments, None);
+    let (_never, mut cancel) = never();
+    lab.host.drop_staged(&staged.checksum, &mut cancel).await.unwrap();
+    assert!(lab.read().await.staged().is_none());
+}

@@ -81,6 +81,7 @@ struct Faults {
     fail_all: Option<String>,
     start_delay: Duration,
     no_change: bool,
+    optionless: bool,
     hang: Option<String>,
     crash: Option<String>,
     lose_reply: bool,
@@ -217,6 +218,11 @@ impl RpmOstreed {
     /// The next started transaction succeeds without doing anything.
     pub fn no_change_next(&self) {
         self.inner.faults.lock().unwrap().no_change = true;
+    }
+
+    /// Boot configurations have no `options`, as of what `ostree admin deploy` staged without any.
+    pub fn tells_no_options(&self) {
+        self.inner.faults.lock().unwrap().optionless = true;
     }
 
     /// A running transaction stops at the first message that contains `text`, until [`RpmOstreed::release`].
@@ -804,11 +810,15 @@ impl Inner {
             id => deployments.iter().find(|deployment| deployment.id() == id),
         };
         let deployment = found.ok_or_else(|| Failure::new(FAILED, format!("Invalid deployment id {id}")))?;
-        Ok(BTreeMap::from([
+        let mut config = BTreeMap::from([
             ("options".to_owned(), variant(deployment.options())),
             ("title".to_owned(), variant(format!("{} {}", deployment.osname, deployment.checksum))),
             ("linux".to_owned(), variant(format!("/ostree/{}/vmlinuz", deployment.checksum))),
-        ]))
+        ]);
+        if self.faults.lock().unwrap().optionless {
+            config.remove("options");
+        }
+        Ok(config)
     }
 
     async fn call_sysroot(self: &Arc<Self>, call: &Call) -> Answer {
