@@ -100,8 +100,9 @@ fn classify(kernel: &LandlockStatus, ruleset: &RulesetStatus, modules: Option<&s
     let listed = modules.map(|modules| modules.trim().split(',').any(|module| module == "landlock"));
     match (kernel, ruleset) {
         (LandlockStatus::Available { .. }, RulesetStatus::FullyEnforced) => Confinement::On,
-        (LandlockStatus::Available { effective_abi, .. }, _) if *effective_abi >= WRITES => Confinement::FilesOnly,
-        (LandlockStatus::Available { .. }, RulesetStatus::PartiallyEnforced) => Confinement::Partial,
+        (LandlockStatus::Available { effective_abi, .. }, RulesetStatus::PartiallyEnforced) => {
+            if *effective_abi >= WRITES { Confinement::FilesOnly } else { Confinement::Partial }
+        }
         (LandlockStatus::NotEnabled, _) => Confinement::Lacking,
         _ => match listed {
             Some(true) => Confinement::Denied,
@@ -130,6 +131,8 @@ mod tests {
         );
         assert_eq!(classify(&LandlockStatus::NotEnabled, &NotEnforced, None), Confinement::Lacking);
         assert_eq!(classify(&LandlockStatus::NotImplemented, &NotEnforced, None), Confinement::Unclear);
+        // Whatever the kernel could do: what it did not do does not hold.
+        assert!(!classify(&kernel(ABI::V5), &NotEnforced, modules).holds());
         assert!(Confinement::FilesOnly.holds() && !Confinement::Partial.holds());
     }
 }
