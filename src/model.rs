@@ -197,6 +197,9 @@ pub struct Attempt {
     pub boot_id: BootId,
     /// How many boots have tried this image, this one included.
     pub count: u32,
+    /// The [`Deployment::id`] that was to boot: the image may have another deployment, the one before the booted one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deployment: Option<String>,
     /// Fields of a newer agent, kept as they are.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, serde_json::Value>,

@@ -57,7 +57,7 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             }
         }
         Action::RecordAttempt { attempt } => {
-            // An Attempt is three plain fields and what was parsed as JSON before: serializing cannot fail.
+            // An Attempt is plain fields and what was parsed as JSON before: serializing cannot fail.
             if let Ok(text) = serde_json::to_string(attempt) {
                 patch.insert(ATTEMPT.to_owned(), Some(text));
             }

@@ -12,7 +12,7 @@
 
 use std::cell::RefCell;
 use std::collections::hash_map::DefaultHasher;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 use std::sync::Mutex;
@@ -169,7 +169,13 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(node.last_applied_drain.as_ref() != Some(value), "an uncordon is not one that counts as done already")?;
         }
         Action::RecordAttempt { attempt } => {
-            law(attempt.count <= 2 && attempt.boot_id == machine.boot_id, "two boots per image")?;
+            // What is staged again in the same boot is one attempt, whatever somebody wrote into it.
+            let earlier = node
+                .attempt
+                .as_ref()
+                .filter(|earlier| earlier.image == attempt.image && earlier.boot_id == attempt.boot_id);
+            let counted = earlier.is_some_and(|earlier| earlier.count == attempt.count);
+            law((attempt.count <= 2 || counted) && attempt.boot_id == machine.boot_id, "two boots per image")?;
             law(host.staged().is_some_and(is) && fit && node.hold.is_none(), "what is counted is about to happen")?;
         }
         Action::Settle => {
@@ -261,6 +267,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         image: tape.pick(&[image('b'), image('a')]),
         boot_id: BootId(tape.pick(&["now", "before"]).into()),
         count: tape.pick(&[1, 2, 3]),
+        deployment: tape.pick(&[None, Some("os-b.0".into()), Some("os-b.1".into())]),
         unknown: BTreeMap::new(),
     };
     let node = NodeFacts {
@@ -577,11 +584,13 @@ struct World {
     /// Boots of B that the agent asked for while it was desired without interruption.
     boots: u8,
     counted_in: Option<u32>,
+    /// The deployments that were finalized.
+    finalized: BTreeSet<String>,
 }
 
 fn plain(letter: char) -> Deployment {
     Deployment {
-        id: letter.to_string(),
+        id: format!("{letter}.0"),
         osname: "os".into(),
         checksum: letter.to_string(),
         digest: Some(digest(letter)),
@@ -628,6 +637,7 @@ impl World {
             last: None,
             boots: 0,
             counted_in: None,
+            finalized: BTreeSet::new(),
         };
         world.retarget();
         world
@@ -683,6 +693,12 @@ impl World {
         let limits = Limits::default();
         let decision = decide(&observed, &self.memory, &limits, self.now);
         broken(&observed, &self.memory, &limits, self.now, &decision)?;
+        if decision.reason == Reason::RolledBack {
+            let attempted = self.node.attempt.as_ref().and_then(|attempt| attempt.deployment.as_ref());
+            if !attempted.is_some_and(|id| self.finalized.contains(id)) {
+                return Err(format!("{attempted:?} is given up as rolled back and was never finalized"));
+            }
+        }
         self.memory.note(&observed, &decision, self.now);
         let Reading::Known(node) = &observed.cluster else { panic!("the world has a Node") };
         let patch = report(node, &decision);
@@ -743,7 +759,10 @@ impl World {
 
     fn stage(&mut self, letter: char) {
         self.host.deployments.retain(|deployment| !deployment.staged);
-        let mut staged = Deployment { staged: true, arguments: Some(Vec::new()), ..plain(letter) };
+        // As libostree numbers the deployments of one commit.
+        let is_free = |id: &String| self.host.deployments.iter().all(|deployment| deployment.id != *id);
+        let id = (0..).map(|serial| format!("{letter}.{serial}")).find(is_free).unwrap();
+        let mut staged = Deployment { id, staged: true, arguments: Some(Vec::new()), ..plain(letter) };
         if self.scenario.kernel_arguments && letter == 'b' {
             staged.wanted_arguments = Some(vec!["nosmt".into()]);
         }
@@ -821,6 +840,7 @@ impl World {
                 && !(staged.checksum == "b" && nature == Nature::NeverFinalized)
         }) {
             let fails = staged.checksum == "b" && nature == Nature::RollsBack;
+            self.finalized.insert(staged.id.clone());
             let mut before = self.host.booted().unwrap().clone();
             before.booted = fails;
             staged.staged = false;
@@ -998,7 +1018,9 @@ impl World {
         let mut text = String::with_capacity(400);
         let node = &self.node;
         let letter = |image: &Option<String>| image.as_ref().and_then(|text| text.chars().last());
-        let attempt = node.attempt.as_ref().map(|a| (a.count, a.boot_id.0 == self.boot.to_string(), a.image.digest()));
+        let this_boot = self.boot.to_string();
+        let attempt =
+            node.attempt.as_ref().map(|a| (a.count, a.boot_id.0 == this_boot, a.image.digest(), &a.deployment));
         write!(
             text,
             "{:?}{:?}{:?}{:?}{:?}{:?}{attempt:?}{:?}",
@@ -1012,7 +1034,7 @@ impl World {
         )
         .unwrap();
         for d in &self.host.deployments {
-            write!(text, "{}{}{}{:?}", d.checksum, d.booted, d.staged, d.arguments).unwrap();
+            write!(text, "{}{}{}{:?}", d.id, d.booted, d.staged, d.arguments).unwrap();
         }
         let transaction = self.host.transaction.as_ref().map(|t| t.ours.as_ref());
         write!(text, "{transaction:?}{:?}{:?}{:?}", self.finalizer, self.task, self.memory.verified.keys()).unwrap();
@@ -1031,15 +1053,16 @@ impl World {
         dropped.dedup();
         write!(
             text,
-            "{dropped:?}{}{}{}{}{}{}{:?}{:?}",
+            "{dropped:?}{}{}{}{}{}{}{:?}{:?}{:?}",
             self.blind && self.host.transaction.is_some(),
             self.cordoned,
             self.going_down,
             self.confirm,
             self.quiet,
             self.boots,
+            self.finalized,
             self.counted_in.map(|boot| boot == self.boot),
-            self.signature
+            self.signature,
         )
         .unwrap();
         let mut hasher = DefaultHasher::new();

@@ -32,7 +32,7 @@ impl<'a> Rules<'a> {
                     .kernel_arguments(wanted, staged)
                     .or_else(|| self.hindrance(wanted))
                     .or_else(|| self.drain(wanted))
-                    .unwrap_or_else(|| self.reboot(wanted)),
+                    .unwrap_or_else(|| self.reboot(wanted, staged)),
             }
         })
     }
@@ -43,9 +43,14 @@ impl<'a> Rules<'a> {
         if attempt.image != wanted.image || attempt.boot_id == self.machine.boot_id {
             return None;
         }
+        let was_to_boot = |d: &Deployment| match &attempt.deployment {
+            Some(id) => d.id == *id,
+            // Of an agent that did not record it.
+            None => self.is_wanted(d, wanted),
+        };
         // A failed finalization left none, so one that is there is an older one.
         let finalized = !self.machine.finalize_failed
-            && self.host.deployments.iter().any(|d| !d.booted && !d.staged && self.is_wanted(d, wanted));
+            && self.host.deployments.iter().any(|d| !d.booted && !d.staged && was_to_boot(d));
         let cause = if self.machine.finalize_failed {
             ". The previous boot could not finalize it: see `journalctl -b -1 -u ostree-finalize-staged`"
         } else {
@@ -316,7 +321,7 @@ impl<'a> Rules<'a> {
     }
 
     /// Row 25.
-    fn reboot(&self, wanted: &Wanted<'_>) -> Decision {
+    fn reboot(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Decision {
         let image = wanted.image.clone();
         let decision = rule("25", Reason::Rebooting, format!("rebooting into {}", image.digest().short()))
             .state(NodeState::Working);
@@ -325,11 +330,14 @@ impl<'a> Rules<'a> {
             return decision.doing(Action::UpdateBootloader);
         }
         let boot_id = self.machine.boot_id.clone();
+        let deployment = Some(staged.id.clone());
         let earlier = self.node.attempt.as_ref().filter(|attempt| attempt.image == image);
-        if earlier.is_none_or(|attempt| attempt.boot_id != boot_id) {
-            let count = earlier.map_or(0, |attempt| attempt.count).saturating_add(1);
+        let recorded = earlier.filter(|attempt| attempt.boot_id == boot_id);
+        if recorded.is_none_or(|attempt| attempt.deployment != deployment) {
+            let count = earlier.map_or(0, |attempt| attempt.count).saturating_add(u32::from(recorded.is_none()));
             let unknown = self.node.attempt.as_ref().map(|attempt| attempt.unknown.clone()).unwrap_or_default();
-            return decision.doing(Action::RecordAttempt { attempt: Attempt { image, boot_id, count, unknown } });
+            let attempt = Attempt { image, boot_id, count, deployment, unknown };
+            return decision.doing(Action::RecordAttempt { attempt });
         }
         match self.failure(Step::Reboot, &image.to_string()) {
             None => decision.doing(Action::Reboot { image }),
