@@ -11,7 +11,7 @@ use serde_json::Value;
 use support::apiserver::{ApiServer, RequestRecord, Store};
 use support::events::{Event, Events};
 use support::image::Pushed;
-use support::mcc::{Delays, DrainController, PREFIX, PoolController, PoolSpec, annotation};
+use support::mcc::{Delays, DrainController, MANAGER, PREFIX, PoolController, PoolSpec, annotation};
 use support::pki::{rotate_client_pem, write_kubeconfig};
 use support::registry::{Credentials, Registry};
 use support::sign::{Signer, sign};
@@ -28,13 +28,15 @@ use crate::vm::{BOOT, Emulator, Provision, Vm};
 pub const NODE: &str = "worker-0";
 /// The agent's note of a reboot that it asks for.
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
+/// A person's annotation that the agent is not to reboot.
+pub const HOLD: &str = "rebase-agent.openshift.io/hold";
 /// For anything that the agent does without a reboot: a verification and a pull take 10 s when it is quiet.
 pub const WORK: Duration = Duration::from_secs(90);
 /// From a new target to the guest's going down: verification, pull, staging, drain. Quiet, it takes 25 s.
 pub const UPDATE: Duration = Duration::from_secs(150);
 
 /// Between two looks at what does not tell when it changes.
-const LOOK: Duration = Duration::from_millis(200);
+pub const LOOK: Duration = Duration::from_millis(200);
 const KUBELET: &str = "/var/lib/kubelet";
 const CLIENT: &str = "/var/lib/kubelet/pki/kubelet-client-current.pem";
 
@@ -200,6 +202,14 @@ impl Lab {
             true => node["metadata"]["annotations"][key].as_str().map(str::to_owned),
             false => annotation(&node, key).map(str::to_owned),
         }
+    }
+
+    /// Annotates the Node as somebody other than the agent.
+    pub fn annotate(&self, key: &str, value: Option<&str>) -> Result<()> {
+        self.store()
+            .annotate(MANAGER, NODE, key, value)
+            .map(drop)
+            .map_err(|error| anyhow::anyhow!("annotating {key}: {error:?}"))
     }
 
     // --- images ---

@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use support::mcc::{MANAGER, PREFIX};
+use support::mcc::PREFIX;
+use tokio::time::timeout;
 
-use crate::lab::{Lab, NODE, UPDATE, WORK};
+use crate::lab::{HOLD, LOOK, Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::scenarios::power::STAGED;
 
 /// How often an agent that has nothing to do looks whether somebody staged something.
 const HOUSEKEEPING: Duration = Duration::from_secs(180);
 /// How many seconds a certificate lives that is to expire.
-const LIFE: i64 = 20;
+const LIFE: i64 = 5;
 /// Large enough to be in the middle of it.
 const PAYLOAD: usize = 48 << 20;
 /// More than a verification takes.
@@ -71,17 +72,28 @@ pub async fn api_gone_at_boot(lab: &mut Lab) -> Result<()> {
 
 /// The kubelet's certificate expires in the middle of an update and is replaced.
 pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
-    // It lives long enough to be picked up, and no longer.
-    let short = lab.trust.pki.kubelet_pem_valid(NODE, -3600, LIFE);
-    lab.install_client(&short).await?;
-    let serial = lab.api.requests().len();
-    lab.store().end_watches();
+    // In the middle is where it is held.
+    lab.annotate(HOLD, Some("until the certificate is replaced"))?;
     let image = lab.signed().await?;
     lab.target(&image);
-    lab.wait_request(serial, UPDATE, "a refused certificate", |request| request.status == 401).await?;
+    lab.wait_reason("Working", "Held", UPDATE).await?;
+    let expiring = lab.trust.pki.kubelet_pem_valid(NODE, -3600, LIFE);
+    lab.install_client(&expiring).await?;
+    let mark = lab.api.requests().len();
+    let expired = async {
+        loop {
+            // The agent reads its certificate when it begins to watch.
+            lab.store().end_watches();
+            if lab.wait_request(mark, LOOK, "a refused certificate", |request| request.status == 401).await.is_ok() {
+                return;
+            }
+        }
+    };
+    timeout(WORK, expired).await.context("the certificate does not expire")?;
     let refused = lab.api.requests().len();
     let good = lab.trust.pki.kubelet_pem(NODE);
     lab.install_client(&good).await?;
+    lab.annotate(HOLD, None)?;
     lab.reboot_of_its_own(UPDATE).await?;
     lab.wait_done(&image).await?;
     let good = lab.api.requests().iter().skip(refused).filter(|request| request.status == 200).count();
@@ -143,9 +155,7 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     // The pool would wait for its turn: the one who is updating uses up the one that may.
     lab.target_as(&second, version);
     for (key, value) in [("desiredConfig", format!("rendered-worker-{version}")), ("desiredImage", second.pullspec())] {
-        lab.store()
-            .annotate(MANAGER, NODE, &format!("{PREFIX}{key}"), Some(&value))
-            .map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        lab.annotate(&format!("{PREFIX}{key}"), Some(&value))?;
     }
     lab.reboot_of_its_own(UPDATE).await?;
     ensure!(lab.booted_digest().await? == second.digest, "the obsolete image boots");

@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use support::events::Event;
 
 use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
+use crate::oci::Extra;
 use crate::vm::SHUTDOWN;
 
 /// The agent's message that an image is staged.
@@ -63,8 +64,9 @@ pub async fn during_finalization(lab: &mut Lab) -> Result<()> {
 /// /boot cannot be written: the old image comes up again, once more, and then the node says why it stays there.
 pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
     let old = lab.booted_digest().await?;
+    let other = other_initramfs(lab).await?;
     lab.vm.run("chattr +i /boot").await.context("making /boot immutable")?;
-    let image = lab.signed().await?;
+    let image = lab.signed_with(other).await?;
     lab.target(&image);
     for attempt in 1..=2 {
         lab.reboot_of_its_own(UPDATE).await.with_context(|| format!("attempt {attempt}"))?;
@@ -83,6 +85,17 @@ pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
     let version = lab.version();
     ensure!(lab.vm.boot_id() == boot, "a third attempt");
     lab.update(&image, version).await.context("after /boot can be written again")
+}
+
+/// What a new kernel is to libostree: where neither it nor the number of deployments changes, finalization leaves /boot
+/// alone and only changes a symbolic link in /ostree.
+async fn other_initramfs(lab: &mut Lab) -> Result<Extra> {
+    let release = lab.vm.run("uname -r").await?;
+    let path = format!("usr/lib/modules/{}/initramfs.img", release.trim());
+    let mut initramfs = lab.vm.read(&format!("/{path}")).await?;
+    // Which the kernel skips.
+    initramfs.extend_from_slice(&[0; 512]);
+    Ok(Extra::default().file(&path, 0o644, initramfs))
 }
 
 /// The second and last way to the target that is set.
