@@ -171,6 +171,9 @@ pub const ALL: &[Scenario] = &[
         only: Some(Backend::Bootc),
         run: Run::Itself(|stock| Box::pin(bootc::overlay(stock))),
     },
+    scenario(24, "power-back", "the power goes when the attempt to go back is on record", |lab| {
+        Box::pin(power::on_the_way_back(lab))
+    }),
     scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))
         .own(Kind::Plain)
         .on_demand(),

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use support::events::Event;
+use support::image::Pushed;
 
 use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
 use crate::oci::Extra;
@@ -27,10 +28,26 @@ pub async fn after_staging(lab: &mut Lab) -> Result<()> {
 
 /// The attempt is on record and the reboot was not asked for yet: it counts, and one more is made.
 pub async fn after_the_attempt(lab: &mut Lab) -> Result<()> {
-    let old = lab.booted_digest().await?;
     let image = lab.signed().await?;
+    let version = lab.version();
+    lose_the_attempt(lab, &image, version).await
+}
+
+/// The same on the way back to the image before: its older deployment, which is there, is no sign of a rollback.
+pub async fn on_the_way_back(lab: &mut Lab) -> Result<()> {
+    let old = lab.signed().await?;
+    let old_version = lab.version();
+    lab.update(&old, old_version).await.context("there")?;
+    let new = lab.signed().await?;
+    let new_version = lab.version();
+    lab.update(&new, new_version).await.context("further")?;
+    lose_the_attempt(lab, &old, old_version).await.context("back")
+}
+
+async fn lose_the_attempt(lab: &mut Lab, image: &Pushed, version: u32) -> Result<()> {
+    let before = lab.booted_digest().await?;
     let mut events = lab.events.subscribe();
-    lab.target(&image);
+    lab.target_as(image, version);
     lab.wait_event(
         &mut events,
         UPDATE,
@@ -40,7 +57,7 @@ pub async fn after_the_attempt(lab: &mut Lab) -> Result<()> {
     .await?;
     lab.power_cut().await?;
     lab.power_on().await?;
-    ensure!(lab.booted_digest().await? == old, "what was only staged boots");
+    ensure!(lab.booted_digest().await? == before, "what was only staged boots");
     arrive(lab).await
 }
 
