@@ -376,10 +376,8 @@ impl<'a> Rules<'a> {
         if !self.host.backend.drops_staged() {
             return self.stage_over(wanted, &checksum, &what);
         }
-        if self.observed.running.as_ref().is_some_and(|r| r.step == Step::Stage) {
-            return None;
-        }
-        if self.host.transaction.is_some() {
+        let stages = self.observed.running.as_ref().is_some_and(|running| running.step == Step::Stage);
+        if stages || self.host.transaction.is_some() {
             // On the way row 19 waits for it; what has arrived must not settle meanwhile.
             let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
             let message =
