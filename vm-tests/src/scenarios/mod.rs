@@ -13,6 +13,7 @@ mod bootc;
 mod faults;
 mod guest;
 mod neighbours;
+mod overlay;
 mod power;
 mod refusal;
 mod selinux;
@@ -164,12 +165,12 @@ pub const ALL: &[Scenario] = &[
     .only(Backend::Bootc),
     Scenario {
         number: 23,
-        name: "bootc-overlay",
-        about: "the /usr/bin/bootc of an overlay is what the agent's units start",
+        name: "overlay",
+        about: "the host tool of an overlay takes the stand-in's place",
         short: false,
         on_demand: false,
-        only: Some(Backend::Bootc),
-        run: Run::Itself(|stock| Box::pin(bootc::overlay(stock))),
+        only: None,
+        run: Run::Itself(|stock| Box::pin(overlay::is_used(stock))),
     },
     scenario(24, "power-back", "the power goes when the attempt to go back is on record", |lab| {
         Box::pin(power::on_the_way_back(lab))
