@@ -68,7 +68,7 @@ impl Backend {
     #[must_use]
     pub fn change_nothing(self) -> &'static str {
         match self {
-            Self::RpmOstree => "test -x /usr/libexec/rpm-ostreed && touch /run/rpm-ostreed-changes-nothing",
+            Self::RpmOstree => "touch /run/rpm-ostreed-changes-nothing",
             Self::Bootc => {
                 "mkdir /run/systemd/system/rebase-agent-bootc@.service.d && cd $_ &&
                  printf '[Service]\\nExecStart=\\nExecStart=/bin/true\\n' >nothing.conf && systemctl daemon-reload"

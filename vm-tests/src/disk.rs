@@ -74,6 +74,11 @@ impl Disk {
 
     /// Copies a file or a directory out of the file system, if it is there.
     pub fn extract(&self, from: &str, to: &Path) -> Result<()> {
+        // debugfs succeeds without a file, too.
+        match std::fs::remove_file(to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("an earlier copy"),
+            _ => {}
+        }
         self.debugfs(&format!("dump {from} {}", to.display()))?;
         ensure!(to.exists(), "{from} is not on the disk");
         Ok(())

@@ -177,10 +177,17 @@ impl Lab {
     /// Everything, with the guest settled on the installed image.
     pub async fn start(stock: &Stock, name: &str, kind: Kind, fault: Option<&str>) -> Result<Self> {
         let mut lab = Self::new(stock, name, kind, fault).await?;
-        lab.power_on().await?;
-        let installed = lab.installed.clone();
-        lab.wait_done(&installed).await.context("the first boot")?;
+        if let Err(error) = lab.first_boot().await {
+            let kept = lab.keep_evidence().await;
+            return Err(error).with_context(|| format!("console, journal and disk are in {}", kept.display()));
+        }
         Ok(lab)
+    }
+
+    async fn first_boot(&mut self) -> Result<()> {
+        self.power_on().await?;
+        let installed = self.installed.clone();
+        self.wait_done(&installed).await.context("the first boot")
     }
 
     /// The API server's objects.

@@ -2,35 +2,44 @@
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::power::STAGED;
 use super::{WithLab, neighbours, power, refusal};
 use crate::lab::{Kind, Lab, Stock, WORK};
 
-/// The fault, the scenario that catches it, and a word of how.
-const CAUGHT: [(&str, &str, WithLab); 4] = [
-    ("no-verify", "the daemon was asked for an unverified image", |lab| Box::pin(refusal::unsigned(lab))),
-    ("early-reboot", "the agent misses the finalizer", |lab| Box::pin(neighbours::finalizer_late(lab))),
-    ("trust-transaction", "the agent does not believe it", |lab| Box::pin(neighbours::no_effect(lab))),
-    ("forget-attempt", "Degraded", |lab| Box::pin(power::finalization_fails(lab))),
+/// The fault, the scenario that catches it and a word of how, and what the agent says at least so many times meanwhile:
+/// what was only awaited in vain may have other causes.
+const CAUGHT: [(&str, WithLab, &str, &str, usize); 4] = [
+    ("no-verify", |lab| Box::pin(refusal::unsigned(lab)), "the daemon was asked for an unverified image", STAGED, 0),
+    ("early-reboot", |lab| Box::pin(neighbours::finalizer_late(lab)), "the agent misses the finalizer", REBOOTING, 1),
+    ("trust-transaction", |lab| Box::pin(neighbours::no_effect(lab)), "the agent does not believe it", STAGED, 1),
+    ("forget-attempt", |lab| Box::pin(power::finalization_fails(lab)), "Degraded", REBOOTING, 3),
 ];
+/// The agent's message that a reboot was accepted.
+const REBOOTING: &str = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
 /// What the agent with the fault `write` says of each of its tries.
 const WRITES: usize = 4;
 
 /// Each fault in a guest of its own.
 pub async fn are_caught(stock: &Stock) -> Result<()> {
     let mut missed = Vec::new();
-    for (fault, how, scenario) in CAUGHT {
+    for (fault, scenario, how, id, times) in CAUGHT {
         let name = format!("fault-{fault}");
         let mut lab = Lab::start(stock, &name, Kind::Faults, Some(fault)).await.context(fault)?;
         let said = match scenario(&mut lab).await {
             Ok(()) => String::new(),
             Err(error) => format!("{error:#}"),
         };
-        if said.contains(how) {
-            lab.say(&format!("{fault} is caught: {}", said.lines().next().unwrap_or_default()));
+        let did = lab.vm.journal.since(0, |entry| entry.has_id(id)).len();
+        if said.contains(how) && did >= times {
+            let said = said.lines().next().unwrap_or_default();
+            lab.say(&format!("{fault} is caught: {said}"));
             lab.end(false).await;
         } else {
             let kept = lab.keep_evidence().await;
-            missed.push(format!("{fault} is not caught by `{how}` but by `{said}`; see {}", kept.display()));
+            let kept = kept.display();
+            missed.push(format!(
+                "{fault} is not caught by `{how}`, having done its worst {did} times, but by `{said}`; see {kept}"
+            ));
         }
     }
     let mut lab = Lab::start(stock, "fault-write", Kind::Faults, Some("write")).await.context("write")?;
@@ -51,7 +60,8 @@ async fn writes_are_stopped(lab: &mut Lab) -> Result<()> {
         .journal
         .wait(0, WORK, "the deliberate writes", |entry| entry.message().starts_with("deliberate write"))
         .await?;
-    lab.vm.run("! ls -d /etc/rebase-agent-fault /run/rebase-agent-fault /usr/bin/rebase-agent-fault /var/lib/rebase-agent-fault 2>/dev/null").await?;
+    let (_, written) = lab.vm.status("ls -d /{etc,run,usr/bin,var/lib}/rebase-agent-fault 2>/dev/null").await?;
+    ensure!(written.is_empty(), "written: {written}");
     let tried = lab.vm.journal.since(0, |entry| entry.message().starts_with("deliberate write"));
     let stopped = tried.iter().filter(|entry| entry.message().contains("was stopped")).count();
     ensure!(stopped == tried.len() && stopped >= WRITES, "{stopped} of {} deliberate writes were stopped", tried.len());

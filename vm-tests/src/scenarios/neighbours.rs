@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use support::mcc::PREFIX;
 use tokio::time::timeout;
 
+use crate::backend::Backend;
+use crate::journal::Entry;
 use crate::lab::{HOLD, LOOK, Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::scenarios::power::STAGED;
@@ -149,7 +151,7 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     let first = lab.signed_with(payload(lab.version())).await?;
     let second = lab.signed().await?;
     let version = lab.version();
-    let before = received(lab).await?;
+    let (before, mark) = (received(lab).await?, lab.vm.journal.mark());
     lab.target_as(&first, version - 1);
     wait_fetching(lab, before).await?;
     // The pool would wait for its turn: the one who is updating uses up the one that may.
@@ -159,6 +161,8 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     }
     lab.reboot_of_its_own(UPDATE).await?;
     ensure!(lab.booted_digest().await? == second.digest, "the obsolete image boots");
+    let staged = |entry: &Entry| entry.has_id(STAGED) && entry.message().contains(&first.digest);
+    ensure!(lab.vm.journal.since(mark, staged).is_empty(), "the first image was staged before the target changed");
     lab.wait_done(&second).await?;
     lab.arrived(&second).await
 }
@@ -183,6 +187,13 @@ pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
             entry.is_agents() && entry.field("REBASE_AGENT_REASON").is_some_and(|reason| reason.contains("Finalizer"))
         })
         .await?;
+    // Twice, so that it had its time to go on all the same.
+    let skipped = |entry: &Entry| {
+        entry.field("UNIT") == Some("ostree-finalize-staged.service") && entry.message().contains("skipped")
+    };
+    lab.vm.journal.wait(mark, WORK, "the finalizer is skipped", skipped).await?;
+    let once = lab.vm.journal.mark();
+    lab.vm.journal.wait(once, WORK, "the finalizer is tried again", skipped).await?;
     ensure!(lab.is_staged().await?, "nothing is staged");
     ensure!(lab.drains.drains() == drains, "a drain before a reboot that cannot come");
     ensure!(lab.vm.boot_id() == boot, "a reboot that loses what is staged");
@@ -195,16 +206,18 @@ pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
 /// The backend says that it ended well, as the originals do when they find nothing to change; the deployments say
 /// something else.
 pub async fn no_effect(lab: &mut Lab) -> Result<()> {
-    if lab.vm.status(lab.backend.change_nothing()).await?.0 != 0 {
+    if lab.backend == Backend::RpmOstree && lab.vm.status("test -x /usr/libexec/rpm-ostreed").await?.0 != 0 {
         lab.say("skipped: this rpm-ostree is real");
         return Ok(());
     }
+    lab.vm.run(lab.backend.change_nothing()).await?;
+    let began = lab.vm.run("date +%s").await?;
     let (boot, drains) = (lab.vm.boot_id().to_owned(), lab.drains.drains());
     let image = lab.signed().await?;
     let mark = lab.vm.journal.mark();
     lab.target(&image);
     let (units, pattern) = (lab.backend.units(), lab.backend.ended_well());
-    let ended = format!("journalctl --boot --quiet {units} --grep='{pattern}'");
+    let ended = format!("journalctl --quiet {units} --since=@{} --grep='{pattern}'", began.trim());
     lab.wait_guest("staging ends well", WORK, &ended).await?;
     lab.vm
         .journal

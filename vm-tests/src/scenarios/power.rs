@@ -41,6 +41,8 @@ pub async fn on_the_way_back(lab: &mut Lab) -> Result<()> {
     let new = lab.signed().await?;
     let new_version = lab.version();
     lab.update(&new, new_version).await.context("further")?;
+    let deployments = lab.deployments().await?;
+    ensure!(deployments.matches(" default ").count() == 2, "the old image has no deployment: {deployments}");
     lose_the_attempt(lab, &old, old_version).await.context("back")
 }
 
@@ -56,9 +58,13 @@ async fn lose_the_attempt(lab: &mut Lab, image: &Pushed, version: u32) -> Result
     )
     .await?;
     lab.power_cut().await?;
+    let mark = lab.api.requests().len();
     lab.power_on().await?;
     ensure!(lab.booted_digest().await? == before, "what was only staged boots");
-    arrive(lab).await
+    arrive(lab).await?;
+    let second = lab.api.requests().iter().skip(mark).any(|request| request.body.contains(r#"\"count\":2"#));
+    ensure!(second, "the first attempt does not count");
+    Ok(())
 }
 
 /// Whatever the boot loader finds afterwards, the node arrives.

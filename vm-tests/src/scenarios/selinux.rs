@@ -19,8 +19,8 @@ async fn is_enforced(lab: &mut Lab) -> Result<()> {
     ensure!(mode.trim() == "1", "SELinux does not enforce: {mode}");
     let context = lab.vm.run("cat /proc/$(systemctl show --value -p MainPID rebase-agent)/attr/current").await?;
     ensure!(context.contains(&format!(":{DOMAIN}:")), "the agent runs as {context}");
-    // Of the kernel's and of D-Bus's and systemd's own checks, and not only what took effect.
-    let (_, denied) = lab.vm.status("journalctl -b -o cat -g 'avc: +denied'").await?;
+    // In all boots; of the kernel's and of D-Bus's and systemd's own checks, and not only what took effect.
+    let (_, denied) = lab.vm.status("journalctl -o cat -g 'avc: +denied'").await?;
     let scontext = format!("scontext=system_u:system_r:{DOMAIN}");
     let denied: Vec<&str> = denied.lines().filter(|line| line.contains(&scontext)).collect();
     ensure!(denied.is_empty(), "denied to the agent: {denied:#?}");

@@ -65,7 +65,7 @@ impl Residue {
             errors: lab
                 .vm
                 .run(&format!(
-                    "journalctl -b -p err -q --no-pager -u rebase-agent {} -u ostree-finalize-staged -u ostree-boot-complete",
+                    "journalctl -p err -q --no-pager -u rebase-agent {} -u ostree-finalize-staged -u ostree-boot-complete",
                     lab.backend.units()
                 ))
                 .await?

@@ -10,6 +10,8 @@ use crate::lab::{Lab, WORK};
 const UNIT: &str = "rebase-agent.service";
 /// A unit that does write, to see that the watch sees.
 const CONTROL: &str = "vmtest-writer.service";
+const CONTROL_WRITE: &str = "systemd-run --quiet --wait --collect --unit=vmtest-writer.service \
+    sh -c 'echo x >/var/tmp/x; mkdir /run/x; rmdir /run/x; rm /var/tmp/x'";
 /// What systemd runs in the unit's control group before it becomes the unit's program.
 const EXECUTOR: &str = "/usr/lib/systemd/systemd-executor";
 /// /dev/null, which Landlock leaves to the agent.
@@ -18,11 +20,7 @@ const ALLOWED: &str = "null";
 /// From the agent's start in the old image to Done in the new one.
 pub async fn none(lab: &mut Lab) -> Result<()> {
     lab.vm.run("touch /etc/vm-tests-watch-writes && systemctl start watch-writes.service").await?;
-    lab.vm
-        .run(&format!(
-            "systemd-run --quiet --wait --collect --unit={CONTROL} sh -c 'echo x >/var/tmp/x; mkdir /run/x; rmdir /run/x; rm /var/tmp/x'"
-        ))
-        .await?;
+    lab.vm.run(CONTROL_WRITE).await?;
     let control = written(&listing(lab).await?, CONTROL);
     lab.say(&format!("the watch sees what another unit writes: {control:?}"));
     for (path, did) in [("x", "had it open for writing"), ("x", "created"), ("x", "deleted")] {
@@ -35,10 +33,18 @@ pub async fn none(lab: &mut Lab) -> Result<()> {
     let version = lab.version();
     let old = lab.vm.boot_id().to_owned();
     lab.update(&image, version).await?;
+    // To its end, too.
+    lab.vm.run(CONTROL_WRITE).await?;
     let second = listing(lab).await?;
+    ensure!(!written(&second, CONTROL).is_empty(), "the watch did not see the update to its end");
     let first = lines(
         &lab.vm.run(&format!("journalctl -o cat -u watch-writes.service _BOOT_ID={}", old.replace('-', ""))).await?,
     );
+
+    let gone = "journalctl -q -u watch-writes.service -g 'Failed with result|events were lost'";
+    ensure!(lab.vm.status(gone).await?.0 != 0, "the watch did not live to the end of a boot");
+    let lost = first.iter().chain(&second).filter(|line| line.get("lost").is_some()).count();
+    lab.say(&format!("files that the kernel would not open for the watch: {lost}"));
 
     // The root, /etc and /var are one file system with /sysroot; the agent has a /dev of its own.
     for listing in [&first, &second] {
