@@ -6,6 +6,7 @@ use support::image::Pushed;
 
 use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
 use crate::oci::Extra;
+use crate::scenarios::update;
 use crate::vm::SHUTDOWN;
 
 /// The agent's message that an image is staged.
@@ -35,15 +36,10 @@ pub async fn after_the_attempt(lab: &mut Lab) -> Result<()> {
 
 /// The same on the way back to the image before: its older deployment, which is there, is no sign of a rollback.
 pub async fn on_the_way_back(lab: &mut Lab) -> Result<()> {
-    let old = lab.signed().await?;
-    let old_version = lab.version();
-    lab.update(&old, old_version).await.context("there")?;
-    let new = lab.signed().await?;
-    let new_version = lab.version();
-    lab.update(&new, new_version).await.context("further")?;
+    let (old, version) = update::two(lab).await?;
     let deployments = lab.deployments().await?;
     ensure!(deployments.matches(" default ").count() == 2, "the old image has no deployment: {deployments}");
-    lose_the_attempt(lab, &old, old_version).await.context("back")
+    lose_the_attempt(lab, &old, version).await.context("back")
 }
 
 async fn lose_the_attempt(lab: &mut Lab, image: &Pushed, version: u32) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Updates that go well.
 
 use anyhow::{Context as _, Result, ensure};
+use support::image::Pushed;
 
 use crate::lab::Lab;
 use crate::oci::Extra;
@@ -22,13 +23,19 @@ pub async fn forward(lab: &mut Lab) -> Result<()> {
 
 /// To a new image, and back to the one before it.
 pub async fn back(lab: &mut Lab) -> Result<()> {
+    let (old, version) = two(lab).await?;
+    lab.update(&old, version).await.context("back")
+}
+
+/// Two updates: the image to go back to, and its version.
+pub async fn two(lab: &mut Lab) -> Result<(Pushed, u32)> {
     let old = lab.signed().await?;
     let old_version = lab.version();
     lab.update(&old, old_version).await.context("there")?;
     let new = lab.signed().await?;
     let new_version = lab.version();
     lab.update(&new, new_version).await.context("further")?;
-    lab.update(&old, old_version).await.context("back")
+    Ok((old, old_version))
 }
 
 /// The image brings another build of the agent: the old one starts the update, the new one finishes it.
