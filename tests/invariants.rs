@@ -177,6 +177,8 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             let counted = earlier.is_some_and(|earlier| earlier.count == attempt.count);
             law((attempt.count <= 2 || counted) && attempt.boot_id == machine.boot_id, "two boots per image")?;
             law(host.staged().is_some_and(is) && fit && node.hold.is_none(), "what is counted is about to happen")?;
+            let length = serde_json::to_string(attempt).map_or(0, |text| text.len());
+            law(length < 8192, "what is recorded can be read back")?;
         }
         Action::Settle => {
             law(booted && !staged_other, "Done is what is booted, and nothing else is staged")?;
@@ -231,7 +233,7 @@ fn deployment(tape: &mut Tape<'_>, letter: char) -> Deployment {
     let letter = tape.pick(&[letter, 'a', 'b', 'c', 'd']);
     let arguments = vec!["nosmt".to_owned(), "quiet".to_owned()];
     Deployment {
-        id: format!("os-{letter}.0"),
+        id: tape.pick(&[format!("os-{letter}.0"), format!("os-{letter}.{}", "0".repeat(8192))]),
         osname: "os".into(),
         checksum: letter.to_string(),
         booted: false,

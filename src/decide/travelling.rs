@@ -13,6 +13,8 @@ const DRAIN_PATIENCE: u64 = 60 * MINUTE;
 const TRANSACTION_PATIENCE: u64 = 30 * MINUTE;
 /// Boots of one image after which it is given up.
 const MAX_BOOTS: u32 = 2;
+/// Longest deployment id that is recorded, in bytes; a real one has about 80. The annotation has to be read back.
+const MAX_ID: usize = 512;
 /// Head room on `/boot` beyond the kernel itself, in bytes.
 const BOOT_MARGIN: u64 = 1 << 20;
 
@@ -45,7 +47,7 @@ impl<'a> Rules<'a> {
         }
         let was_to_boot = |d: &Deployment| match &attempt.deployment {
             Some(id) => d.id == *id,
-            // Of an agent that did not record it.
+            // Too long, or of an agent that did not record it.
             None => self.is_wanted(d, wanted),
         };
         // A failed finalization left none, so one that is there is an older one.
@@ -330,7 +332,7 @@ impl<'a> Rules<'a> {
             return decision.doing(Action::UpdateBootloader);
         }
         let boot_id = self.machine.boot_id.clone();
-        let deployment = Some(staged.id.clone());
+        let deployment = Some(staged.id.clone()).filter(|id| id.len() <= MAX_ID);
         let earlier = self.node.attempt.as_ref().filter(|attempt| attempt.image == image);
         let recorded = earlier.filter(|attempt| attempt.boot_id == boot_id);
         if recorded.is_none_or(|attempt| attempt.deployment != deployment) {
