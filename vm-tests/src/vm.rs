@@ -27,8 +27,8 @@ pub const BOOT: Duration = Duration::from_secs(120);
 pub const COMMAND: Duration = Duration::from_secs(60);
 /// From the word to the end of a shutdown, finalization included. Quiet, it takes 5 s.
 pub const SHUTDOWN: Duration = Duration::from_secs(90);
-/// How often a boot is begun in which QEMU itself dies: without KVM, an assertion of its own (`iotlb_to_section`) fails
-/// about once in a hundred boots.
+/// How often a boot is begun in which QEMU itself dies: without KVM, an assertion of its own (`iotlb_to_section`) was seen
+/// to fail.
 const BOOTS: u32 = 3;
 /// For QEMU to make its sockets.
 const START: Duration = Duration::from_secs(10);
