@@ -6,7 +6,7 @@
 mod arrived;
 mod travelling;
 
-use crate::host::is_image;
+use crate::host::{is_image, is_named, is_staged};
 use crate::model::{
     Action, Clock, Decision, Deployment, Failure, Fault, HostFacts, ImageFacts, Limits, MachineFacts, Memory,
     NodeFacts, NodeState, Now, Observed, PinnedImage, Reading, Reason, Step, printable,
@@ -130,7 +130,7 @@ impl<'a> Rules<'a> {
             Err(decision) => return self.without_work(*decision),
         };
         self.obsolete(&wanted).or_else(|| self.staged_by_other(&wanted)).unwrap_or_else(|| {
-            match self.host.booted().filter(|booted| self.is_wanted(booted, &wanted)) {
+            match self.host.booted().filter(|booted| self.runs(booted, &wanted)) {
                 Some(booted) => self.arrived(&wanted, booted),
                 None => self.travelling(&wanted),
             }
@@ -141,6 +141,29 @@ impl<'a> Rules<'a> {
 
     fn is_wanted(&self, deployment: &Deployment, wanted: &Wanted<'_>) -> bool {
         is_image(deployment, &wanted.image, wanted.facts)
+    }
+
+    /// Whether the booted deployment is the desired image. Of an index that this process has not verified yet, the
+    /// reference is believed where this agent booted it or has reported Done for it before.
+    fn runs(&self, booted: &Deployment, wanted: &Wanted<'_>) -> bool {
+        let tried =
+            self.node.attempt.as_ref().is_some_and(|attempt| {
+                attempt.image == wanted.image && attempt.deployment.as_ref() == Some(&booted.id)
+            });
+        let believed = wanted.facts.is_none() && (tried || self.is_coherently_done());
+        self.is_wanted(booted, wanted) || believed && is_named(booted, &wanted.image)
+    }
+
+    /// Whether the Node says Done for exactly what is desired.
+    fn is_coherently_done(&self) -> bool {
+        self.node.state.as_deref() == Some(NodeState::Done.as_str())
+            && self.node.current_config == self.node.desired_config
+            && self.node.current_image == self.node.desired_image
+    }
+
+    /// The staged deployment, if it is the desired image as it was verified and boots next.
+    fn staged(&self, wanted: &Wanted<'_>) -> Option<&'a Deployment> {
+        self.host.staged().filter(|staged| is_staged(staged, &wanted.image, wanted.facts))
     }
 
     fn waited(&self, clock: Clock, subject: &str) -> u64 {
@@ -294,9 +317,8 @@ impl<'a> Rules<'a> {
                     "this node was installed without a layered image; waiting for one",
                 );
             };
-            if reference::parse(image).is_ok_and(|image| is_image(booted, &image, None))
-                && value("currentConfig").is_some()
-            {
+            let is_booted = |image| is_image(booted, &image, None) || is_named(booted, &image);
+            if reference::parse(image).is_ok_and(is_booted) && value("currentConfig").is_some() {
                 // What MCC has already decided stays.
                 let decided = |key: &str| match key {
                     "desiredConfig" => self.node.desired_config.is_some(),
@@ -368,11 +390,19 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// Row 9.
+    /// Row 9. Packages that a person layered onto the desired image make it another one, and a rebase would carry them
+    /// along. What is locked does not boot, and staging replaces it.
     fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
-        let staged = self.host.staged().filter(|staged| !self.is_wanted(staged, wanted))?;
+        let staged = self.host.staged()?;
+        let unverified = wanted.facts.is_none() && is_named(staged, &wanted.image);
+        if !staged.layered && (staged.locked || unverified || self.is_wanted(staged, wanted)) {
+            return None;
+        }
         let checksum = staged.checksum.clone();
-        let what = staged.reference.as_deref().map_or_else(|| checksum.clone(), |text| printable(text, 200));
+        let mut what = staged.reference.as_deref().map_or_else(|| checksum.clone(), |text| printable(text, 200));
+        if staged.layered {
+            what.push_str(" with packages layered by hand");
+        }
         if !self.host.backend.drops_staged() {
             return self.stage_over(wanted, &checksum, &what);
         }

@@ -262,6 +262,8 @@ pub struct Deployment {
     pub booted: bool,
     /// This is finalized at shutdown and boots next.
     pub staged: bool,
+    /// Staged, and left out of the next boot until it is unlocked.
+    pub locked: bool,
     /// Kept until unpinned.
     pub pinned: bool,
     /// Image version label, for people.
@@ -310,10 +312,16 @@ impl HostFacts {
         self.deployments.iter().find(|d| d.booted)
     }
 
-    /// What boots next, if it differs from what the boot loader has.
+    /// What is staged, also while it is locked.
     #[must_use]
     pub fn staged(&self) -> Option<&Deployment> {
         self.deployments.iter().find(|d| d.staged)
+    }
+
+    /// What an orderly reboot boots: the first in boot order that is not locked.
+    #[must_use]
+    pub fn next_boot(&self) -> Option<&Deployment> {
+        self.deployments.iter().find(|d| !d.locked)
     }
 
     /// The first deployment after the booted one, of the same stateroot.

@@ -20,7 +20,7 @@ use std::sync::Mutex;
 use proptest::prelude::*;
 use rebase_agent::act;
 use rebase_agent::decide::decide;
-use rebase_agent::host::is_image;
+use rebase_agent::host::{is_image, is_staged};
 use rebase_agent::model::{
     Action, Attempt, Backend, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts,
     Inhibitor, Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading,
@@ -115,13 +115,14 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let proof = wanted.as_ref().and_then(|image| memory.verified.get(image));
     let is = |deployment: &Deployment| wanted.as_ref().is_some_and(|image| is_image(deployment, image, proof));
     let booted = host.booted().is_some_and(is);
-    let staged_other = host.staged().is_some_and(|staged| !is(staged));
+    let staged_other = host.staged().is_some_and(|staged| staged.layered || !staged.locked && !is(staged));
+    let boots_next = host.staged().is_some_and(|s| wanted.as_ref().is_some_and(|image| is_staged(s, image, proof)));
     let fit = proof.is_some_and(|facts| facts.architecture == machine.architecture && facts.bootable);
     let idle = seen.running.is_none();
     match &decision.action {
         Action::Reboot { image } => {
             let staged = host.staged().ok_or("a reboot needs something staged")?;
-            law(is(staged) && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
+            law(boots_next && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
             law(fit, "a reboot goes into an image that this process verified")?;
             if let Some(demanded) = &staged.wanted_arguments {
                 let there = staged.arguments.as_deref().unwrap_or_default();
@@ -145,7 +146,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(idle, "one task at a time")?;
         }
         Action::SetKernelArguments { .. } => {
-            law(fit && host.staged().is_some_and(is), "only the verified, desired image is changed")?;
+            law(fit && boots_next, "only the verified, desired image is changed")?;
         }
         Action::Verify { image } => law(wanted.as_ref() == Some(image), "only the desired image is verified")?,
         Action::DropStaged { checksum } => {
@@ -159,7 +160,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
         }
         Action::AbortTask => law(!idle, "there is something to abort")?,
         Action::RequestDrain { value } => {
-            law(host.staged().is_some_and(is) && fit, "no drain before the image is verified and staged")?;
+            law(boots_next && fit, "no drain before the image is verified and staged")?;
             law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what is drained")?;
             law(value.strip_prefix("drain-") == Some(config), "a drain is for the desired config")?;
         }
@@ -176,7 +177,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
                 .filter(|earlier| earlier.image == attempt.image && earlier.boot_id == attempt.boot_id);
             let counted = earlier.is_some_and(|earlier| earlier.count == attempt.count);
             law((attempt.count <= 2 || counted) && attempt.boot_id == machine.boot_id, "two boots per image")?;
-            law(host.staged().is_some_and(is) && fit && node.hold.is_none(), "what is counted is about to happen")?;
+            law(boots_next && fit && node.hold.is_none(), "what is counted is about to happen")?;
             let length = serde_json::to_string(attempt).map_or(0, |text| text.len());
             law(length < 8192, "what is recorded can be read back")?;
         }
@@ -238,6 +239,7 @@ fn deployment(tape: &mut Tape<'_>, letter: char) -> Deployment {
         checksum: letter.to_string(),
         booted: false,
         staged: false,
+        locked: false,
         pinned: tape.flag(),
         version: None,
         reference: tape.pick(&[
@@ -298,6 +300,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
     if tape.pick(&[!arrived, arrived]) {
         let mut staged = deployment(tape, 'b');
         staged.staged = true;
+        staged.locked = tape.flag();
         deployments.insert(0, staged);
     }
     if tape.flag() {

@@ -15,11 +15,7 @@ const CONFIG_AHEAD_DEGRADED: u64 = 5 * MINUTE;
 
 impl Rules<'_> {
     pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
-        let node = self.node;
-        if node.state.as_deref() == Some(NodeState::Done.as_str())
-            && node.current_config == node.desired_config
-            && node.current_image == node.desired_image
-        {
+        if self.is_coherently_done() {
             return self.done(wanted, booted);
         }
         if let Some(decision) = self.config_ahead("11", wanted, booted.rendered_config.as_deref()) {

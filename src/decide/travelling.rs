@@ -27,15 +27,13 @@ impl<'a> Rules<'a> {
             Ok(facts) => facts,
             Err(decision) => return *decision,
         };
-        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| {
-            match self.host.staged().filter(|staged| self.is_wanted(staged, wanted)) {
-                None => self.stage(wanted),
-                Some(staged) => self
-                    .kernel_arguments(wanted, staged)
-                    .or_else(|| self.hindrance(wanted))
-                    .or_else(|| self.drain(wanted))
-                    .unwrap_or_else(|| self.reboot(wanted, staged)),
-            }
+        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
+            None => self.stage(wanted),
+            Some(staged) => self
+                .kernel_arguments(wanted, staged)
+                .or_else(|| self.hindrance(wanted))
+                .or_else(|| self.drain(wanted))
+                .unwrap_or_else(|| self.reboot(wanted, staged)),
         })
     }
 

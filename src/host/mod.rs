@@ -495,15 +495,31 @@ const KUBELET: &str = "kubelet.service";
 const BOOTLOADER_UPDATE: &str = "bootloader-update.service";
 const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
 
-/// Whether a deployment is `image`: by canonical reference, by manifest digest, or by the instance that the verified
-/// index selects. Never by spelling alone. Pure.
+/// Whether a deployment is `image`: by the manifest digest that the pull recorded, which is the image's own or that of
+/// the instance that the verified index selects. The reference counts only where no digest was recorded: an origin can
+/// be edited, the recorded digest is part of the commit. Pure.
 #[must_use]
 pub fn is_image(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
-    let referenced = deployment.reference.as_deref().and_then(|text| reference::parse(text).ok());
-    let recorded = deployment.digest.as_ref();
-    referenced.is_some_and(|pinned| pinned == *image)
-        || recorded == Some(image.digest())
-        || facts.is_some_and(|facts| facts.image == *image && recorded == Some(&facts.instance))
+    match &deployment.digest {
+        Some(recorded) => {
+            recorded == image.digest()
+                || facts.is_some_and(|facts| facts.image == *image && *recorded == facts.instance)
+        }
+        None => is_named(deployment, image),
+    }
+}
+
+/// Whether a deployment's reference names `image`, which proves nothing while the image is an index that was not
+/// verified yet. Pure.
+#[must_use]
+pub fn is_named(deployment: &Deployment, image: &PinnedImage) -> bool {
+    deployment.reference.as_deref().and_then(|text| reference::parse(text).ok()).is_some_and(|named| named == *image)
+}
+
+/// Whether a deployment is staged, is `image` without local changes, and boots at the next orderly reboot. Pure.
+#[must_use]
+pub fn is_staged(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
+    deployment.staged && !deployment.locked && !deployment.layered && is_image(deployment, image, facts)
 }
 
 /// The digest in a transaction title of ours. Pure.

@@ -501,6 +501,7 @@ pub(super) fn deployment(dict: &Dict) -> Option<Deployment> {
         checksum: text("checksum")?,
         booted: flag("booted"),
         staged: flag("staged"),
+        locked: false,
         pinned: flag("pinned"),
         version: text("version").map(|version| printable(&version, 100)),
         reference: text("container-image-reference").and_then(|text| reference::of_deployment(&text)),
