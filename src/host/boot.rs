@@ -24,6 +24,29 @@ const FIRST_BOOT: &str = "etc/machine-config-daemon/node-annotations.json";
 /// leftover of the MCD.
 const RENDERED_CONFIG: &str = "usr/etc/machine-config-daemon/currentconfig";
 
+/// What libostree copies to `/boot` beside the kernel, from the same directory, where it is there.
+const BESIDE_THE_KERNEL: [&str; 3] = ["initramfs.img", "aboot.img", ".vmlinuz.hmac"];
+/// Most files and directories of device trees counted; a kernel for aarch64 brings about 1,500.
+const MAX_DEVICE_TREES: usize = 20_000;
+
+/// Bytes of the regular files below a directory, 0 where there is none. Looks at `left` entries at most and follows no
+/// link to a directory.
+fn size_of_tree(directory: &Path, left: &mut usize) -> u64 {
+    let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
+    let mut sum: u64 = 0;
+    for entry in entries.filter_map(Result::ok) {
+        let Some(fewer) = left.checked_sub(1) else { break };
+        *left = fewer;
+        let size = match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => size_of_tree(&entry.path(), left),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        };
+        sum = sum.saturating_add(size);
+    }
+    sum
+}
+
 /// Reads at most `limit` bytes of a regular file; a longer one is an error, not a truncation.
 ///
 /// # Errors
@@ -126,8 +149,9 @@ impl Root {
         stat.blocks_available().checked_mul(stat.fragment_size())
     }
 
-    /// Bytes of the running kernel and its initramfs: what finalizing another one takes on `/boot`. Read from the booted
-    /// deployment itself, because the unit hides `/usr/lib/modules`.
+    /// Bytes that the running kernel takes on `/boot`, and so what finalizing another one takes: all that libostree's
+    /// `install_deployment_kernel` copies. Read from the booted deployment itself, because the unit hides
+    /// `/usr/lib/modules`.
     #[must_use]
     pub fn boot_needed(&self) -> Option<u64> {
         let release = uname().ok()?.release().to_owned();
@@ -135,7 +159,13 @@ impl Root {
         let booted = arguments.iter().find_map(|argument| argument.strip_prefix("ostree=/"))?;
         let directory = self.join(booted).join("usr/lib/modules").join(release);
         let size = |name: &str| std::fs::metadata(directory.join(name)).map(|m| m.len()).ok();
-        size("vmlinuz")?.checked_add(size("initramfs.img").unwrap_or(0))
+        let beside = BESIDE_THE_KERNEL.iter().filter_map(|name| size(name)).fold(0, u64::saturating_add);
+        let mut left = MAX_DEVICE_TREES;
+        let device_trees = match size("devicetree") {
+            Some(only) => only,
+            None => size_of_tree(&directory.join("dtb"), &mut left),
+        };
+        Some(size("vmlinuz")?.saturating_add(beside).saturating_add(device_trees))
     }
 
     /// The first-boot annotations; `None` also when the file makes no sense, which is logged.
@@ -341,6 +371,12 @@ mod tests {
         assert_eq!(root.uptime().unwrap(), 12_300);
         assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro", "ostree=/ostree/boot.1/rhcos/abc/0"]);
         assert_eq!(root.boot_needed(), Some(10));
+        // All that libostree copies counts, device trees in subdirectories, too.
+        put(&format!("{modules}/dtb/vendor/board.dtb"), "1234567");
+        put(&format!("{modules}/dtb/other.dtb"), "12");
+        put(&format!("{modules}/.vmlinuz.hmac"), "1");
+        put(&format!("{modules}/config"), "not copied");
+        assert_eq!(root.boot_needed(), Some(20));
         assert_eq!(root.first_boot().unwrap().len(), 1);
         assert_eq!(root.wanted_arguments("rhcos", "abc.0").unwrap(), ["x"]);
         assert_eq!(root.wanted_arguments("..", "abc.0"), None);
