@@ -17,6 +17,7 @@ pub fn step(action: &Action, desired: &str) -> Option<(Step, String)> {
         | Action::RequestDrain { .. }
         | Action::RequestUncordon { .. }
         | Action::RecordAttempt { .. }
+        | Action::ReportTrust { .. }
         | Action::Settle => None,
         Action::Verify { image } => Some((Step::Verify, image.to_string())),
         Action::Stage { image } => Some((Step::Stage, image.to_string())),

@@ -237,7 +237,7 @@ impl Agent {
     /// Nothing has to be followed up: the next change will be told.
     fn is_idle(&self) -> bool {
         self.task.is_none()
-            && self.last.as_ref().is_some_and(|last| matches!(last.reason, Reason::Done | Reason::NotLayered))
+            && self.last.as_ref().is_some_and(|last| last.reason.is_at_rest() || last.reason == Reason::NotLayered)
     }
 
     // --- observe --------------------------------------------------------------------------------------------------
@@ -564,9 +564,10 @@ impl Agent {
         let message_id = match decision.reason {
             _ if refuses(decision) => id::REFUSED,
             Reason::Done => id::DONE,
+            Reason::RunsUntrusted => id::UNTRUSTED,
             _ => id::DECIDED,
         };
-        if refuses(decision) {
+        if refuses(decision) || matches!(decision.reason, Reason::RunsUntrusted | Reason::RollbackQueued) {
             tracing::warn!(message_id, rebase_agent_reason = reason, rebase_agent_rule = %rule, "{reason}: {message}");
         } else {
             tracing::info!(message_id, rebase_agent_reason = reason, rebase_agent_rule = %rule, "{reason}: {message}");

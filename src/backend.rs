@@ -49,6 +49,14 @@ impl Backend {
         }
     }
 
+    /// What turns the boot order of two deployments around.
+    pub(crate) fn turn_boot_order(self) -> &'static str {
+        match self {
+            Self::RpmOstree => "`rpm-ostree rollback`",
+            Self::Bootc => "`bootc rollback`",
+        }
+    }
+
     /// What goes back to the image before.
     pub(crate) fn go_back(self) -> &'static str {
         match self {

@@ -46,7 +46,7 @@ Exit codes:
   0  run: stopped by a signal; status, explain: Done, or nothing to follow; verify: verified
   1  something needed for the answer could not be read
   2  the command line is wrong
-  3  status, explain: refused (Degraded, Unreconcilable); verify: refused
+  3  status, explain: refused (Degraded, Unreconcilable), or the policy refuses what runs; verify: refused
   4  status, explain: on the way (Working); verify: cannot tell yet, try again
   5  this host is not image-mode (no ostree deployment is booted); nothing to do here";
 
@@ -271,7 +271,8 @@ pub fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
         Some(NodeState::Degraded | NodeState::Unreconcilable) => REFUSED,
         Some(NodeState::Working | NodeState::Done) => NOT_YET,
         None if observed.cluster.known().is_none() || observed.host.known().is_none() => UNREADABLE,
-        None if matches!(decision.reason, Reason::Done | Reason::NotLayered) => 0,
+        None if decision.reason == Reason::RunsUntrusted => REFUSED,
+        None if decision.reason.is_at_rest() || decision.reason == Reason::NotLayered => 0,
         None => NOT_YET,
     }
 }
@@ -299,6 +300,11 @@ impl Status {
                 line(&mut out, "Booted", &row(host.booted()));
                 line(&mut out, "Staged", &row(host.staged()));
                 line(&mut out, "Rollback", &row(host.rollback()));
+                // Usually clear from the rows above: what is staged, or else what is booted.
+                if let Some(next) = host.next_boot().filter(|next| !next.booted && !next.staged) {
+                    let text = format!("{}; it is first in boot order", describe(next, desired.as_ref()));
+                    line(&mut out, "Next boot", &text);
+                }
                 busy(&mut out, host);
             }
             Reading::Unknown(fault) => line(&mut out, "Host", &format!("unknown: {}", fault.message)),
@@ -325,6 +331,9 @@ impl Status {
             );
             line(&mut out, "Attempt", &attempt);
             line(&mut out, "Hold", node.hold.as_deref().unwrap_or("none"));
+            if let Some(why) = &node.untrusted {
+                line(&mut out, "Untrusted", why);
+            }
         }
         if let Some(leftovers) = self.leftovers.as_ref().filter(|leftovers| !leftovers.differing.is_empty()) {
             line(&mut out, "MCD", &shadows(leftovers));
@@ -384,6 +393,9 @@ fn describe(deployment: &Deployment, desired: Option<&PinnedImage>) -> String {
     }
     if deployment.layered {
         text.push_str(", with packages layered by hand");
+    }
+    if deployment.locked {
+        text.push_str(", locked: no reboot boots it");
     }
     text
 }

@@ -27,6 +27,8 @@ const REBOOT_PATIENCE: u64 = 30 * MINUTE;
 const UNCORDON_PATIENCE: u64 = 10 * MINUTE;
 /// How long transient failures are merely retried before they are reported as Degraded.
 const TRANSIENT_PATIENCE: u64 = 15 * MINUTE;
+/// Longest refusal, in characters, that still leaves room for how to drop the image by hand.
+const MAX_REFUSAL: usize = 800;
 /// Makes an uncordon differ from one that was acknowledged before; to the controller the rest is opaque.
 const AGAIN: &str = "-again";
 /// How soon daemons without a signal to wait for are asked again while an update is under way.
@@ -247,6 +249,44 @@ impl<'a> Rules<'a> {
         self.rest(rule(name, reason, message).state(NodeState::Degraded))
     }
 
+    /// A refusal reaches the disk: what is refused must not boot at the next orderly reboot either. Dropping it goes
+    /// before the decision's own action. `rejected` is what would boot next.
+    fn keep_from_booting(&self, decision: Decision, rejected: &Deployment) -> Decision {
+        let checksum = &rejected.checksum;
+        if !self.host.backend.drops_staged() || self.memory.dropped.contains(checksum) {
+            let message = format!(
+                "{}. It boots next all the same; drop it with {}",
+                printable(decision.message.trim_end_matches('.'), MAX_REFUSAL),
+                self.host.backend.drop_by_hand()
+            );
+            return Decision { message, ..decision };
+        }
+        if self.observed.running.is_some() || self.host.transaction.is_some() {
+            let wake = decision.wake.unwrap_or(SOON).min(SOON);
+            return decision.wake(wake);
+        }
+        let drop = Action::DropStaged { checksum: checksum.clone() };
+        match self.failure(Step::DropStaged, checksum) {
+            None => Decision { wake: None, ..decision.doing(drop) },
+            Some(failure) => match self.due_in(failure, Backoff::TRANSIENT) {
+                0 => Decision { wake: None, ..decision.doing(drop) },
+                due => {
+                    let wake = decision.wake.unwrap_or(due).min(due);
+                    decision.wake(wake)
+                }
+            },
+        }
+    }
+
+    /// [`Rules::keep_from_booting`] for a refusal of the desired image, if that is staged.
+    fn refused_on_disk(&self, decision: Decision, wanted: &Wanted<'_>) -> Decision {
+        let is_it = |staged: &&Deployment| self.is_wanted(staged, wanted) || is_named(staged, &wanted.image);
+        match self.host.staged().filter(|staged| !staged.locked).filter(is_it) {
+            Some(staged) if decision.reason.refuses_image() => self.keep_from_booting(decision, staged),
+            _ => decision,
+        }
+    }
+
     // --- rows 4 to 8: is there anything to follow? ------------------------------------------------------------------
 
     fn other_daemon(&self) -> Option<Decision> {
@@ -393,7 +433,7 @@ impl<'a> Rules<'a> {
     /// Row 9. Packages that a person layered onto the desired image make it another one, and a rebase would carry them
     /// along. What is locked does not boot, and staging replaces it.
     fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
-        let staged = self.host.staged()?;
+        let Some(staged) = self.host.staged() else { return self.left_first(wanted) };
         let unverified = wanted.facts.is_none() && is_named(staged, &wanted.image);
         if !staged.layered && (staged.locked || unverified || self.is_wanted(staged, wanted)) {
             return None;
@@ -406,27 +446,45 @@ impl<'a> Rules<'a> {
         if !self.host.backend.drops_staged() {
             return self.stage_over(wanted, &checksum, &what);
         }
+        self.drop_other(wanted, checksum, &what)
+    }
+
+    /// Row 9 for a deployment of this agent's that the host went back from: the boot loader's fall-back leaves it first
+    /// in boot order. While it is desired, row 16 drops it.
+    fn left_first(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let attempted = self.node.attempt.as_ref()?.deployment.as_ref()?;
+        let first = self.host.next_boot().filter(|next| !next.booted && next.id == *attempted)?;
+        let dropped = self.is_wanted(first, wanted) || !self.host.backend.drops_staged();
+        if dropped { None } else { self.drop_other(wanted, first.checksum.clone(), &first.id) }
+    }
+
+    fn drop_other(&self, wanted: &Wanted<'_>, checksum: String, what: &str) -> Option<Decision> {
         let stages = self.observed.running.as_ref().is_some_and(|running| running.step == Step::Stage);
         if stages || self.host.transaction.is_some() {
             // On the way row 19 waits for it; what has arrived must not settle meanwhile.
             let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
             let message =
-                format!("{what} is staged and not desired; dropping it when the host's transaction has ended");
+                format!("{what} boots next and is not desired; dropping it when the host's transaction has ended");
             return arrived.then(|| rule("9", Reason::StagedByOther, message).wake(SOON));
         }
         if self.running(Step::DropStaged, &checksum) {
-            return Some(rule("9", Reason::StagedByOther, format!("dropping {what}, which is staged and not desired")));
+            return Some(rule(
+                "9",
+                Reason::StagedByOther,
+                format!("dropping {what}, which boots next and is not desired"),
+            ));
         }
         if let Some(failure) = self.failure(Step::DropStaged, &checksum) {
             let due = self.due_in(failure, Backoff::TRANSIENT);
-            let message = format!("{what} is staged and not desired, and cannot be dropped: {}", failure.fault.message);
+            let message =
+                format!("{what} boots next and is not desired, and cannot be dropped: {}", failure.fault.message);
             let decision = rule("9", Reason::StagedByOther, message).wake(due.max(1));
             return Some(if due > 0 { decision } else { decision.doing(Action::DropStaged { checksum }) });
         }
         if self.memory.dropped.contains(&checksum) {
-            return Some(self.staged_again(&what));
+            return Some(self.staged_again(what));
         }
-        let message = format!("dropping {what}, which is staged and not desired");
+        let message = format!("dropping {what}, which boots next and is not desired");
         Some(rule("9", Reason::StagedByOther, message).doing(Action::DropStaged { checksum }))
     }
 

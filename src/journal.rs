@@ -31,6 +31,9 @@ pub mod id {
     /// The node runs what is desired.
     pub const DONE: &str = "62b0d9f8e7c6453a94b1a2d3c4e5f607";
 
+    /// The node runs what is desired, and its policy refuses the image.
+    pub const UNTRUSTED: &str = "f0a6d3b81c2e4795a8b4c7d9e1f20356";
+
     /// All of them with their names, for the catalog test.
     pub const ALL: &[(&str, &str)] = &[
         ("STARTED", STARTED),
@@ -43,6 +46,7 @@ pub mod id {
         ("REPORTED", REPORTED),
         ("REBOOTING", REBOOTING),
         ("DONE", DONE),
+        ("UNTRUSTED", UNTRUSTED),
     ];
 }
 

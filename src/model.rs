@@ -200,6 +200,9 @@ pub struct Attempt {
     /// The [`Deployment::id`] that was to boot: the image may have another deployment, the one before the booted one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deployment: Option<String>,
+    /// The host went back from it. Recorded before that deployment is dropped, which was the proof.
+    #[serde(default, rename = "rolledBack", skip_serializing_if = "std::ops::Not::not")]
+    pub rolled_back: bool,
     /// Fields of a newer agent, kept as they are.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, serde_json::Value>,
@@ -242,6 +245,8 @@ pub struct NodeFacts {
     pub attempt: Option<Attempt>,
     /// The reason given in the hold annotation.
     pub hold: Option<String>,
+    /// Why the policy refuses what runs, as this agent reported it.
+    pub untrusted: Option<String>,
     /// `!spec.unschedulable`, known only after a full GET.
     pub schedulable: Option<bool>,
     /// Another daemon that writes our fields.
@@ -554,7 +559,7 @@ impl Memory {
             let staged = observed.host.known().and_then(HostFacts::staged);
             self.dropped = staged.map(|staged| staged.checksum.clone()).into_iter().collect();
         }
-        if matches!(decision.action, Action::Settle) || decision.reason == Reason::Done {
+        if matches!(decision.action, Action::Settle) || decision.reason.is_at_rest() {
             self.clocks.clear();
             self.failures.retain(|step, _| *step == Step::Verify);
         }
@@ -601,7 +606,7 @@ pub enum Action {
     AbortTask,
     /// Cancel the host's transaction that an earlier run of this agent started.
     CancelTransaction,
-    /// Remove the staged deployment.
+    /// Remove the deployment that would boot next: the staged one, or one that is first in boot order and not booted.
     DropStaged {
         /// Its ostree checksum.
         checksum: String,
@@ -651,6 +656,11 @@ pub enum Action {
     },
     /// Write the one Done patch.
     Settle,
+    /// Write, or delete, the annotation that says that the policy refuses what runs.
+    ReportTrust {
+        /// The reason word and its sentence; `None` deletes it.
+        untrusted: Option<String>,
+    },
 }
 
 /// What [`crate::decide::decide`] concludes.

@@ -27,6 +27,10 @@ macro_rules! reasons {
 reasons! {
     /// The node runs what is desired and has said so.
     Done,
+    /// The node runs what is desired, and its policy refuses the image.
+    RunsUntrusted,
+    /// The node runs what is desired, and another deployment is first in boot order.
+    RollbackQueued,
     /// A shutdown is under way.
     ShuttingDown,
     /// The API server cannot be reached or does not answer sense.
@@ -153,6 +157,32 @@ reasons! {
     UnitFailed,
     /// A call took longer than its deadline.
     DeadlineExceeded,
+}
+
+impl Reason {
+    /// Whether verification ended with a refusal of the image, rather than without an answer.
+    #[must_use]
+    pub fn refuses_image(self) -> bool {
+        matches!(
+            self,
+            Self::SignatureMissing
+                | Self::SignatureRejected
+                | Self::PolicyRejects
+                | Self::PolicyAcceptsAnything
+                | Self::PolicyInvalid
+                | Self::EngineUnfit
+                | Self::GpgNeedsScratch
+                | Self::ImageInvalid
+                | Self::WrongArchitecture
+                | Self::NotBootable
+        )
+    }
+
+    /// Whether the node runs what is desired and nothing is left to do, whatever has to be said about it.
+    #[must_use]
+    pub fn is_at_rest(self) -> bool {
+        matches!(self, Self::Done | Self::RunsUntrusted | Self::RollbackQueued)
+    }
 }
 
 impl fmt::Display for Reason {

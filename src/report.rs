@@ -11,6 +11,9 @@ pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 /// What an operator sets to hold the reboot.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
 
+/// Says that the policy refuses the image that runs, and why.
+pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";
+
 /// MCC's own bound for the reason annotation, in characters.
 const MAX_REASON: usize = 2000;
 
@@ -55,12 +58,19 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             if node.attempt.is_some() {
                 patch.insert(ATTEMPT.to_owned(), None);
             }
+            // It was about the image before.
+            if node.untrusted.is_some() {
+                patch.insert(UNTRUSTED.to_owned(), None);
+            }
         }
         Action::RecordAttempt { attempt } => {
             // An Attempt is plain fields and what was parsed as JSON before: serializing cannot fail.
             if let Ok(text) = serde_json::to_string(attempt) {
                 patch.insert(ATTEMPT.to_owned(), Some(text));
             }
+        }
+        Action::ReportTrust { untrusted } if node.untrusted != *untrusted => {
+            patch.insert(UNTRUSTED.to_owned(), untrusted.clone());
         }
         _ => {}
     }

@@ -26,7 +26,7 @@ use rebase_agent::model::{
     Inhibitor, Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading,
     Reason, Running, Since, Step, Transaction, UnitState,
 };
-use rebase_agent::report::{ATTEMPT, MCO, Patch, report};
+use rebase_agent::report::{ATTEMPT, MCO, Patch, UNTRUSTED, report};
 use rebase_agent::schedule::Backoff;
 
 const MINUTE: u64 = 60_000;
@@ -75,6 +75,10 @@ fn fault(reason: Reason, retryable: bool) -> Fault {
 fn apply(patch: &Patch, node: &mut NodeFacts) {
     for (key, value) in patch {
         let value = value.clone();
+        if key == UNTRUSTED {
+            node.untrusted = value;
+            continue;
+        }
         if key == ATTEMPT {
             node.attempt = value.map(|text| serde_json::from_str(&text).expect("an attempt that can be read back"));
             continue;
@@ -150,7 +154,16 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
         }
         Action::Verify { image } => law(wanted.as_ref() == Some(image), "only the desired image is verified")?,
         Action::DropStaged { checksum } => {
-            law(staged_other && host.staged().unwrap().checksum == *checksum, "only what is not desired is dropped")?;
+            let next = host.next_boot().filter(|next| next.checksum == *checksum);
+            let refused = decision.reason.refuses_image() || decision.reason == Reason::RolledBack;
+            let left = next
+                .is_some_and(|n| !is(n) && node.attempt.as_ref().and_then(|a| a.deployment.as_ref()) == Some(&n.id));
+            let other = left || staged_other && host.staged().unwrap().checksum == *checksum;
+            law(other || refused && next.is_some_and(|n| !n.booted), "only what is not desired is dropped")?;
+            law(
+                decision.reason != Reason::RolledBack || node.attempt.as_ref().is_some_and(|a| a.rolled_back),
+                "proof",
+            )?;
             law(host.transaction.is_none(), "nothing is dropped under a transaction")?;
             law(host.backend.drops_staged(), "bootc is not asked for what it cannot do")?;
         }
@@ -168,6 +181,9 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(value.starts_with("uncordon-"), "an uncordon is called so")?;
             law(node.desired_drain.as_ref() != Some(value), "an uncordon is asked for once")?;
             law(node.last_applied_drain.as_ref() != Some(value), "an uncordon is not one that counts as done already")?;
+        }
+        Action::RecordAttempt { attempt } if attempt.rolled_back => {
+            law(decision.reason == Reason::RolledBack, "a fall-back is recorded when it is seen")?;
         }
         Action::RecordAttempt { attempt } => {
             // What is staged again in the same boot is one attempt, whatever somebody wrote into it.
@@ -188,9 +204,22 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(node.desired_drain == node.last_applied_drain, "Done comes after the uncordon's acknowledgement")?;
             law(machine.kubelet == UnitState::Active, "Done is healthy")?;
         }
+        Action::ReportTrust { untrusted } => {
+            law(booted && node.untrusted != *untrusted, "trust is reported of what runs, when it changed")?;
+        }
         Action::Publish { .. } => law(node.current_config.is_none(), "only a new node is published")?,
         Action::Nothing | Action::StartFinalizer | Action::ConfirmDrain | Action::UpdateBootloader => {}
     }
+    // A refusal reaches the disk: what is refused and could boot next is dropped, or there is a reason why not.
+    let boots_refused = refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && !s.locked);
+    let waits = host.staged().is_some_and(|staged| {
+        memory.dropped.contains(&staged.checksum)
+            || memory.failures.get(&Step::DropStaged).is_some_and(|failure| failure.subject == staged.checksum)
+    });
+    if boots_refused && idle && host.transaction.is_none() && host.backend.drops_staged() && !waits {
+        law(matches!(decision.action, Action::DropStaged { .. }), "what is refused does not boot next")?;
+    }
+    law(!boots_refused || host.backend.drops_staged() || message.contains("undeploy"), "bootc says what it cannot")?;
     law(decision.state != Some(NodeState::Done) || decision.action == Action::Settle, "Done is said by settling only")?;
     // What failed just now is not begun again at once.
     if let (true, Some((step, subject))) =
@@ -272,6 +301,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         boot_id: BootId(tape.pick(&["now", "before"]).into()),
         count: tape.pick(&[1, 2, 3]),
         deployment: tape.pick(&[None, Some("os-b.0".into()), Some("os-b.1".into())]),
+        rolled_back: false,
         unknown: BTreeMap::new(),
     };
     let node = NodeFacts {
@@ -287,6 +317,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         topology: tape.pick(&[None, Some("SingleReplica".into()), Some("HighlyAvailable".into())]),
         attempt: tape.pick(&[Some(attempt), None]),
         hold: tape.pick(&[None, Some(String::new()), Some("because\nI say so".into())]),
+        untrusted: tape.pick(&[None, Some("SignatureRejected: x".into())]),
         schedulable: tape.pick(&[Some(false), Some(true), None]),
         other_writer: tape.pick(&[
             None,
@@ -463,6 +494,8 @@ enum Nature {
     Sound,
     /// Boots, fails and is rolled back.
     RollsBack,
+    /// Boots, fails, and the boot loader falls back without changing the boot order.
+    FallsBack,
     /// The boot loader never gets it.
     NeverFinalized,
     /// Boots; its kubelet never becomes active.
@@ -481,6 +514,7 @@ struct Budget {
     foreign_transactions: u8,
     power_cuts: u8,
     orderly_reboots: u8,
+    revocations: u8,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -513,6 +547,7 @@ const PLAIN: Scenario = Scenario {
         foreign_transactions: 0,
         power_cuts: 0,
         orderly_reboots: 0,
+        revocations: 0,
     },
 };
 
@@ -538,6 +573,8 @@ enum Event {
     ForeignTransaction,
     PowerCut,
     OrderlyReboot,
+    /// The policy stops accepting B.
+    Revoke,
 }
 
 const EVENTS: &[Event] = &[
@@ -560,6 +597,7 @@ const EVENTS: &[Event] = &[
     Event::ForeignTransaction,
     Event::PowerCut,
     Event::OrderlyReboot,
+    Event::Revoke,
 ];
 
 #[derive(Clone)]
@@ -797,7 +835,9 @@ impl World {
                 self.stage(if wanted == image('a') { 'a' } else { 'b' });
             }
             Action::DropStaged { checksum } => {
-                self.host.deployments.retain(|deployment| !deployment.staged);
+                // Everything before the booted one, as rpm-ostree does.
+                let booted = self.host.deployments.iter().position(|deployment| deployment.booted).unwrap();
+                self.host.deployments.drain(..booted);
                 self.memory.dropped.insert(0, checksum);
             }
             Action::CancelTransaction => self.host.transaction = None,
@@ -844,7 +884,8 @@ impl World {
                 && self.finalizer == UnitState::Active
                 && !(staged.checksum == "b" && nature == Nature::NeverFinalized)
         }) {
-            let fails = staged.checksum == "b" && nature == Nature::RollsBack;
+            let falls_back = staged.checksum == "b" && nature == Nature::FallsBack;
+            let fails = falls_back || staged.checksum == "b" && nature == Nature::RollsBack;
             self.finalized.insert(staged.id.clone());
             let mut before = self.host.booted().unwrap().clone();
             before.booted = fails;
@@ -854,7 +895,8 @@ impl World {
                 self.arguments = staged.arguments.clone().unwrap_or_default();
             }
             // Only the booted one and its rollback are kept.
-            self.host.deployments = if fails { vec![before, staged] } else { vec![staged, before] };
+            let first = if fails && !falls_back { [before, staged] } else { [staged, before] };
+            self.host.deployments = first.into();
         }
         self.finalizer = UnitState::Inactive;
     }
@@ -999,6 +1041,17 @@ impl World {
                 }
                 begins
             }
+            Event::Revoke => {
+                let revokes = self.signature == Signature::Good && spend(&mut self.budget.revocations);
+                if revokes {
+                    self.signature = Signature::Rejected;
+                    // What the loop does when the policy's files change.
+                    self.memory.verified.clear();
+                    self.memory.succeeded(Step::Verify);
+                    self.task.take_if(|task| task.step == Step::Verify);
+                }
+                revokes
+            }
             Event::PowerCut => {
                 let cut = spend(&mut self.budget.power_cuts);
                 if cut {
@@ -1096,7 +1149,10 @@ impl World {
         }
         let last = self.last.as_ref()?;
         match last.reason {
-            Reason::Done | Reason::Held => None,
+            // A neighbour that failed by chance is asked again.
+            _ if self.is_pending(last) => Some(Event::Time),
+            reason if reason.is_at_rest() && last.action == Action::Nothing && self.verification_is_over() => None,
+            Reason::Held => None,
             // Whoever staged by hand takes the way out that the message names.
             Reason::StagedByOther if last.action == Action::Nothing && last.wake.is_none() => {
                 Some(Event::HumanCleansUp)
@@ -1108,6 +1164,20 @@ impl World {
         }
     }
 
+    /// Verification of what runs, or dropping what boots next, failed by chance and is due again.
+    fn is_pending(&self, last: &Decision) -> bool {
+        let failed = |step| self.memory.failures.get(&step);
+        let next = self.host.next_boot().filter(|next| !next.booted);
+        let drops = failed(Step::DropStaged).is_some_and(|failure| next.is_some_and(|n| n.checksum == failure.subject));
+        let verifies = failed(Step::Verify).is_some_and(|f| f.fault.reason == Reason::RegistryUnreachable);
+        last.wake.is_some() && (drops || verifies && last.reason.is_at_rest())
+    }
+
+    /// What runs was verified, or refused.
+    fn verification_is_over(&self) -> bool {
+        !self.memory.verified.is_empty() || self.memory.failures.contains_key(&Step::Verify)
+    }
+
     /// Whether the end of a fair run is one that may be.
     fn ends_well(&self) -> Result<(), String> {
         let last = self.last.as_ref().unwrap();
@@ -1115,7 +1185,19 @@ impl World {
         if self.cordoned && !held {
             return Err(format!("it ends with a cordoned node: {}: {}", last.reason, last.message));
         }
-        if last.reason == Reason::Done {
+        let refused = self.signature == Signature::Rejected || last.reason == Reason::RolledBack;
+        let next = self.host.next_boot().filter(|next| !next.booted && next.checksum == "b");
+        let by_hand = last.message.contains("drop it with");
+        if refused && self.desired() == 'b' && next.is_some() && !by_hand {
+            return Err("what was refused boots next".into());
+        }
+        if self.booted() == 'b' && self.desired() == 'b' && self.signature == Signature::Rejected {
+            let shown = last.reason == Reason::RunsUntrusted && self.node.untrusted.is_some();
+            if !shown && last.reason.is_at_rest() {
+                return Err("what runs is refused, and the Node does not say so".into());
+            }
+        }
+        if last.reason.is_at_rest() {
             let said = self.node.state.as_deref() == Some("Done")
                 && self.node.current_image == self.node.desired_image
                 && self.node.current_config == self.node.desired_config
@@ -1219,6 +1301,7 @@ const UNKIND: Budget = Budget {
     foreign_transactions: 2,
     power_cuts: 2,
     orderly_reboots: 2,
+    revocations: 1,
 };
 
 fn scenarios() -> Vec<Scenario> {
@@ -1235,6 +1318,8 @@ fn scenarios() -> Vec<Scenario> {
             ..with("never accepted", Budget { retargets: 3, failures: 1, ..none })
         },
         Scenario { nature: Nature::RollsBack, ..with("rolls back", Budget { retargets: 2, restarts: 1, ..none }) },
+        Scenario { nature: Nature::FallsBack, ..with("falls back", Budget { retargets: 2, restarts: 1, ..none }) },
+        with("revoked", Budget { revocations: 1, holds: 1, orderly_reboots: 1, failures: 1, ..none }),
         Scenario {
             nature: Nature::NeverFinalized,
             ..with("never finalized", Budget { retargets: 1, restarts: 1, power_cuts: 1, ..none })

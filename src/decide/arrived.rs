@@ -13,6 +13,9 @@ const CONFIG_AHEAD_WORKING: u64 = 30 * MINUTE;
 /// `Degraded` for so long lets MCC retarget; in an update it frees the slot.
 const CONFIG_AHEAD_DEGRADED: u64 = 5 * MINUTE;
 
+/// Longest sentence about an untrusted image, in characters.
+const MAX_UNTRUSTED: usize = 890;
+
 impl Rules<'_> {
     pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
         if self.is_coherently_done() {
@@ -38,7 +41,8 @@ impl Rules<'_> {
         self.uncordon_and_settle(wanted)
     }
 
-    /// Row 10. The booted image's trust is looked at in the background; whatever it is, it cannot be undone.
+    /// Row 10. The booted image's trust is looked at in the background; the boot cannot be undone. A refusal is reported
+    /// on the Node and at warning, and a queued rollback is shown.
     fn done(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
         let subject = wanted.image.to_string();
         let ahead = match booted.rendered_config.as_deref().filter(|label| *label != wanted.config) {
@@ -47,12 +51,25 @@ impl Rules<'_> {
             }
             None => String::new(),
         };
-        let asleep = |trust: &str| {
-            let image = wanted.image.digest().short();
-            rule("10", Reason::Done, format!("runs {image} for {}; {trust}{ahead}", wanted.config))
+        let image = wanted.image.digest().short();
+        let queued = self.host.next_boot().filter(|next| !next.booted && !next.staged);
+        let asleep = |trust: &str| match queued {
+            None => rule("10", Reason::Done, format!("runs {image} for {}; {trust}{ahead}", wanted.config)),
+            Some(next) => {
+                let message = format!(
+                    "runs {image} for {}; {trust}{ahead}; the next boot is {}, which is first in boot order: {} \
+                     turns that round",
+                    wanted.config,
+                    printable(next.reference.as_deref().unwrap_or(&next.id), 200),
+                    self.host.backend.turn_boot_order()
+                );
+                rule("10", Reason::RollbackQueued, message)
+            }
         };
+        let reported = self.node.untrusted.is_some();
         if wanted.facts.is_some() {
-            return asleep("its signature was verified");
+            let decision = asleep("its signature was verified");
+            return if reported { decision.doing(Action::ReportTrust { untrusted: None }) } else { decision };
         }
         if self.observed.running.is_some() {
             return asleep("its signature is being verified");
@@ -60,7 +77,21 @@ impl Rules<'_> {
         match self.failure(Step::Verify, &subject) {
             None => asleep("its signature is being verified").doing(Action::Verify { image: wanted.image.clone() }),
             Some(failure) => {
-                let decision = asleep(&format!("its signature is not verified: {}", failure.fault.reason));
+                let reason = failure.fault.reason;
+                let decision = if reason.refuses_image() {
+                    let message = format!(
+                        "runs {image} for {}, which the node's policy refuses: {reason}: {}",
+                        wanted.config, failure.fault.message
+                    );
+                    rule("10", Reason::RunsUntrusted, printable(&message, MAX_UNTRUSTED))
+                } else {
+                    asleep(&format!("its signature is not verified: {reason}"))
+                };
+                let untrusted = reason.refuses_image().then(|| format!("{reason}: {}", failure.fault.message));
+                let untrusted = untrusted.map(|text| printable(&text, MAX_UNTRUSTED));
+                if untrusted.is_some() && self.node.untrusted != untrusted {
+                    return decision.doing(Action::ReportTrust { untrusted });
+                }
                 match self.due_in(failure, Backoff::REFUSAL) {
                     0 => decision.doing(Action::Verify { image: wanted.image.clone() }),
                     due => decision.wake(due),

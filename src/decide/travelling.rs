@@ -27,7 +27,8 @@ impl<'a> Rules<'a> {
             Ok(facts) => facts,
             Err(decision) => return *decision,
         };
-        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
+        let unfit = self.unfit(wanted, facts).map(|decision| self.refused_on_disk(decision, wanted));
+        unfit.or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
             None => self.stage(wanted),
             Some(staged) => self
                 .kernel_arguments(wanted, staged)
@@ -58,9 +59,19 @@ impl<'a> Rules<'a> {
         };
         let out = format!("set another image, or delete the annotation {ATTEMPT} to try again");
         let image = wanted.image.digest().short();
-        if finalized {
+        if finalized || attempt.rolled_back {
             let message = format!("{image} was booted and the host went back to the image before it; {out}");
-            return Some(self.refuse("16", Reason::RolledBack, message));
+            let decision = self.refuse("16", Reason::RolledBack, message);
+            // A fall-back of the boot loader leaves it first in boot order: the next reboot would boot it again.
+            let Some(first) = self.host.next_boot().filter(|next| !next.booted && !next.staged && was_to_boot(next))
+            else {
+                return Some(decision);
+            };
+            if self.host.backend.drops_staged() && !attempt.rolled_back {
+                let attempt = Attempt { rolled_back: true, ..attempt.clone() };
+                return Some(decision.doing(Action::RecordAttempt { attempt }));
+            }
+            return Some(self.keep_from_booting(decision, first));
         }
         (attempt.count >= MAX_BOOTS).then(|| {
             let message = format!("{image} did not come up in {MAX_BOOTS} boots{cause}; {out}");
@@ -81,14 +92,16 @@ impl<'a> Rules<'a> {
         if self.running(Step::Verify, &subject) {
             // Looking again must not turn a failure that is being looked at back into a new beginning.
             return Err(Box::new(match self.failure(Step::Verify, &subject) {
-                Some(failure) => self.unverified(failure),
+                Some(failure) => self.refused_on_disk(self.unverified(failure), wanted),
                 None => verifying(),
             }));
         }
         Err(Box::new(match self.failure(Step::Verify, &subject) {
             None => verifying().doing(Action::Verify { image: wanted.image.clone() }),
             Some(failure) => {
-                self.when_due(self.unverified(failure), failure, Action::Verify { image: wanted.image.clone() })
+                let retried =
+                    self.when_due(self.unverified(failure), failure, Action::Verify { image: wanted.image.clone() });
+                self.refused_on_disk(retried, wanted)
             }
         }))
     }
@@ -336,7 +349,7 @@ impl<'a> Rules<'a> {
         if recorded.is_none_or(|attempt| attempt.deployment != deployment) {
             let count = earlier.map_or(0, |attempt| attempt.count).saturating_add(u32::from(recorded.is_none()));
             let unknown = self.node.attempt.as_ref().map(|attempt| attempt.unknown.clone()).unwrap_or_default();
-            let attempt = Attempt { image, boot_id, count, deployment, unknown };
+            let attempt = Attempt { image, boot_id, count, deployment, rolled_back: false, unknown };
             return decision.doing(Action::RecordAttempt { attempt });
         }
         match self.failure(Step::Reboot, &image.to_string()) {
