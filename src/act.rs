@@ -23,14 +23,15 @@ pub fn step(action: &Action, desired: &str) -> Option<(Step, String)> {
         Action::Stage { image } => Some((Step::Stage, image.to_string())),
         Action::DropStaged { checksum } => Some((Step::DropStaged, checksum.clone())),
         Action::CancelTransaction => for_desired(Step::CancelTransaction),
-        Action::SetKernelArguments { .. } => for_desired(Step::KernelArguments),
+        Action::SetKernelArguments { image, .. } => Some((Step::KernelArguments, image.to_string())),
         Action::StartFinalizer => Some((Step::StartFinalizer, String::new())),
         Action::UpdateBootloader => for_desired(Step::UpdateBootloader),
         Action::Reboot { image } => Some((Step::Reboot, image.to_string())),
     }
 }
 
-/// Does `action`. What changes the host's image needs `proof`, which only verification gives.
+/// Does `action`. What changes the host's image, its kernel arguments or its boot needs `proof`, which only verification
+/// gives.
 ///
 /// # Errors
 /// The neighbour's, as a fault.
@@ -46,26 +47,25 @@ pub async fn perform(
         Action::Verify { image } => {
             return verify(&neighbours.engine, &image).await.map(Some).map_err(|error| Fault::from(&error));
         }
-        Action::Stage { image } => match proof.filter(|proof| *proof.get() == image) {
-            Some(proof) => host.stage(&proof, &mut cancel, progress).await,
-            None => return Err(unproven(&image)),
-        },
+        Action::Stage { image } => host.stage(&proven(proof, &image)?, &mut cancel, progress).await,
         Action::DropStaged { checksum } => host.drop_staged(&checksum, &mut cancel).await,
         Action::CancelTransaction => host.cancel_transaction().await,
-        Action::SetKernelArguments { append, delete } => host.set_kernel_arguments(&append, &delete, &mut cancel).await,
+        Action::SetKernelArguments { image, append, delete } => {
+            host.set_kernel_arguments(&proven(proof, &image)?, &append, &delete, &mut cancel).await
+        }
         Action::StartFinalizer => host.start_finalizer().await,
         Action::UpdateBootloader => host.update_bootloader().await,
-        Action::Reboot { image } => match proof.filter(|proof| *proof.get() == image) {
-            Some(_) => host.reboot(&format!("rebooting into the desired OS image {}", image.digest().short())).await,
-            None => return Err(unproven(&image)),
-        },
+        Action::Reboot { image } => host.reboot(&proven(proof, &image)?).await,
         // The rest only changes the Node object or this process; `step` names each.
         _ => Ok(()),
     };
     done.map(|()| None).map_err(|error| Fault::from(&error))
 }
 
-/// The policy changed between decision and deed; the next pass verifies again.
-fn unproven(image: &PinnedImage) -> Fault {
-    Fault { reason: Reason::Verifying, message: format!("{image} must be verified again first"), retryable: true }
+/// The proof, if it is of `image`. The policy may have changed between decision and deed; the next pass verifies again.
+fn proven(proof: Option<Verified<PinnedImage>>, image: &PinnedImage) -> Result<Verified<PinnedImage>, Fault> {
+    proof.filter(|proof| proof.get() == image).ok_or_else(|| {
+        let message = format!("{image} must be verified again first");
+        Fault { reason: Reason::Verifying, message, retryable: true }
+    })
 }

@@ -41,11 +41,11 @@ impl Backend {
         }
     }
 
-    /// What gives the kernel an argument.
-    pub(crate) fn set_argument(self) -> &'static str {
+    /// What gives the kernel its arguments.
+    pub(crate) fn set_arguments(self) -> &'static str {
         match self {
-            Self::RpmOstree => "set it with `rpm-ostree kargs --append-if-missing` and reboot",
-            Self::Bootc => "let the image bring it in `/usr/lib/bootc/kargs.d`",
+            Self::RpmOstree => "put them at the end with `rpm-ostree kargs --editor` and reboot",
+            Self::Bootc => "let the image bring them in `/usr/lib/bootc/kargs.d`",
         }
     }
 

@@ -15,6 +15,7 @@ pub mod decide;
 pub mod faults;
 pub mod host;
 pub mod journal;
+pub mod kernel_arguments;
 pub mod model;
 pub mod observe;
 pub mod reason;

@@ -283,7 +283,7 @@ pub struct Deployment {
     pub rendered_config: Option<String>,
     /// `spec.kernelArguments` of the rendered config that the image carries, split; `None` if it carries none.
     pub wanted_arguments: Option<Vec<String>>,
-    /// The kernel arguments that the deployment will boot with; read for the staged one only.
+    /// The kernel arguments of its boot entry, for the staged one those that it will have; read for these two only.
     pub arguments: Option<Vec<String>>,
 }
 
@@ -623,6 +623,8 @@ pub enum Action {
     },
     /// Change the staged deployment's kernel arguments.
     SetKernelArguments {
+        /// The image that is staged.
+        image: PinnedImage,
         /// To append.
         append: Vec<String>,
         /// To delete.

@@ -21,6 +21,7 @@ use proptest::prelude::*;
 use rebase_agent::act;
 use rebase_agent::decide::decide;
 use rebase_agent::host::{is_image, is_staged};
+use rebase_agent::kernel_arguments::{self, missing};
 use rebase_agent::model::{
     Action, Attempt, Backend, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts,
     Inhibitor, Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading,
@@ -129,8 +130,9 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(boots_next && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
             law(fit, "a reboot goes into an image that this process verified")?;
             if let Some(demanded) = &staged.wanted_arguments {
-                let there = staged.arguments.as_deref().unwrap_or_default();
-                law(demanded.iter().all(|argument| there.contains(argument)), "a reboot has its kernel arguments")?;
+                let entry = host.booted().and_then(|booted| booted.arguments.as_deref());
+                let there = staged.arguments.as_deref().or(entry).unwrap_or_default();
+                law(missing(demanded, there).is_none(), "a reboot has its kernel arguments, in order")?;
             }
             let drain = Some(format!("drain-{config}"));
             let drained =
@@ -149,8 +151,9 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(!booted || over, "what runs is staged only over what cannot be dropped")?;
             law(idle, "one task at a time")?;
         }
-        Action::SetKernelArguments { .. } => {
-            law(fit && boots_next, "only the verified, desired image is changed")?;
+        Action::SetKernelArguments { image, .. } => {
+            let same = wanted.as_ref() == Some(image);
+            law(fit && same && boots_next, "only the verified, desired image is changed")?;
         }
         Action::Verify { image } => law(wanted.as_ref() == Some(image), "only the desired image is verified")?,
         Action::DropStaged { checksum } => {
@@ -846,11 +849,10 @@ impl World {
                 self.memory.failed(running.step, &running.subject, problem, self.now);
                 return;
             }
-            Action::SetKernelArguments { append, delete } => {
+            Action::SetKernelArguments { append, delete, .. } => {
                 if let Some(staged) = self.host.deployments.iter_mut().find(|deployment| deployment.staged) {
-                    let arguments = staged.arguments.get_or_insert_default();
-                    arguments.extend(append);
-                    arguments.retain(|argument| !delete.contains(argument));
+                    let before = staged.arguments.as_deref().unwrap_or_default();
+                    staged.arguments = Some(kernel_arguments::apply(before, &append, &delete));
                 }
             }
             Action::StartFinalizer => self.finalizer = UnitState::Active,

@@ -1,6 +1,7 @@
 //! Rows 10 to 15: the desired image runs. Pure.
 
 use super::{AGAIN, MINUTE, Rules, SECOND, SOON, UNCORDON_PATIENCE, Wanted, rule};
+use crate::kernel_arguments::{missing, not_in_effect};
 use crate::model::{Action, Clock, Decision, Deployment, NodeState, Reason, Step, UnitState, printable};
 use crate::schedule::Backoff;
 
@@ -24,14 +25,18 @@ impl Rules<'_> {
         if let Some(decision) = self.config_ahead("11", wanted, booted.rendered_config.as_deref()) {
             return decision;
         }
-        if let Some(missing) =
-            booted.wanted_arguments.iter().flatten().find(|argument| !self.machine.command_line.contains(argument))
-        {
+        let demanded = booted.wanted_arguments.as_deref().unwrap_or_default();
+        if let Some(first) = not_in_effect(demanded, &self.machine.command_line, booted.arguments.as_deref()) {
+            let help = match booted.arguments.as_deref().is_some_and(|entry| missing(demanded, entry).is_none()) {
+                true => "its boot entry has them, so correct what the boot loader makes of them and reboot",
+                false => self.host.backend.set_arguments(),
+            };
             let message = format!(
-                "the kernel runs without `{}`, which {} demands; {}, or take it out of the config",
-                printable(missing, 200),
-                printable(wanted.config, 253),
-                self.host.backend.set_argument()
+                "the kernel runs without `{}`, or not with all of `{}` in this order, which {} demands; {help}, or take \
+                 them out of the config",
+                printable(first, 200),
+                printable(&demanded.join(" "), 300),
+                printable(wanted.config, 253)
             );
             return self.refuse("12", Reason::KernelArgumentMissing, message);
         }

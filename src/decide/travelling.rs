@@ -1,8 +1,10 @@
 //! Rows 16 to 25: on the way to the desired image. Pure.
 
 use super::{MINUTE, Rules, SOON, TRANSIENT_PATIENCE, Wanted, rule};
+use crate::kernel_arguments::{Change, Update};
 use crate::model::{
-    Action, Attempt, Clock, Decision, Deployment, Failure, ImageFacts, NodeState, Reason, Step, UnitState, printable,
+    Action, Attempt, Backend, Clock, Decision, Deployment, Failure, ImageFacts, NodeState, Reason, Step, UnitState,
+    printable,
 };
 use crate::report::{ATTEMPT, HOLD};
 use crate::schedule::Backoff;
@@ -217,21 +219,21 @@ impl<'a> Rules<'a> {
     /// Row 22.
     fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
         let demanded = staged.wanted_arguments.as_ref()?;
-        // What is not known is set: a backend that cannot says so.
-        let actual = staged.arguments.as_deref().unwrap_or_default();
-        let append: Vec<String> = demanded.iter().filter(|argument| !actual.contains(argument)).cloned().collect();
-        // What the running image's config demanded and the new one does not.
-        let before = self.host.booted().and_then(|booted| booted.wanted_arguments.as_deref()).unwrap_or_default();
-        let delete: Vec<String> = before
-            .iter()
-            .filter(|argument| !demanded.contains(argument) && actual.contains(argument))
-            .cloned()
-            .collect();
-        if append.is_empty() && delete.is_empty() {
-            return None;
-        }
+        let booted = self.host.booted();
+        let entry = booted.and_then(|booted| booted.arguments.as_deref());
+        let update = Update {
+            booted: entry.unwrap_or(&self.machine.command_line),
+            old: booted.and_then(|booted| booted.wanted_arguments.as_deref()),
+            // What is not known is set: a backend that cannot says so.
+            staged: staged.arguments.as_deref().or(entry).unwrap_or_default(),
+            new: demanded,
+        };
+        let Change { append, delete } = match self.host.backend {
+            Backend::RpmOstree => update.change(),
+            Backend::Bootc => update.shortfall(),
+        }?;
         let subject = wanted.image.to_string();
-        let action = Action::SetKernelArguments { append, delete };
+        let action = Action::SetKernelArguments { image: wanted.image.clone(), append, delete };
         match self.failure(Step::KernelArguments, &subject) {
             None => {
                 let message = format!("giving the staged image the kernel arguments of {}", wanted.config);

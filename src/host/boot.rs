@@ -12,12 +12,15 @@ use nix::sys::statvfs::statvfs;
 use nix::sys::utsname::uname;
 use serde::Deserialize;
 
+pub use crate::kernel_arguments::split as split_arguments;
 use crate::model::{BootId, printable};
 
 /// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
 /// Largest of the small files read, in bytes.
 const MAX_SMALL: u64 = 64 << 10;
+/// How many boot entries are looked through; libostree writes one for each deployment.
+const MAX_ENTRIES: usize = 64;
 /// MCS puts the first annotations here through Ignition; the MCD renames the file once it has applied them.
 const FIRST_BOOT: &str = "etc/machine-config-daemon/node-annotations.json";
 /// Where MCO's image build leaves the rendered config, in the pristine copy of `/etc`: the live one may be a stale
@@ -142,6 +145,20 @@ impl Root {
         Ok(split_arguments(&read_text(&self.join("proc/cmdline"))?))
     }
 
+    /// The arguments of the boot entry that this boot was started from, as libostree wrote them; `None` if it cannot be
+    /// told. The boot loader may have rewritten them on the way to the kernel.
+    #[must_use]
+    pub fn boot_entry(&self) -> Option<Vec<String>> {
+        let line = self.command_line().ok()?;
+        let target = line.iter().find(|argument| argument.starts_with("ostree="))?;
+        let entries = std::fs::read_dir(self.join("boot/loader/entries")).ok()?;
+        entries.take(MAX_ENTRIES).find_map(|entry| {
+            let text = read_text(&entry.ok()?.path()).ok()?;
+            let options = text.lines().find_map(|line| line.strip_prefix("options")).map(split_arguments)?;
+            options.contains(target).then_some(options)
+        })
+    }
+
     /// Bytes free on `/boot`.
     #[must_use]
     pub fn boot_free(&self) -> Option<u64> {
@@ -260,19 +277,6 @@ fn rendered_config(config: &[u8]) -> serde_json::Result<RenderedConfig> {
     Ok(RenderedConfig { name, arguments: arguments.iter().flat_map(|entry| split_arguments(entry)).collect() })
 }
 
-/// Splits at white space outside double quotes, as the kernel does; quotes stay. Pure.
-#[must_use]
-pub fn split_arguments(text: &str) -> Vec<String> {
-    let mut quoted = false;
-    text.split(|c: char| {
-        quoted ^= c == '"';
-        !quoted && c.is_whitespace()
-    })
-    .filter(|argument| !argument.is_empty())
-    .map(str::to_owned)
-    .collect()
-}
-
 /// This machine's architecture by its OCI name.
 ///
 /// # Errors
@@ -289,12 +293,6 @@ pub fn architecture() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arguments_split_as_the_kernel_does() {
-        assert_eq!(split_arguments(" a  b=c \"d e\" f=\"g h\"\n"), ["a", "b=c", "\"d e\"", "f=\"g h\""]);
-        assert!(split_arguments(" \n").is_empty());
-    }
 
     #[test]
     fn rendered_configs_are_read_tolerantly() {

@@ -332,10 +332,14 @@ impl Host {
     /// See [`HostError`].
     pub async fn read(&self) -> Result<HostFacts, HostError> {
         self.check_kind()?;
-        match self.backend().await?.backend {
+        let mut facts = match self.backend().await?.backend {
             Backend::RpmOstree => rpm_ostree::read(self).await,
             Backend::Bootc => bootc::read(self).await,
+        }?;
+        if let Some(booted) = facts.deployments.iter_mut().find(|deployment| deployment.booted) {
+            booted.arguments = self.root.boot_entry();
         }
+        Ok(facts)
     }
 
     /// Reads what the kernel, systemd and logind know. Wakes nobody.
@@ -408,18 +412,20 @@ impl Host {
         }
     }
 
-    /// Changes the staged deployment's kernel arguments.
+    /// Changes the kernel arguments of the staged deployment, which must be of `image`, as
+    /// [`apply`](crate::kernel_arguments::apply) does.
     ///
     /// # Errors
     /// See [`HostError`].
     pub async fn set_kernel_arguments(
         &self,
+        image: &Verified<PinnedImage>,
         append: &[String],
         delete: &[String],
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::set_kernel_arguments(self, append, delete, cancel).await,
+            Backend::RpmOstree => rpm_ostree::set_kernel_arguments(self, image, append, delete, cancel).await,
             Backend::Bootc => Err(bootc::set_kernel_arguments(append, delete)),
         }
     }
@@ -440,12 +446,13 @@ impl Host {
         systemd::start(self, BOOTLOADER_UPDATE).await
     }
 
-    /// Tells logged-in users and asks for the reboot. Success means that it was accepted, no more.
+    /// Tells logged-in users and asks for the reboot into `image`. Success means that it was accepted, no more.
     ///
     /// # Errors
     /// See [`HostError`].
-    pub async fn reboot(&self, message: &str) -> Result<(), HostError> {
-        login::reboot(self, message).await
+    pub async fn reboot(&self, image: &Verified<PinnedImage>) -> Result<(), HostError> {
+        let image = image.get().digest().short();
+        login::reboot(self, &format!("rebooting into the desired OS image {image}")).await
     }
 
     /// The running service's `StatusText` and `ActiveState`, for the commands beside it.

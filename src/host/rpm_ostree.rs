@@ -13,6 +13,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Vari
 
 use super::boot::split_arguments;
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image};
+use crate::kernel_arguments::{apply, join};
 use crate::model::{Backend, Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
 use crate::registry::{Verified, reference, rendered_config_label, without_queries};
 
@@ -81,12 +82,13 @@ pub(super) async fn drop_staged(host: &Host, checksum: &str, cancel: &mut Cancel
 /// Changes the staged deployment's kernel arguments.
 pub(super) async fn set_kernel_arguments(
     host: &Host,
+    image: &Verified<PinnedImage>,
     append: &[String],
     delete: &[String],
     cancel: &mut Cancel,
 ) -> Result<(), HostError> {
     let client = Client::connect(host).await?;
-    let outcome = client.set_kernel_arguments(append, delete, cancel).await;
+    let outcome = client.set_kernel_arguments(image, append, delete, cancel).await;
     client.close().await;
     outcome
 }
@@ -261,26 +263,37 @@ impl<'h> Client<'h> {
         self.transact(what, os, "Cleanup", &(["pending-deploy"].as_slice(),), cancel, &|_| {}).await
     }
 
+    /// The whole list is given, not what to delete and append: of equal arguments the daemon deletes the first, which is
+    /// the platform's, and `quiet` deletes a lone `quiet=1`.
     async fn set_kernel_arguments(
         &self,
+        image: &Verified<PinnedImage>,
         append: &[String],
         delete: &[String],
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
         const WHAT: &str = "changing kernel arguments";
+        let no_effect = |why: &str| HostError::NoEffect { what: WHAT, why: why.to_owned() };
         let before = self.snapshot().await?;
-        let Some(staged) = before.facts.staged() else {
-            return Err(HostError::NoEffect { what: WHAT, why: "nothing is staged any more".to_owned() });
-        };
-        let existing = self.boot_arguments(&before.os, &staged.id).await?;
-        let options: Options<'_> =
-            Options::from([("initiating-command-line", Variant::from("rebase-agent kernel arguments"))]);
-        let body = (existing, append, Vec::<String>::new(), delete, options);
+        let staged = before.facts.staged().filter(|staged| is_image(staged, image.get(), Some(image.facts())));
+        let staged = staged.ok_or_else(|| no_effect("the image is not staged any more"))?;
+        // Given none, it boots with those of the deployment that it was made from.
+        let existing = staged.arguments.clone().or_else(|| self.host.root.boot_entry());
+        let existing = existing.ok_or_else(|| no_effect("the staged deployment does not tell its arguments"))?;
+        let existing = without_target(existing);
+        let wanted = apply(&existing, append, delete);
+        let lines = join(&existing).zip(join(&wanted));
+        let (line, last) = lines.ok_or_else(|| no_effect("an argument has a quote that is never closed"))?;
+        let options: Options<'_> = Options::from([
+            ("initiating-command-line", Variant::from("rebase-agent kernel arguments")),
+            ("final-kernel-args", Variant::from(last.as_str())),
+        ]);
+        let none: &[String] = &[];
+        let body = (line, none, none, none, options);
         let outcome = self.transact(WHAT, &before.os, "KernelArgs", &body, cancel, &|_| {}).await;
         let has_them = |facts: &HostFacts| {
-            facts.staged().and_then(|staged| staged.arguments.as_deref()).is_some_and(|arguments| {
-                append.iter().all(|a| arguments.contains(a)) && delete.iter().all(|a| !arguments.contains(a))
-            })
+            let arguments = facts.staged().and_then(|staged| staged.arguments.clone());
+            arguments.is_some_and(|arguments| without_target(arguments) == wanted)
         };
         self.judge(WHAT, outcome, has_them, "the staged deployment does not have them").await
     }
@@ -474,6 +487,12 @@ pub(super) fn heard(what: &'static str, message: &zbus::Message, progress: &Prog
         }
         _ => None,
     }
+}
+
+/// Without the argument that names the deployment itself: libostree sets it when it writes the boot entry.
+fn without_target(mut arguments: Vec<String>) -> Vec<String> {
+    arguments.retain(|argument| !argument.starts_with("ostree="));
+    arguments
 }
 
 /// The daemon let go of its name while our call was on its way, or does not have it yet.

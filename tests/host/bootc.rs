@@ -351,7 +351,7 @@ async fn what_bootc_cannot_do_is_refused_by_name() {
     let (_never, mut cancel) = never();
     let arguments = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
     let (append, delete) = (arguments(&["nosmt", "a=b"]), arguments(&["quiet"]));
-    let error = lab.host.set_kernel_arguments(&append, &delete, &mut cancel).await.unwrap_err();
+    let error = lab.host.set_kernel_arguments(lab.verified("2"), &append, &delete, &mut cancel).await.unwrap_err();
     assert_eq!((error.reason(), error.retryable()), (Reason::KernelArgumentsUnsupported, false));
     let text = error.to_string();
     assert!(text.contains("bring `nosmt a=b` and drop `quiet`") && text.contains("/usr/lib/bootc/kargs.d"), "{text}");

@@ -19,15 +19,14 @@ async fn kernel_arguments_reach_the_next_boot() {
     let seen = lab.record();
     let (_never, mut cancel) = never();
     let (append, delete) = (list(&["nosmt", "a=b"]), list(&["console=ttyS0"]));
-    lab.host.set_kernel_arguments(&append, &delete, &mut cancel).await.unwrap();
+    lab.host.set_kernel_arguments(lab.verified("3"), &append, &delete, &mut cancel).await.unwrap();
     let asked = seen.lock().unwrap().iter().find_map(|event| match event {
         Event::TransactionRequested { method, argument } => Some((method.clone(), argument.clone())),
         _ => None,
     });
-    assert_eq!(asked.unwrap(), ("kernel-args".to_owned(), "+[nosmt a=b] ~[] -[console=ttyS0]".to_owned()));
+    assert_eq!(asked.unwrap(), ("kernel-args".to_owned(), "=[root=UUID=0a1b rw nosmt a=b]".to_owned()));
     let staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.digest.unwrap().as_str(), lab.digest("3"), "the image is still the same");
-    // As `rpm-ostree kargs` does: on top of what the staged deployment has, `ostree=` included.
     assert_eq!(staged.arguments.unwrap()[..4], ["root=UUID=0a1b", "rw", "nosmt", "a=b"]);
     assert!(lab.machine.shut_down().await);
     lab.machine.power_on().await.unwrap();
@@ -41,13 +40,18 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
     let lab = Lab::new().await;
     let (_never, mut cancel) = never();
     let mut set = async |append: &[&str], delete: &[&str]| {
-        lab.host.set_kernel_arguments(&list(append), &list(delete), &mut cancel).await
+        lab.host.set_kernel_arguments(lab.verified("2"), &list(append), &list(delete), &mut cancel).await
     };
     let error = set(&["x"], &[]).await.unwrap_err();
-    assert!(error.to_string().contains("nothing is staged any more"), "{error}");
+    assert!(error.to_string().contains("the image is not staged any more"), "{error}");
+    lab.stage("3").await.unwrap();
+    let error = set(&["x"], &[]).await.unwrap_err();
+    assert!(error.to_string().contains("the image is not staged any more"), "{error}");
     lab.stage("2").await.unwrap();
-    let error = set(&[], &["never-there"]).await.unwrap_err();
-    assert!(error.to_string().contains("No key 'never-there' found"), "{error}");
+    // As MCO's `--delete-if-present`.
+    set(&[], &["never-there"]).await.unwrap();
+    let error = set(&["a=\"b"], &[]).await.unwrap_err();
+    assert!(error.to_string().contains("a quote that is never closed"), "{error}");
     lab.machine.rpm_ostreed().no_change_next();
     let error = set(&["x"], &[]).await.unwrap_err();
     assert_eq!(error.reason(), Reason::HostConfused, "{error}");
@@ -67,4 +71,35 @@ async fn a_staged_deployment_without_options_hides_nothing() {
     let (_never, mut cancel) = never();
     lab.host.drop_staged(&staged.checksum, &mut cancel).await.unwrap();
     assert!(lab.read().await.staged().is_none());
+}
+
+/// Of two equal arguments the platform's comes first and stays where it is; spaces and quotes arrive as they are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_repetition_and_quotes_reach_the_next_boot() {
+    let lab = Lab::new().await;
+    lab.stage("2").await.unwrap();
+    let (_never, mut cancel) = never();
+    let mut set = async |append: &[&str], delete: &[&str]| {
+        lab.host.set_kernel_arguments(lab.verified("2"), &list(append), &list(delete), &mut cancel).await.unwrap();
+    };
+    set(&["console=tty0", "console=ttyS0", "dyndbg=\"file a.c +p; file b.c +p\"", "x=a=b", "empty="], &[]).await;
+    set(&["hugepagesz=1G", "hugepages=4", "hugepagesz=2M", "hugepages=4"], &["console=ttyS0", "empty="]).await;
+    assert!(lab.machine.shut_down().await);
+    lab.machine.power_on().await.unwrap();
+    let expected = [
+        "root=UUID=0a1b",
+        "rw",
+        "console=ttyS0",
+        "console=tty0",
+        "dyndbg=\"file a.c +p; file b.c +p\"",
+        "x=a=b",
+        "hugepagesz=1G",
+        "hugepages=4",
+        "hugepagesz=2M",
+        "hugepages=4",
+    ];
+    let line = lab.host.read_machine().await.unwrap().command_line;
+    assert_eq!(line[1..line.len() - 1], expected, "{line:?}");
+    let entry = lab.read().await.booted().unwrap().arguments.clone().unwrap();
+    assert_eq!(entry[..entry.len() - 1], expected, "the boot entry is read");
 }

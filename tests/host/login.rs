@@ -15,11 +15,12 @@ async fn a_reboot_is_announced_and_repeating_it_is_success() {
     // The machine itself stays up, to be asked again.
     logind.on_reboot(|| {});
     assert!(!lab.host.read_machine().await.unwrap().shutting_down);
-    lab.host.reboot("rebooting into sha256:0123").await.unwrap();
-    assert_eq!(logind.wall_message(), Some(("rebooting into sha256:0123".to_owned(), true)));
+    lab.host.reboot(lab.verified("2")).await.unwrap();
+    let told = format!("rebooting into the desired OS image {}", lab.verified("2").get().digest().short());
+    assert_eq!(logind.wall_message(), Some((told, true)));
     assert!(lab.host.read_machine().await.unwrap().shutting_down);
     // OperationInProgress.
-    lab.host.reboot("again").await.unwrap();
+    lab.host.reboot(lab.verified("2")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -29,7 +30,7 @@ async fn a_lost_reply_of_an_accepted_reboot_is_success() {
     logind.on_reboot(|| {});
     logind.lose_reboot_reply();
     let host = lab.hasty(|deadlines| deadlines.call = Duration::from_millis(300));
-    host.reboot("x").await.unwrap();
+    host.reboot(lab.verified("2")).await.unwrap();
     assert!(logind.preparing_for_shutdown());
 }
 
@@ -50,12 +51,12 @@ async fn inhibitors_bind_with_either_semantics() {
         let seen = lab.host.read_machine().await.unwrap().inhibitors;
         assert_eq!(seen.len(), 1);
         assert!(seen[0].who.starts_with("backup\\u{1b}") && seen[0].why.chars().count() <= 200, "{seen:?}");
-        let error = lab.host.reboot("x").await.unwrap_err();
+        let error = lab.host.reboot(lab.verified("2")).await.unwrap_err();
         assert!(matches!(&error, HostError::Reboot(why) if why.contains("backup")), "{error}");
         assert!(!logind.preparing_for_shutdown());
     }
     logind.remove_inhibitor("backup\u{1b}[2J");
-    lab.host.reboot("x").await.unwrap();
+    lab.host.reboot(lab.verified("2")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -69,7 +70,7 @@ async fn a_refused_reboot_is_told_apart_from_a_silent_logind() {
         "org.freedesktop.login1.SomethingNew",
     ] {
         logind.refuse_reboot(Some((name, "not now")));
-        let error = lab.host.reboot("x").await.unwrap_err();
+        let error = lab.host.reboot(lab.verified("2")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::RebootRefused, "{name}: {error}");
         assert!(error.retryable() && error.to_string().contains("not now"), "{error}");
     }

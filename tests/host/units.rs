@@ -113,7 +113,8 @@ async fn both_versions_of_systemd_are_read_alike() {
 async fn a_bus_that_is_not_there_is_told() {
     let lab = Lab::new().await;
     let host = Host::new(Root::new(lab.machine.root()), Some("unix:path=/nowhere/bus".to_owned()));
-    for error in [host.read().await.err(), host.read_machine().await.err(), host.reboot("x").await.err()] {
+    let reboot = host.reboot(lab.verified("2")).await;
+    for error in [host.read().await.err(), host.read_machine().await.err(), reboot.err()] {
         let error = error.unwrap();
         assert_eq!(error.reason(), Reason::HostUnreachable);
         assert!(error.to_string().contains("dbus.socket"), "{error}");

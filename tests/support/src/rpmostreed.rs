@@ -68,7 +68,7 @@ impl Units {
 pub(crate) enum Work {
     Rebase { options: Dict, reference: String },
     Cleanup(Vec<String>),
-    KernelArgs { existing: String, added: Vec<String>, replaced: Vec<String>, removed: Vec<String>, locked: bool },
+    KernelArgs { existing: String, changes: ArgumentChanges, locked: bool },
     Rollback,
     Upgrade,
     Foreign(Arc<Notify>),
@@ -688,8 +688,13 @@ impl Inner {
         match work {
             Work::Rebase { options, reference } => self.rebase(transaction, &options, &reference).await,
             Work::Cleanup(kinds) => self.cleanup(transaction, &kinds).await,
-            Work::KernelArgs { existing, added, replaced, removed, locked } => {
-                let arguments = edit_arguments(&existing, &added, &replaced, &removed)?;
+            Work::KernelArgs { existing, changes, locked } => {
+                let Some(mut arguments) = edit_arguments(&existing, &changes)? else {
+                    transaction.message("No changes.").await;
+                    return Ok(());
+                };
+                // libostree puts the right one in when it writes the boot entry.
+                arguments.retain(|word| !word.starts_with("ostree="));
                 let first = self.sysroot.load().into_iter().next().ok_or("No deployments found")?;
                 let image = Image::stored(&self.sysroot, &first.reference)?;
                 self.deploy(transaction, image, arguments, locked).await
@@ -874,8 +879,13 @@ impl Inner {
                     body.deserialize()?;
                 let title = lookup_str(&options, "initiating-command-line").or(Some("kargs".to_owned()));
                 let locked = lookup_bool(&options, "lock-finalization") == Some(true);
-                let argument = format!("+[{}] ~[{}] -[{}]", added.join(" "), replaced.join(" "), removed.join(" "));
-                let work = Work::KernelArgs { existing, added, replaced, removed, locked };
+                let last = lookup_str(&options, "final-kernel-args");
+                let argument = match &last {
+                    Some(last) => format!("=[{last}]"),
+                    None => format!("+[{}] ~[{}] -[{}]", added.join(" "), replaced.join(" "), removed.join(" ")),
+                };
+                let changes = ArgumentChanges { added, replaced, removed, last };
+                let work = Work::KernelArgs { existing, changes, locked };
                 self.transaction(call, "kernel-args", argument, title, work).await
             }
             "Rollback" => {
@@ -919,36 +929,70 @@ impl From<Failure> for anyhow::Error {
     }
 }
 
-/// Applies an edit to a kernel command line; `ostree=` is not part of the result.
-fn edit_arguments(
-    existing: &str,
-    added: &[String],
-    replaced: &[String],
-    removed: &[String],
-) -> Result<Vec<String>, String> {
-    let mut words: Vec<String> = existing.split_whitespace().map(str::to_owned).collect();
-    for argument in removed {
-        let index = words
-            .iter()
-            .position(|word| word == argument || word.split('=').next() == Some(argument.as_str()))
-            .ok_or_else(|| format!("No key '{argument}' found"))?;
-        words.remove(index);
+/// What a client of `KernelArgs` asks for; `last` is the option `final-kernel-args`.
+#[derive(Debug)]
+pub(crate) struct ArgumentChanges {
+    added: Vec<String>,
+    replaced: Vec<String>,
+    removed: Vec<String>,
+    last: Option<String>,
+}
+
+/// Splits at blanks outside quotes, as libostree does.
+fn split_arguments(text: &str) -> Vec<String> {
+    let mut quoted = false;
+    let words = text.split(|c: char| {
+        quoted ^= c == '"';
+        c == ' ' && !quoted
+    });
+    words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+fn key_and_value(word: &str) -> (&str, Option<&str>) {
+    word.split_once('=').map_or((word, None), |(key, value)| (key, Some(value)))
+}
+
+/// rpm-ostreed's `kernel_arg_transaction_execute` with libostree's `ostree_kernel_args_delete` and `_new_replace`: what is
+/// there is what the client says, deleting comes before replacing and appending, and of equal arguments the first is
+/// deleted. `None` without a change.
+fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Vec<String>>, String> {
+    if let Some(last) = &changes.last {
+        return Ok((last != existing).then(|| split_arguments(last)));
     }
-    for argument in replaced {
-        let (key, value) = argument.split_once('=').unwrap_or((argument, ""));
-        let new = match value.split_once('=') {
-            Some((_, new)) => format!("{key}={new}"),
-            None => argument.clone(),
+    let mut words = split_arguments(existing);
+    for argument in changes.removed.iter().flat_map(|argument| split_arguments(argument)) {
+        let (key, value) = key_and_value(&argument);
+        let same_key: Vec<usize> = (0..words.len()).filter(|&at| key_and_value(&words[at]).0 == key).collect();
+        let at = match same_key[..] {
+            [] => return Err(format!("No key '{key}' found")),
+            [only] if value.is_none_or(|_| words[only] == argument) => only,
+            [_] => return Err(format!("No karg '{argument}' found")),
+            _ => match same_key.into_iter().find(|&at| words[at] == argument) {
+                Some(at) => at,
+                None if value.is_none() => return Err(format!("Multiple values for key '{argument}' found")),
+                None => return Err(format!("No karg '{argument}' found")),
+            },
         };
-        let index = words
-            .iter()
-            .position(|word| word.split('=').next() == Some(key))
-            .ok_or_else(|| format!("No key '{key}' found"))?;
-        words[index] = new;
+        words.remove(at);
     }
-    words.extend(added.iter().cloned());
-    words.retain(|word| !word.starts_with("ostree=") && !word.starts_with("BOOT_IMAGE="));
-    Ok(words)
+    for argument in changes.replaced.iter().flat_map(|argument| split_arguments(argument)) {
+        let (key, value) = key_and_value(&argument);
+        let same_key: Vec<usize> = (0..words.len()).filter(|&at| key_and_value(&words[at]).0 == key).collect();
+        let (at, new) = match (value.and_then(|value| value.split_once('=')), &same_key[..]) {
+            (_, []) => return Err(format!("No key '{key}' found")),
+            (Some((old, new)), all) => {
+                let old = format!("{key}={old}");
+                let at = all.iter().find(|&&at| words[at] == old).ok_or_else(|| format!("No karg '{old}' found"))?;
+                (*at, format!("{key}={new}"))
+            }
+            (None, [only]) => (*only, argument.clone()),
+            (None, _) => return Err(format!("Multiple values for key '{key}' found")),
+        };
+        words[at] = new;
+    }
+    words.extend(changes.added.iter().flat_map(|argument| split_arguments(argument)));
+    let nothing = changes.added.is_empty() && changes.replaced.is_empty() && changes.removed.is_empty();
+    Ok((!nothing).then_some(words))
 }
 
 const SYSROOT_MEMBERS: &str = r#"
@@ -1434,6 +1478,32 @@ pub(crate) mod tests {
             get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap().try_into().unwrap()
         };
         assert_eq!(Vec::<String>::try_from(list[0]["requested-packages"].clone()).unwrap(), ["vim"]);
+    }
+
+    #[test]
+    fn kernel_arguments_are_edited_as_libostree_does() {
+        let edit = |existing: &str, removed: &[&str], replaced: &[&str], added: &[&str]| {
+            let list = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+            let (added, replaced, removed) = (list(added), list(replaced), list(removed));
+            let changes = ArgumentChanges { added, replaced, removed, last: None };
+            edit_arguments(existing, &changes).map(|words| words.map(|words| words.join(" ")))
+        };
+        let ok = |text: &str| Ok(Some(text.to_owned()));
+        assert_eq!(edit("a b", &[], &[], &[]), Ok(None));
+        assert_eq!(edit("a=1 b a=1", &["a=1"], &[], &["a=1"]), ok("b a=1 a=1"));
+        assert_eq!(edit("a=1 b", &["a"], &[], &[]), ok("b"));
+        assert_eq!(edit("a=1 a a=2", &["a"], &[], &[]), ok("a=1 a=2"));
+        assert_eq!(edit("x=\"p q\" b", &["x=\"p q\""], &[], &["y=\"r s\" z"]), ok("b y=\"r s\" z"));
+        assert_eq!(edit("a=1 a=2", &[], &["a=1=3"], &[]), ok("a=3 a=2"));
+        assert_eq!(edit("a=1", &[], &["a=4"], &[]), ok("a=4"));
+        for (existing, removed, replaced, why) in [
+            ("a=1 a=2", "a", "", "Multiple values for key 'a' found"),
+            ("a=1", "a=2", "", "No karg 'a=2' found"),
+            ("b", "a", "", "No key 'a' found"),
+            ("a=1 a=2", "", "a=3", "Multiple values for key 'a' found"),
+        ] {
+            assert_eq!(edit(existing, &[removed], &[replaced], &[]).unwrap_err(), why, "{existing}");
+        }
     }
 
     #[tokio::test]

@@ -112,5 +112,6 @@ pub fn origin_reference(deployment: &ostree::Deployment) -> Option<String> {
 pub fn arguments(deployment: &ostree::Deployment) -> Vec<String> {
     let options = deployment.bootconfig().and_then(|boot| boot.get("options"));
     let options: String = options.map(Into::into).unwrap_or_default();
-    options.split_whitespace().filter(|one| !one.starts_with("ostree=")).map(str::to_owned).collect()
+    let all = ostree::KernelArgs::from_string(&options).to_strv();
+    all.into_iter().map(|one| one.to_string()).filter(|one| !one.starts_with("ostree=")).collect()
 }

@@ -233,14 +233,16 @@ impl Os {
 
     async fn kernel_args(
         &self,
-        _existing: String,
+        existing: String,
         added: Vec<String>,
         replaced: Vec<String>,
         removed: Vec<String>,
         options: HashMap<String, OwnedVariant>,
         #[zbus(header)] header: Header<'_>,
     ) -> Result<String, Failure> {
-        self.0.transact("KernelArgs", Job::KernelArguments { added, replaced, removed }, &options, &header).await
+        let last = text(&options, "final-kernel-args");
+        let job = Job::KernelArguments { existing, added, replaced, removed, last };
+        self.0.transact("KernelArgs", job, &options, &header).await
     }
 
     async fn rollback(

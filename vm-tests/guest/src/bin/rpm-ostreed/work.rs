@@ -21,9 +21,20 @@ pub type Dict = HashMap<String, OwnedVariant>;
 /// What a transaction is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Job {
-    Rebase { reference: String },
-    Cleanup { kinds: Vec<String> },
-    KernelArguments { added: Vec<String>, replaced: Vec<String>, removed: Vec<String> },
+    Rebase {
+        reference: String,
+    },
+    Cleanup {
+        kinds: Vec<String>,
+    },
+    /// `last` is the option `final-kernel-args`, which stands for all but `existing`.
+    KernelArguments {
+        existing: String,
+        added: Vec<String>,
+        replaced: Vec<String>,
+        removed: Vec<String>,
+        last: Option<String>,
+    },
     Rollback,
 }
 
@@ -110,7 +121,12 @@ async fn run(
             Job::Rebase { .. } if std::path::Path::new(CHANGES_NOTHING).exists() => Ok(()),
             Job::Rebase { reference } => rebase(sysroot, reference, said).await,
             Job::Cleanup { kinds } => cleanup(sysroot, kinds),
-            Job::KernelArguments { added, replaced, removed } => kernel_arguments(sysroot, added, replaced, removed),
+            Job::KernelArguments { existing, added, replaced, removed, last } => {
+                match final_arguments(existing, [removed, replaced, added], last.as_deref())? {
+                    Some(arguments) => kernel_arguments(sysroot, &arguments),
+                    None => Ok(()),
+                }
+            }
             Job::Rollback => rollback(sysroot),
         }
     };
@@ -155,27 +171,24 @@ fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
     tidy(sysroot)
 }
 
-fn kernel_arguments(sysroot: &SysrootLock, added: &[String], replaced: &[String], removed: &[String]) -> Result<()> {
+/// As rpm-ostreed's `kernel_arg_transaction_execute`: what is there is what the client says. `None` without a change.
+fn final_arguments(existing: &str, changes: [&[String]; 3], last: Option<&str>) -> Result<Option<Vec<String>>> {
+    let [removed, replaced, added] = changes;
+    let changed = last.map_or(changes.iter().any(|list| !list.is_empty()), |last| last != existing);
+    let arguments = ostree::KernelArgs::from_string(last.unwrap_or(existing));
+    if last.is_none() {
+        removed.iter().try_for_each(|one| arguments.delete(one))?;
+        replaced.iter().try_for_each(|one| arguments.new_replace(one))?;
+        added.iter().for_each(|one| arguments.append(one));
+    }
+    let list = arguments.to_strv().into_iter().map(|argument| argument.to_string());
+    Ok(changed.then(|| list.collect()))
+}
+
+fn kernel_arguments(sysroot: &SysrootLock, arguments: &[String]) -> Result<()> {
     let merge = merge_deployment(sysroot)?;
-    let mut wanted = arguments(&merge);
-    for replacement in replaced {
-        // KEY=NEW, or KEY=OLD=NEW where there are several.
-        let (key, value) = replacement.split_once('=').context("KEY=VALUE expected")?;
-        let (old, new) = value.split_once('=').map_or((None, value), |(old, new)| (Some(old), new));
-        let is_it = |argument: &String| match argument.split_once('=') {
-            Some((name, value)) => name == key && old.is_none_or(|old| old == value),
-            None => argument == key && old.is_none(),
-        };
-        let place = wanted.iter().position(is_it).with_context(|| format!("No key '{key}' found"))?;
-        wanted[place] = format!("{key}={new}");
-    }
-    for one in removed {
-        let place = wanted.iter().position(|argument| argument == one);
-        wanted.remove(place.with_context(|| format!("No karg '{one}' found"))?);
-    }
-    wanted.extend(added.iter().cloned());
     let origin = merge.origin().context("The deployment has no origin")?;
-    stage(sysroot, &merge.csum(), &origin, &merge, &wanted)?;
+    stage(sysroot, &merge.csum(), &origin, &merge, arguments)?;
     tidy(sysroot)
 }
 

@@ -1,0 +1,447 @@
+//! Kernel arguments: compared as the kernel parses them, in order and with repetition. Pure.
+//!
+//! A rendered config's arguments stand behind the platform's own, in one block, as the MCD leaves them: on a change it
+//! deletes all of the old config's and appends all of the new one's (`generateKargs`). What the platform set stays, also
+//! where a config demands the same argument: the boot entry holds it twice then, once for each.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// What boot loaders take away, add or move when they make the command line out of the boot entry.
+const REWRITTEN: &[char] = &['"', '\'', '\\', '$', ';', '|', '&', '<', '>', '{', '}'];
+
+/// One argument, as `next_arg` of the kernel's lib/cmdline.c takes it apart and `parameq` of kernel/params.c compares it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Parameter<'a> {
+    name: Cow<'a, str>,
+    value: Option<&'a str>,
+}
+
+impl<'a> Parameter<'a> {
+    fn new(argument: &'a str) -> Self {
+        let (body, quoted) = match argument.strip_prefix('"') {
+            Some(body) => (body, true),
+            None => (argument, false),
+        };
+        let unquoted = |text: &'a str| text.strip_suffix('"').unwrap_or(text);
+        // An `=` at the start belongs to the name.
+        let equals = body.char_indices().skip(1).find(|(_, c)| *c == '=').map(|(at, _)| at);
+        let (name, value) = match equals.and_then(|at| body.split_at_checked(at)) {
+            Some((name, rest)) => {
+                let value = rest.strip_prefix('=').unwrap_or(rest);
+                let value = match value.strip_prefix('"') {
+                    Some(inner) => unquoted(inner),
+                    None if quoted => unquoted(value),
+                    None => value,
+                };
+                (name, Some(value))
+            }
+            None if quoted => (unquoted(body), None),
+            None => (body, None),
+        };
+        let name = if name.contains('-') { Cow::Owned(name.replace('-', "_")) } else { Cow::Borrowed(name) };
+        Self { name, value }
+    }
+}
+
+fn parse(arguments: &[String]) -> Vec<Parameter<'_>> {
+    arguments.iter().map(|argument| Parameter::new(argument)).collect()
+}
+
+fn counted(arguments: &[String]) -> BTreeMap<Parameter<'_>, usize> {
+    let mut counts = BTreeMap::new();
+    for argument in parse(arguments) {
+        let count: &mut usize = counts.entry(argument).or_default();
+        *count = count.saturating_add(1);
+    }
+    counts
+}
+
+/// Splits at white space outside double quotes, as the kernel does; quotes stay.
+#[must_use]
+pub fn split(text: &str) -> Vec<String> {
+    let mut quoted = false;
+    text.split(|c: char| {
+        quoted ^= c == '"';
+        // isspace(), which knows the vertical tab, too.
+        !quoted && (c.is_ascii_whitespace() || c == '\u{b}')
+    })
+    .filter(|argument| !argument.is_empty())
+    .map(str::to_owned)
+    .collect()
+}
+
+/// The first of `demanded` that `present` does not hold behind those before it; `None` if it holds all, in this order
+/// and as often.
+#[must_use]
+pub fn missing<'a>(demanded: &'a [String], present: &[String]) -> Option<&'a str> {
+    first_missing(demanded.iter(), present)
+}
+
+fn first_missing<'a>(mut demanded: impl Iterator<Item = &'a String>, present: &[String]) -> Option<&'a str> {
+    let present = parse(present);
+    let mut present = present.iter();
+    demanded
+        .find(|argument| {
+            let argument = Parameter::new(argument);
+            !present.any(|there| *there == argument)
+        })
+        .map(String::as_str)
+}
+
+/// The first of `demanded` that the running kernel was not given in this order. Where a boot loader rewrites arguments,
+/// `entry`, the boot entry's arguments, tells what it was given.
+#[must_use]
+pub fn not_in_effect<'a>(demanded: &'a [String], command_line: &[String], entry: Option<&[String]>) -> Option<&'a str> {
+    let missing_there = missing(demanded, command_line)?;
+    if entry.is_some_and(|entry| missing(demanded, entry).is_none()) {
+        return first_missing(demanded.iter().filter(|argument| !argument.contains(REWRITTEN)), command_line);
+    }
+    Some(missing_there)
+}
+
+/// What makes a staged deployment's arguments right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// To append, in this order.
+    pub append: Vec<String>,
+    /// To delete, each once, as [`apply`] does.
+    pub delete: Vec<String>,
+}
+
+/// The arguments around an update.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// What the running deployment was booted with; what `old` does not demand of it is the platform's own.
+    pub booted: &'a [String],
+    /// What the running deployment's config demands; `None` if it carries none, and then what `new` demands and is
+    /// there already was set for a config, not by the platform.
+    pub old: Option<&'a [String]>,
+    /// What the staged deployment has.
+    pub staged: &'a [String],
+    /// What the staged deployment's config demands.
+    pub new: &'a [String],
+}
+
+/// How often each argument stands there.
+struct Counts<'a> {
+    booted: BTreeMap<Parameter<'a>, usize>,
+    old: BTreeMap<Parameter<'a>, usize>,
+    staged: BTreeMap<Parameter<'a>, usize>,
+    new: BTreeMap<Parameter<'a>, usize>,
+}
+
+impl Counts<'_> {
+    fn platform(&self, argument: &Parameter<'_>) -> usize {
+        number(&self.booted, argument).saturating_sub(number(&self.old, argument))
+    }
+
+    /// How often the staged deployment may have it.
+    fn most(&self, argument: &Parameter<'_>) -> usize {
+        self.platform(argument).saturating_add(number(&self.new, argument))
+    }
+
+    fn has_leftovers(&self) -> bool {
+        self.old.keys().any(|argument| number(&self.staged, argument) > self.most(argument))
+    }
+}
+
+fn number(counts: &BTreeMap<Parameter<'_>, usize>, argument: &Parameter<'_>) -> usize {
+    // `get` would want both to live equally long.
+    counts.iter().find(|(key, _)| *key == argument).map_or(0, |(_, count)| *count)
+}
+
+impl<'a> Update<'a> {
+    fn counts(&self) -> Counts<'a> {
+        let [booted, old, staged, new] =
+            [self.booted, self.old.unwrap_or(self.new), self.staged, self.new].map(counted);
+        Counts { booted, old, staged, new }
+    }
+
+    /// The change that leaves the platform's arguments and behind them, in one block, the new config's; `None` where
+    /// they are so.
+    #[must_use]
+    pub fn change(&self) -> Option<Change> {
+        let counts = self.counts();
+        let (staged, new) = (parse(self.staged), parse(self.new));
+        let complete = counts.new.keys().all(|argument| number(&counts.staged, argument) == counts.most(argument));
+        let in_a_block = new.is_empty() || staged.windows(new.len()).any(|window| window == new);
+        if complete && in_a_block && !counts.has_leftovers() {
+            return None;
+        }
+        let mut kept: BTreeMap<Parameter<'_>, usize> = BTreeMap::new();
+        let mut delete = Vec::new();
+        for (argument, text) in staged.iter().zip(self.staged) {
+            if !counts.old.contains_key(argument) && !counts.new.contains_key(argument) {
+                continue;
+            }
+            let kept = kept.entry(argument.clone()).or_default();
+            if *kept < counts.platform(argument) {
+                *kept = kept.saturating_add(1);
+            } else {
+                delete.push(text.clone());
+            }
+        }
+        // What of the platform's own was taken out of the staged deployment comes back, or the next look would take the
+        // config's for it.
+        let booted = parse(self.booted);
+        let mut append = Vec::new();
+        for argument in counts.new.keys() {
+            let lost = counts.platform(argument).saturating_sub(number(&kept, argument));
+            let spelled = booted.iter().zip(self.booted).find(|(there, _)| *there == argument).map(|(_, text)| text);
+            append.extend(std::iter::repeat_n(spelled, lost).flatten().cloned());
+        }
+        append.extend(self.new.iter().cloned());
+        Some(Change { append, delete })
+    }
+
+    /// What the staged deployment lacks or has too much of, where only the image can change it; `None` if it has the
+    /// new config's arguments in order, and none that only the old one demands.
+    #[must_use]
+    pub fn shortfall(&self) -> Option<Change> {
+        let counts = self.counts();
+        if missing(self.new, self.staged).is_none() && !counts.has_leftovers() {
+            return None;
+        }
+        let beyond = |arguments: &[String], most: &dyn Fn(&Parameter<'_>) -> usize| {
+            let mut seen: BTreeMap<Parameter<'_>, usize> = BTreeMap::new();
+            let mut beyond = Vec::new();
+            for argument in arguments {
+                let parameter = Parameter::new(argument);
+                let most = most(&parameter);
+                let seen = seen.entry(parameter).or_default();
+                *seen = seen.saturating_add(1);
+                if *seen > most {
+                    beyond.push(argument.clone());
+                }
+            }
+            beyond
+        };
+        let delete = beyond(self.staged, &|argument| match counts.old.contains_key(argument) {
+            true => counts.most(argument),
+            false => usize::MAX,
+        });
+        let mut append = beyond(self.new, &|argument| number(&counts.staged, argument));
+        if append.is_empty() && delete.is_empty() {
+            // They are all there, in another order.
+            append = self.new.to_vec();
+        }
+        Some(Change { append, delete })
+    }
+}
+
+/// `arguments` without the last occurrences of those in `delete`, and with those in `append` behind them. The first
+/// occurrences are the platform's.
+#[must_use]
+pub fn apply(arguments: &[String], append: &[String], delete: &[String]) -> Vec<String> {
+    let mut changed = arguments.to_vec();
+    for argument in delete {
+        if let Some(at) = changed.iter().rposition(|there| there == argument) {
+            changed.remove(at);
+        }
+    }
+    changed.extend(append.iter().cloned());
+    changed
+}
+
+/// `arguments` as one line; `None` where splitting that would not give them back, or a quote is never closed: it would
+/// take in what libostree appends.
+#[must_use]
+pub fn join(arguments: &[String]) -> Option<String> {
+    let line = arguments.join(" ");
+    let closed = line.matches('"').count().is_multiple_of(2);
+    (closed && split(&line) == arguments).then_some(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ONE_G: &str = "hugepagesz=1G hugepages=32 hugepagesz=2M hugepages=1024";
+
+    fn change(booted: &str, old: &str, staged: &str, new: &str) -> Option<String> {
+        let [booted, old, staged, new] = [booted, old, staged, new].map(split);
+        let update = Update { booted: &booted, old: Some(&old), staged: &staged, new: &new };
+        update.change().map(|change| apply(&staged, &change.append, &change.delete).join(" "))
+    }
+
+    #[test]
+    fn arguments_split_as_the_kernel_does() {
+        assert_eq!(split(" a  b=c\t\u{b}\"d e\" f=\"g h\"\n"), ["a", "b=c", "\"d e\"", "f=\"g h\""]);
+        assert!(split(" \n").is_empty());
+        assert_eq!(split("a\u{a0}b"), ["a\u{a0}b"]);
+    }
+
+    #[test]
+    fn equal_is_what_the_kernel_takes_for_equal() {
+        let same = |a: &str, b: &str| Parameter::new(a) == Parameter::new(b);
+        for (a, b) in [
+            ("cgroup_no_v1=\"all\"", "cgroup_no_v1=all"),
+            ("bar=\"hello world\"", "\"bar=hello world\""),
+            ("\"quiet\"", "quiet"),
+            ("usb-storage.quirks=x", "usb_storage.quirks=x"),
+            ("a=\"b=c\"", "a=b=c"),
+            ("a=\"\"", "a="),
+        ] {
+            assert!(same(a, b), "{a} {b}");
+        }
+        for (a, b) in [
+            ("a=b-c", "a=b_c"),
+            ("a=", "a"),
+            ("a=B", "a=b"),
+            ("A=b", "a=b"),
+            ("a=x\"y\"", "a=xy"),
+            ("a='b'", "a=b"),
+            ("a=b=c", "a=b"),
+            ("=a=b", "=a"),
+        ] {
+            assert!(!same(a, b), "{a} {b}");
+        }
+        // Damaged ones come to an end, too.
+        for text in ["\"", "\"\"", "=", "\"=", "a=\"", "\"a=\"b\"\"", ""] {
+            assert!(same(text, text));
+        }
+    }
+
+    #[test]
+    fn what_is_in_effect_is_in_order_and_as_often() {
+        let lacks = |demanded: &str, line: &str| missing(&split(demanded), &split(line)).map(str::to_owned);
+        let stock = "systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=\"all\" psi=0";
+        let line = "BOOT_IMAGE=x root=y systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all psi=0";
+        assert_eq!(lacks(stock, line), None);
+        assert_eq!(lacks("bar=\"hello world\"", "a \"bar=hello world\" b"), None);
+        assert_eq!(lacks("hugepages=4 hugepages=4", "hugepages=4").as_deref(), Some("hugepages=4"));
+        assert_eq!(lacks("console=ttyS0 console=tty0", "console=tty0 console=ttyS0").as_deref(), Some("console=tty0"));
+        assert_eq!(lacks("a= b=c=d", "a= b=c=d"), None);
+        assert_eq!(lacks("a=", "a").as_deref(), Some("a="));
+    }
+
+    #[test]
+    fn the_boot_entry_tells_of_what_a_boot_loader_rewrites() {
+        let lacks = |demanded: &str, line: &str, entry: &str| {
+            not_in_effect(&split(demanded), &split(line), Some(&split(entry))).map(str::to_owned)
+        };
+        let demanded = "psi=0 d=\"a\\b;$c\"";
+        assert_eq!(lacks(demanded, "psi=0 d=ab", demanded), None);
+        assert_eq!(lacks(demanded, "d=ab", demanded).as_deref(), Some("psi=0"));
+        assert_eq!(lacks(demanded, "psi=0 d=ab", "psi=0").as_deref(), Some("d=\"a\\b;$c\""));
+    }
+
+    #[test]
+    fn all_of_the_old_go_and_all_of_the_new_come_in_order() {
+        let eight = "hugepagesz=1G hugepages=8 hugepagesz=2M hugepages=1024";
+        let with = |arguments: &str| format!("root=x rw {arguments}");
+        assert_eq!(change(&with(ONE_G), ONE_G, &with(ONE_G), eight), Some(with(eight)));
+        let (four, both) = ("hugepagesz=1G hugepages=4", "hugepagesz=1G hugepages=4 hugepagesz=2M hugepages=4");
+        assert_eq!(change(&with(four), four, &with(four), both), Some(with(both)));
+        assert_eq!(change(&with(both), both, &with(both), four), Some(with(four)));
+        let (consoles, turned) = ("console=tty0 console=ttyS0", "console=ttyS0 console=tty0");
+        assert_eq!(change(&with(consoles), consoles, &with(consoles), turned), Some(with(turned)));
+        for same in [ONE_G, four, both, consoles, "a= b=\"c d\" e=f=g", ""] {
+            assert_eq!(change(&with(same), same, &with(same), same), None);
+        }
+        assert_eq!(change(&with("quiet"), "quiet", &with("quiet"), ""), Some("root=x rw".to_owned()));
+    }
+
+    #[test]
+    fn the_platforms_own_stay() {
+        // Demanded, too: once for each. Taken out of the config again, the platform's is left, in its place.
+        let platform = "console=ttyS0 rw console=tty1";
+        let both = format!("{platform} console=ttyS0");
+        assert_eq!(change(platform, "", platform, "console=ttyS0"), Some(both.clone()));
+        assert_eq!(change(&both, "console=ttyS0", &both, "console=ttyS0"), None);
+        assert_eq!(change(&both, "console=ttyS0", &both, ""), Some(platform.to_owned()));
+        // A person's append to what is staged.
+        assert_eq!(change("rw a", "a", "rw a mine", "a"), None);
+        assert_eq!(change("rw a", "a", "rw a mine", "b"), Some("rw mine b".to_owned()));
+        // Spelled in another way.
+        assert_eq!(change("rw a=\"b\"", "a=b", "rw a=\"b\"", "c"), Some("rw c".to_owned()));
+    }
+
+    #[test]
+    fn without_an_old_config_what_is_demanded_counts_as_set_for_one() {
+        let after = |staged: &str, new: &str| {
+            let (staged, new) = (split(staged), split(new));
+            let update = Update { booted: &staged, old: None, staged: &staged, new: &new };
+            update.change().map(|change| apply(&staged, &change.append, &change.delete).join(" "))
+        };
+        assert_eq!(after("rw psi=0 nosmt", "psi=0 nosmt"), None);
+        let both = "hugepagesz=1G hugepages=4 hugepagesz=2M hugepages=4";
+        assert_eq!(after("rw hugepagesz=1G hugepages=4", both), Some(format!("rw {both}")));
+    }
+
+    #[test]
+    fn where_only_the_image_can_change_them_order_and_leftovers_count() {
+        let short = |old: &str, staged: &str, new: &str| {
+            let [old, staged, new] = [old, staged, new].map(split);
+            let booted: Vec<String> = split("rw").into_iter().chain(old.clone()).collect();
+            let update = Update { booted: &booted, old: Some(&old), staged: &staged, new: &new };
+            update.shortfall().map(|Change { append, delete }| (append.join(" "), delete.join(" ")))
+        };
+        let told = |append: &str, delete: &str| Some((append.to_owned(), delete.to_owned()));
+        assert_eq!(short("a", "rw x=\"all\" between y", "x=all y"), None);
+        assert_eq!(short("quiet", "rw quiet", "nosmt a=b"), told("nosmt a=b", "quiet"));
+        assert_eq!(short("", "rw b a", "a b"), told("a b", ""));
+        assert_eq!(short("", "rw h=4", "h=4 h=4"), told("h=4", ""));
+    }
+
+    #[test]
+    fn a_quote_that_is_never_closed_is_no_line() {
+        assert_eq!(join(&split("a b=\"c d\"")).as_deref(), Some("a b=\"c d\""));
+        assert_eq!(join(&["a=\"b".to_owned(), "c".to_owned()]), None);
+        assert_eq!(join(&["c".to_owned(), "a=\"b".to_owned()]), None);
+        assert_eq!(join(&["a=\"b".to_owned(), "c\"".to_owned()]), None);
+    }
+
+    fn some_arguments(most: usize) -> impl Strategy<Value = Vec<String>> {
+        let words =
+            ["a", "b=1", "b=2", "b=\"1\"", "\"b=1\"", "c-d=x y", "c_d=\"x y\"", "e=", "e", "f=g=h", "f=\"g=h\""];
+        let words: Vec<&str> = words.into_iter().filter(|word| split(word).len() == 1).collect();
+        prop::collection::vec(prop::sample::select(words).prop_map(str::to_owned), 0..most)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// After the change nothing is left to change, whatever was there; and nobody else's argument is touched.
+        #[test]
+        fn a_change_converges(
+            booted in some_arguments(6),
+            old in prop::option::of(some_arguments(5)),
+            staged in some_arguments(8),
+            new in some_arguments(5),
+        ) {
+            let update = Update { booted: &booted, old: old.as_deref(), staged: &staged, new: &new };
+            let Some(change) = update.change() else { return Ok(()) };
+            let line = join(&apply(&staged, &change.append, &change.delete)).unwrap();
+            let after = split(&line);
+            prop_assert_eq!(Update { staged: &after, ..update }.change(), None);
+            prop_assert_eq!(Update { staged: &after, ..update }.shortfall(), None);
+            prop_assert_eq!(missing(&new, &after), None);
+            let is_others = |argument: &&String| {
+                let parameter = Parameter::new(argument);
+                !parse(old.as_deref().unwrap_or_default()).contains(&parameter) && !parse(&new).contains(&parameter)
+            };
+            let others = |list: &[String]| list.iter().filter(is_others).cloned().collect::<Vec<_>>();
+            prop_assert_eq!(others(&staged), others(&after));
+        }
+
+        /// The platform's arguments survive any two configs after one another, in their order.
+        #[test]
+        fn the_platform_survives_every_config(
+            platform in some_arguments(5), old in some_arguments(5), new in some_arguments(5),
+        ) {
+            let booted: Vec<String> = platform.iter().chain(&old).cloned().collect();
+            let update = Update { booted: &booted, old: Some(&old), staged: &booted, new: &new };
+            let after = match update.change() {
+                Some(change) => apply(&booted, &change.append, &change.delete),
+                None => booted.clone(),
+            };
+            let expected: Vec<String> = platform.iter().chain(&new).cloned().collect();
+            prop_assert_eq!(counted(&after), counted(&expected));
+            prop_assert_eq!(missing(&platform, &after), None);
+        }
+    }
+}
