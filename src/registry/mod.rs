@@ -38,23 +38,9 @@ pub struct Settings {
     pub deadline: Duration,
 }
 
-/// Something that verification vouches for. Only [`verify`] makes one, and what changes the host's image takes one:
-///
-/// ```compile_fail,E0451
-/// # use rebase_agent::model::{ImageFacts, PinnedImage};
-/// # use rebase_agent::registry::Verified;
-/// fn forge(image: PinnedImage, facts: ImageFacts) -> Verified<PinnedImage> {
-///     Verified { inner: image, facts, default_is_insecure: false }
-/// }
-/// ```
-///
-/// ```compile_fail,E0616
-/// # use rebase_agent::model::PinnedImage;
-/// # use rebase_agent::registry::Verified;
-/// fn swap(mut verified: Verified<PinnedImage>, other: PinnedImage) {
-///     verified.inner = other;
-/// }
-/// ```
+/// Something that verification vouches for. Only [`verify`] makes one, nothing alters one, and what changes the host's
+/// image, its kernel arguments or its boot takes one; `tests/proofs.rs` shows that code which does otherwise is not
+/// compiled.
 #[derive(Clone, Debug)]
 pub struct Verified<T> {
     inner: T,

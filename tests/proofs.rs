@@ -1,0 +1,110 @@
+//! What the compiler must refuse: a host that is changed without a verified image. Each program is given to rustc, which
+//! must name exactly the expected error; the control, which does it rightly, must compile.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "runs the compiler on programs that it writes"
+)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const USES: &str = "#![allow(unused, dead_code)]
+    use rebase_agent::host::{Cancel, Host};
+    use rebase_agent::model::{ImageFacts, PinnedImage};
+    use rebase_agent::registry::Verified;";
+
+const CONTROL: &str = "fn control(host: &Host, image: &Verified<PinnedImage>, cancel: &mut Cancel) {
+    drop(host.stage(image, cancel, &|_| {}));
+    drop(host.set_kernel_arguments(image, &[], &[], cancel));
+    drop(host.reboot(image));
+    let (_, _): (&PinnedImage, &ImageFacts) = (image.get(), image.facts());
+}";
+
+/// Functions that try what they must not, and the only error of each.
+const REFUSED: &[(&str, &str)] = &[
+    (
+        "E0451",
+        "fn forge(inner: PinnedImage, facts: ImageFacts) -> Verified<PinnedImage> {
+            Verified { inner, facts, default_is_insecure: false }
+        }",
+    ),
+    ("E0616", "fn swap(mut verified: Verified<PinnedImage>, other: PinnedImage) { verified.inner = other; }"),
+    ("E0594", "fn write(mut verified: Verified<PinnedImage>, other: PinnedImage) { *verified.get() = other; }"),
+    ("E0599", "fn make() -> Verified<PinnedImage> { Verified::<PinnedImage>::default() }"),
+    ("E0277", "fn convert(image: PinnedImage) -> Verified<PinnedImage> { image.into() }"),
+    (
+        "E0308",
+        "fn stage(host: &Host, image: &PinnedImage, cancel: &mut Cancel) { drop(host.stage(image, cancel, &|_| {})); }",
+    ),
+    (
+        "E0308",
+        "fn set(host: &Host, image: &PinnedImage, cancel: &mut Cancel) {
+            drop(host.set_kernel_arguments(image, &[], &[], cancel));
+        }",
+    ),
+    ("E0308", "fn reboot(host: &Host, image: &PinnedImage) { drop(host.reboot(image)); }"),
+    ("E0061", "fn reboot(host: &Host) { drop(host.reboot()); }"),
+];
+
+/// The compiler beside the cargo that runs the test.
+fn compiler() -> PathBuf {
+    let beside = std::env::var_os("CARGO").map(|cargo| Path::new(&cargo).with_file_name("rustc"));
+    beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from("rustc"))
+}
+
+/// The error codes of `program`, and all that the compiler says.
+fn compile(library: &Path, program: &str) -> (bool, BTreeSet<String>, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("program.rs");
+    std::fs::write(&source, format!("{USES}\n{program}\n")).unwrap();
+    let output = Command::new(compiler())
+        .args(["--edition", "2024", "--crate-type", "lib", "--emit", "metadata", "--out-dir"])
+        .arg(dir.path())
+        .arg("-L")
+        .arg(format!("dependency={}", library.parent().unwrap().display()))
+        .arg("--extern")
+        .arg(format!("rebase_agent={}", library.display()))
+        .arg(&source)
+        .output()
+        .expect("the compiler starts");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let codes = said.split("error[").skip(1).filter_map(|rest| rest.split_once(']')).map(|(code, _)| code.to_owned());
+    (output.status.success(), codes.collect(), said)
+}
+
+/// The library that this test is linked with: the newest that the control compiles with, as a target directory may keep
+/// those of other builds.
+fn library() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let mut found: Vec<PathBuf> = std::fs::read_dir(test.parent().unwrap())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            name.starts_with("librebase_agent-") && name.ends_with(".rlib")
+        })
+        .collect();
+    found.sort_by_key(|path| std::fs::metadata(path).unwrap().modified().unwrap());
+    let mut last = "no library was built".to_owned();
+    for path in found.into_iter().rev() {
+        match compile(&path, CONTROL) {
+            (true, ..) => return path,
+            (false, _, said) => last = said,
+        }
+    }
+    panic!("the control does not compile: {last}");
+}
+
+#[test]
+fn no_host_is_changed_without_a_verified_image() {
+    let library = library();
+    for (expected, program) in REFUSED {
+        let (compiled, codes, said) = compile(&library, program);
+        assert!(!compiled, "this compiles:\n{program}");
+        assert_eq!(codes, BTreeSet::from([(*expected).to_owned()]), "{program}\n{said}");
+    }
+}
