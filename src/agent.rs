@@ -15,13 +15,14 @@ use crate::cluster::node::NodeObject;
 use crate::cluster::{ClusterError, Told, follow};
 use crate::confine::Confinement;
 use crate::decide::decide;
+use crate::host::boot::DeploymentsStamp;
 use crate::journal::id;
 use crate::model::{
     Action, Clock, Decision, Fault, HostFacts, Limits, MachineFacts, Memory, NodeState, Now, Observed, PinnedImage,
     Reading, Reason, Running, Since, Step, printable,
 };
 use crate::observe::{self, Neighbours};
-use crate::registry::Verified;
+use crate::registry::{TrustStamp, Verified};
 use crate::report::{Patch, report};
 use crate::schedule::{Backoff, jittered, random};
 use crate::{act, model};
@@ -52,7 +53,7 @@ enum Event {
 struct Readings {
     node: Option<Told>,
     /// With the stamps from before it was read: what changes meanwhile must be read once more.
-    host: Option<([Option<SystemTime>; 2], Reading<HostFacts>)>,
+    host: Option<(DeploymentsStamp, Reading<HostFacts>)>,
     machine: Reading<MachineFacts>,
 }
 
@@ -119,20 +120,13 @@ struct Agent {
     wake: Instant,
 }
 
-/// File times whose change means that something must be read again.
+/// What identified the files that our knowledge comes from. Nothing is decided on what has changed since.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamps {
-    deployments: [Option<SystemTime>; 2],
-    policy: Option<SystemTime>,
-}
-
-impl Stamps {
-    fn read(neighbours: &Neighbours) -> Self {
-        Self {
-            deployments: neighbours.host.root().deployments_stamp(),
-            policy: std::fs::metadata(&neighbours.engine.settings().policy).and_then(|m| m.modified()).ok(),
-        }
-    }
+    /// From before the deployments were read.
+    deployments: DeploymentsStamp,
+    /// From before the last verification began, whichever way it ended.
+    trust: Option<TrustStamp>,
 }
 
 /// Runs until SIGTERM or SIGINT. Whatever is under way then can be taken up by the next start.
@@ -186,7 +180,7 @@ impl Agent {
         fn unread(reason: Reason) -> Fault {
             Fault { reason, message: "not read yet".to_owned(), retryable: true }
         }
-        let stamps = Stamps::read(&neighbours);
+        let stamps = Stamps { deployments: neighbours.host.root().deployments_stamp(), trust: None };
         let began = Instant::now();
         Self {
             neighbours,
@@ -261,26 +255,44 @@ impl Agent {
     }
 
     fn tick(&mut self) {
-        let stamps = Stamps::read(&self.neighbours);
-        let deployments_changed = stamps.deployments != self.stamps.deployments;
-        if stamps.policy != self.stamps.policy {
-            tracing::info!("the signature policy changed; verifying again");
-            self.memory.verified.clear();
-            self.proofs.clear();
+        let unknown = self.observed.host.known().is_none();
+        let busy = self.observed.host.known().is_some_and(|host| host.transaction.is_some());
+        if !self.is_idle() && self.task.is_none() {
+            self.look(if unknown || busy { Look::Host } else { Look::Machine });
+        }
+        self.step();
+    }
+
+    /// Withdraws the proof when a file that it rests on is not what it was, and has the deployments read again when
+    /// they changed. Costs a few calls of stat(2), so every step begins with it: also the last before the reboot.
+    fn check_stamps(&mut self) {
+        let settings = self.neighbours.engine.settings();
+        let changed = self.stamps.trust.as_ref().and_then(|trust| trust.changed(settings));
+        if let Some(path) = changed {
+            tracing::info!("{} changed, which decides about signatures; verifying again", path.display());
+            self.withdraw_proofs();
             self.memory.succeeded(Step::Verify);
-            // What is being verified may have read the policy before it changed.
-            if self.task.as_ref().is_some_and(|task| task.running.step == Step::Verify) {
+            // What is being verified may have read the file before it changed.
+            if self.is_running(|step| step == Step::Verify) {
                 self.abort();
             }
         }
-        self.stamps = stamps;
-        let unknown = self.observed.host.known().is_none();
-        let busy = self.observed.host.known().is_some_and(|host| host.transaction.is_some());
-        if deployments_changed || (!self.is_idle() && self.task.is_none()) {
-            let host = deployments_changed || unknown || busy;
-            self.look(if host { Look::Host } else { Look::Machine });
+        // What we change ourselves is read when that has ended.
+        let changes_host = self.is_running(|step| step != Step::Verify);
+        if !self.stale && !changes_host && self.neighbours.host.root().deployments_stamp() != self.stamps.deployments {
+            self.stale = true;
+            self.look(Look::Host);
         }
-        self.step();
+    }
+
+    fn withdraw_proofs(&mut self) {
+        self.stamps.trust = None;
+        self.memory.verified.clear();
+        self.proofs.clear();
+    }
+
+    fn is_running(&self, step: impl Fn(Step) -> bool) -> bool {
+        self.task.as_ref().is_some_and(|task| step(task.running.step))
     }
 
     fn hear(&mut self, event: Event) {
@@ -386,6 +398,7 @@ impl Agent {
         if self.seen != (true, true) && self.began.elapsed() < FIRST_PASS {
             return;
         }
+        self.check_stamps();
         // What is being written, or was just done, decides what is true next.
         if self.patching || self.stale {
             return;
@@ -455,6 +468,11 @@ impl Agent {
     }
 
     fn begin(&mut self, action: Action, running: Running) {
+        if let Action::Verify { image } = &action {
+            // An older proof is of another image, and from here on only the files of this one are watched.
+            self.withdraw_proofs();
+            self.stamps.trust = Some(TrustStamp::read(self.neighbours.engine.settings(), image));
+        }
         let proof = self.desired().and_then(|image| self.proofs.get(&image)).cloned();
         let (cancel, cancelled) = watch::channel(false);
         self.tasks = self.tasks.saturating_add(1);

@@ -22,4 +22,5 @@ pub mod reason;
 pub mod registry;
 pub mod report;
 pub mod schedule;
+pub mod stamp;
 pub mod text;

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use nix::sys::stat;
 use nix::sys::statvfs::statvfs;
@@ -14,6 +13,7 @@ use serde::Deserialize;
 
 pub use crate::kernel_arguments::split as split_arguments;
 use crate::model::{BootId, printable};
+use crate::stamp::Stamp;
 
 /// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
@@ -71,6 +71,9 @@ pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read_bounded(path, MAX_SMALL)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
+
+/// What identifies the state of the deployments without asking their daemon; see [`Root::deployments_stamp`].
+pub type DeploymentsStamp = [Stamp; 3];
 
 /// The file system the agent looks at: `/`, or a tree that stands in for it.
 #[derive(Clone, Debug)]
@@ -224,11 +227,12 @@ impl Root {
         None
     }
 
-    /// Changes whenever somebody writes a deployment or stages one: libostree touches the directory then.
+    /// Changes whenever a deployment is written, staged, locked or dropped: libostree touches the directory then, and
+    /// has a note of what is staged. Older libostree keeps the lock in a file of its own.
     #[must_use]
-    pub fn deployments_stamp(&self) -> [Option<SystemTime>; 2] {
-        ["ostree/deploy", "run/ostree/staged-deployment"]
-            .map(|path| std::fs::metadata(self.join(path)).and_then(|m| m.modified()).ok())
+    pub fn deployments_stamp(&self) -> DeploymentsStamp {
+        ["ostree/deploy", "run/ostree/staged-deployment", "run/ostree/staged-deployment-locked"]
+            .map(|path| Stamp::of(&self.join(path)))
     }
 }
 

@@ -4,6 +4,7 @@
 mod engine;
 pub mod policy;
 pub mod reference;
+mod trust;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use policy::{MAX_POLICY, Policy, PolicyError, Verdict};
 
 pub use engine::Engine;
 pub(crate) use engine::without_queries;
+pub use trust::TrustStamp;
 
 /// The label that MCO's image build puts on an image: the rendered config it was built from.
 const CONFIG_LABEL: &str = "machineconfig";
@@ -310,6 +312,7 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<Verified<Pin
         return unverified(engine, policy, image).await;
     }
     let scope = policy.gate(image)?;
+    TrustStamp::check(engine.settings(), image)?;
     let fetched = engine.fetch(&policy, image, &scope).await?;
     for file in policy.policy.files(image).into_iter().filter(|file| root_only(file)) {
         tracing::warn!(

@@ -1,0 +1,103 @@
+//! What identified the files that decide about an image when its verification began. A proof is good for as long as
+//! they are the same files.
+
+use std::path::{Path, PathBuf};
+
+use super::policy::MAX_POLICY;
+use super::{Policy, RegistryError, Settings};
+use crate::host::boot::read_bounded;
+use crate::model::PinnedImage;
+use crate::stamp::Stamp;
+
+/// containers-registries.conf(5): mirrors decide where a signature is looked up, and a registry may be blocked. The
+/// agent passes no other, and the engine has no home directory.
+const REGISTRIES_CONF: [&str; 2] = ["/etc/containers/registries.conf", "/etc/containers/registries.conf.d"];
+/// Most files that one directory may have, or one policy may name; a node has a handful.
+const MAX_FILES: usize = 1024;
+
+/// The policy, every file that it names for an image, and the settings by which the engine looks its signatures up.
+/// Taken before verification reads them: what changes meanwhile differs afterwards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustStamp {
+    /// The policy and what it names.
+    files: Vec<(PathBuf, Stamp)>,
+    /// Settings: directories with their entries, and files.
+    settings: Vec<(PathBuf, Stamp)>,
+    /// The first of them that has or names more than [`MAX_FILES`].
+    excess: Option<PathBuf>,
+}
+
+impl TrustStamp {
+    /// Looks at everything that decides about `image` now.
+    #[must_use]
+    pub fn read(settings: &Settings, image: &PinnedImage) -> Self {
+        // Before its bytes are read.
+        let policy = (settings.policy.clone(), Stamp::of(&settings.policy));
+        let (looked_up, mut excess) = lookup(settings);
+        let bytes = read_bounded(&settings.policy, MAX_POLICY).unwrap_or_default();
+        let parsed = Policy::parse(&bytes).ok();
+        let mut named: Vec<PathBuf> = parsed.iter().flat_map(|policy| policy.files(image)).map(PathBuf::from).collect();
+        named.sort();
+        named.dedup();
+        if named.len() > MAX_FILES {
+            named.clear();
+            excess = excess.or_else(|| Some(settings.policy.clone()));
+        }
+        let stamped = named.into_iter().map(|path| {
+            let stamp = Stamp::of(&path);
+            (path, stamp)
+        });
+        Self { files: std::iter::once(policy).chain(stamped).collect(), settings: looked_up, excess }
+    }
+
+    /// The first file that is not what it was; looks at all of them again.
+    #[must_use]
+    pub fn changed(&self, settings: &Settings) -> Option<PathBuf> {
+        let differs = |(path, stamp): &&(PathBuf, Stamp)| Stamp::of(path) != *stamp;
+        if let Some((path, _)) = self.files.iter().find(differs) {
+            return Some(path.clone());
+        }
+        let (now, _) = lookup(settings);
+        if now == self.settings {
+            return None;
+        }
+        let differs = |this: &[(PathBuf, Stamp)], other: &[(PathBuf, Stamp)]| {
+            this.iter().find(|entry| !other.contains(entry)).map(|(path, _)| path.clone())
+        };
+        differs(&self.settings, &now).or_else(|| differs(&now, &self.settings))
+    }
+
+    /// Refuses what cannot be watched whole.
+    pub(super) fn check(settings: &Settings, image: &PinnedImage) -> Result<(), RegistryError> {
+        match Self::read(settings, image).excess {
+            None => Ok(()),
+            Some(path) => {
+                let why = format!("it has or names more than {MAX_FILES} files, and all are watched; remove some");
+                Err(RegistryError::Policy { path, why })
+            }
+        }
+    }
+}
+
+fn lookup(settings: &Settings) -> (Vec<(PathBuf, Stamp)>, Option<PathBuf>) {
+    let mut found = Vec::new();
+    let mut excess = None;
+    for path in std::iter::once(settings.registries_d.as_path()).chain(REGISTRIES_CONF.map(Path::new)) {
+        found.push((path.to_owned(), Stamp::of(path)));
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(path)
+            .into_iter()
+            .flat_map(|entries| entries.take(MAX_FILES.saturating_add(1)))
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .collect();
+        if entries.len() > MAX_FILES {
+            excess = excess.or_else(|| Some(path.to_owned()));
+            continue;
+        }
+        entries.sort();
+        found.extend(entries.into_iter().map(|path| {
+            let stamp = Stamp::of(&path);
+            (path, stamp)
+        }));
+    }
+    (found, excess)
+}

@@ -1,0 +1,91 @@
+//! What identifies a file without reading it, so that a change can be noticed later.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Device, inode, time of change in seconds and nanoseconds, size in bytes. The time of modification is left out:
+/// ostree sets all of them to the same, and everyone who may write a file may set it.
+type Identity = (u64, u64, i64, i64, u64);
+
+/// What stood at a path: the name itself, which may be a symbolic link, and the file that it led to. `None` where
+/// there was nothing, or nothing that this process may look at. Opens nothing, so a pipe does not block it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    name: Option<Identity>,
+    file: Option<Identity>,
+}
+
+impl Stamp {
+    /// Looks at `path` now.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        let identity = |metadata: Metadata| {
+            (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.size())
+        };
+        let name = std::fs::symlink_metadata(path).ok().map(identity);
+        Self { name, file: std::fs::metadata(path).ok().map(identity) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replaced_file_differs_even_with_its_old_time_and_size() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, new) = (directory.path().join("key"), directory.path().join("new"));
+        std::fs::write(&path, "one").unwrap();
+        let before = Stamp::of(&path);
+        assert_eq!(before, Stamp::of(&path));
+        let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+        std::fs::write(&new, "two").unwrap();
+        std::fs::File::open(&new).unwrap().set_modified(modified).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().modified().unwrap(), modified);
+        assert_ne!(before, Stamp::of(&path));
+        let replaced = Stamp::of(&path);
+        std::fs::remove_file(&path).unwrap();
+        assert_ne!(replaced, Stamp::of(&path));
+    }
+
+    #[test]
+    fn a_link_that_leads_elsewhere_differs_and_so_does_what_it_leads_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let link = |to: &str| {
+            let _ = std::fs::remove_file(path("link"));
+            std::os::unix::fs::symlink(path(to), path("link")).unwrap();
+        };
+        std::fs::write(path("a"), "a").unwrap();
+        std::fs::write(path("b"), "b").unwrap();
+        link("a");
+        let a = Stamp::of(&path("link"));
+        std::fs::write(path("a"), "changed").unwrap();
+        assert_ne!(a, Stamp::of(&path("link")));
+        let a = Stamp::of(&path("link"));
+        link("b");
+        assert_ne!(a, Stamp::of(&path("link")));
+        link("nothing");
+        let nothing = Stamp::of(&path("link"));
+        assert!(nothing.name.is_some() && nothing.file.is_none());
+        // A directory on the way that is swapped changes what is found at its end.
+        std::fs::create_dir(path("one")).unwrap();
+        std::fs::create_dir(path("two")).unwrap();
+        std::fs::write(path("one/key"), "a").unwrap();
+        std::fs::write(path("two/key"), "a").unwrap();
+        link("one");
+        let one = Stamp::of(&path("link/key"));
+        link("two");
+        assert_ne!(one, Stamp::of(&path("link/key")));
+    }
+
+    #[test]
+    fn a_pipe_does_not_block() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert_eq!(Stamp::of(&path), Stamp::of(&path));
+    }
+}

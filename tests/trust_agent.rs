@@ -1,0 +1,238 @@
+//! The whole agent while what it stands on changes: the files that decide about signatures, and the deployments.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value;
+use support::events::Event;
+use support::image::Pushed;
+use support::mcc::{PREFIX, annotation};
+use support::policy::{Policy, RegistriesD, Requirement};
+use support::sign::{KeyKind, Signer};
+use support::world::{NODE, World, WorldOptions};
+
+const HOLD: &str = "rebase-agent.openshift.io/hold";
+const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
+
+/// A node that is Done on the image that it was installed with, has another one staged, and is held.
+struct Held {
+    world: World,
+    image: Pushed,
+    seen: Arc<Mutex<Vec<Event>>>,
+    /// The digest that was staged at each request to drain.
+    staged_at_drain: Arc<Mutex<Vec<Option<String>>>>,
+}
+
+impl Held {
+    async fn new() -> Self {
+        let world = World::new(WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")))).await.unwrap();
+        world.target("1", &world.installed);
+        world.machine.power_on().await.unwrap();
+        world.wait_done(&world.installed).await.unwrap();
+        let (seen, staged_at_drain) = (Arc::<Mutex<Vec<Event>>>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let (all, drains, machine) = (seen.clone(), staged_at_drain.clone(), world.machine.clone());
+        world.events.listen(move |event| {
+            all.lock().unwrap().push(event.clone());
+            if wrote(event, &format!("{PREFIX}desiredDrain"), "drain-") {
+                let staged = machine.deployments().into_iter().find(|deployment| deployment.staged);
+                drains.lock().unwrap().push(staged.map(|staged| staged.digest));
+            }
+        });
+        world.store().annotate("kubectl-annotate", NODE, HOLD, Some("not tonight")).unwrap();
+        let image = world.signed("2").await.unwrap();
+        world.target("2", &image);
+        world.wait_reason("Held").await.unwrap();
+        Self { world, image, seen, staged_at_drain }
+    }
+
+    fn go_on(&self) {
+        self.world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
+    }
+
+    fn count(&self, choose: impl Fn(&Event) -> bool) -> usize {
+        self.seen.lock().unwrap().iter().filter(|event| choose(event)).count()
+    }
+
+    fn said(&self, words: &str) -> usize {
+        self.count(|event| matches!(event, Event::AgentLine(line) if line.contains(words)))
+    }
+
+    fn files(&self) -> Files {
+        let path = self.world.path().to_owned();
+        Files { scope: format!("{}/example", self.world.registry.host()), path }
+    }
+
+    /// The node is refused for `word`, in service, and has not been rebooted.
+    async fn refused(&self, word: &str) {
+        let given_back = |node: &Value| {
+            annotation(node, "reason").is_some_and(|reason| reason.starts_with(word))
+                && annotation(node, "state") == Some("Degraded")
+                && node["spec"]["unschedulable"] != true
+        };
+        if let Err(error) = self.world.wait(word, given_back).await {
+            panic!("{error:#}\n{:#?}", self.seen.lock().unwrap());
+        }
+        assert_eq!(self.count(|event| matches!(event, Event::RebootAccepted | Event::Booted { .. })), 0);
+        assert_eq!(self.world.machine.booted().unwrap().digest, self.world.installed.digest);
+    }
+
+    async fn arrives(&self) {
+        if let Err(error) = self.world.wait_done(&self.image).await {
+            panic!("{error:#}\n{:#?}", self.seen.lock().unwrap());
+        }
+        assert_eq!(self.count(|event| matches!(event, Event::Booted { .. })), 1);
+    }
+}
+
+fn wrote(event: &Event, key: &str, prefix: &str) -> bool {
+    matches!(event, Event::NodeChanged { manager, changes, .. } if manager == "rebase-agent"
+        && changes.get(key).is_some_and(|value| value.as_deref().is_some_and(|value| value.starts_with(prefix))))
+}
+
+/// The files that decide about signatures on this node.
+struct Files {
+    scope: String,
+    path: PathBuf,
+}
+
+impl Files {
+    fn policy(&self) -> PathBuf {
+        self.path.join("containers/policy.json")
+    }
+
+    /// A policy that demands a key which has signed nothing.
+    fn stranger(&self) -> Policy {
+        let key = self.path.join("stranger.pub");
+        Signer::generate(KeyKind::P256).write_public(&key).unwrap();
+        Policy::accept_by_default().scope(&self.scope, [Requirement::sigstore_key_path(&key)])
+    }
+}
+
+/// Puts what `write` writes in the place of `path`, with the old time of modification.
+fn replace(path: &Path, write: impl Fn(&Path)) {
+    let new = path.with_extension("new");
+    write(&new);
+    let modified = fs::metadata(path).unwrap().modified().unwrap();
+    File::options().append(true).open(&new).unwrap().set_modified(modified).unwrap();
+    fs::rename(&new, path).unwrap();
+    assert_eq!(fs::metadata(path).unwrap().modified().unwrap(), modified);
+}
+
+// --- trust ------------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_rewritten_after_staging_is_verified_against_before_the_drain() {
+    let held = Held::new().await;
+    let files = held.files();
+    files.stranger().write(&files.policy()).unwrap();
+    held.go_on();
+    held.refused("SignatureRejected").await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_replaced_with_its_old_time_is_noticed() {
+    let held = Held::new().await;
+    let files = held.files();
+    replace(&files.policy(), |new| files.stranger().write(new).unwrap());
+    held.go_on();
+    held.refused("SignatureRejected").await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_file_replaced_with_its_old_time_is_noticed() {
+    let held = Held::new().await;
+    replace(&held.world.path().join("os.pub"), |new| Signer::generate(KeyKind::P256).write_public(new).unwrap());
+    held.go_on();
+    held.refused("SignatureRejected").await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn registries_d_that_changes_is_noticed() {
+    let held = Held::new().await;
+    let files = held.files();
+    let directory = files.path.join("containers/registries.d");
+    replace(&directory.join("os.yaml"), |new| {
+        RegistriesD::new().attachments(&files.scope, false).write(new).unwrap();
+    });
+    held.go_on();
+    held.refused("SignatureMissing").await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_added_to_registries_d_is_noticed() {
+    let held = Held::new().await;
+    let files = held.files();
+    let more = files.path.join("containers/registries.d/more.yaml");
+    let scope = format!("{}/os", files.scope);
+    RegistriesD::new().attachments(&scope, false).write(&more).unwrap();
+    held.go_on();
+    held.refused("SignatureMissing").await;
+}
+
+/// Changes the key at the first event that `choose` takes, while the agent's write is being answered.
+async fn key_changes_at(choose: impl Fn(&Event) -> bool + Send + Sync + 'static) {
+    let held = Held::new().await;
+    let (key, armed) = (held.world.path().join("os.pub"), AtomicBool::new(true));
+    held.world.events.listen(move |event| {
+        if choose(event) && armed.swap(false, Ordering::SeqCst) {
+            replace(&key, |new| Signer::generate(KeyKind::P256).write_public(new).unwrap());
+        }
+    });
+    held.go_on();
+    held.refused("SignatureRejected").await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().as_slice(), [Some(held.image.digest.clone())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_changes_during_the_drain_gives_the_node_back() {
+    key_changes_at(|event| wrote(event, &format!("{PREFIX}desiredDrain"), "drain-")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_changes_just_before_the_reboot_is_seen_in_the_last_look() {
+    key_changes_at(|event| wrote(event, ATTEMPT, "{")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_replaced_by_their_like_are_verified_against_and_the_update_goes_on() {
+    let held = Held::new().await;
+    for path in [held.files().policy(), held.world.path().join("os.pub")] {
+        let bytes = fs::read(&path).unwrap();
+        replace(&path, |new| fs::write(new, &bytes).unwrap());
+    }
+    let verified = format!("verified {}", held.image.pullspec());
+    assert_eq!(held.said(&verified), 1);
+    held.go_on();
+    held.arrives().await;
+    assert_eq!(held.said(&verified), 2);
+}
+
+// --- deployments ------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_person_dropped_is_staged_again_before_the_drain() {
+    let held = Held::new().await;
+    held.world.machine.sysroot().drop_staged().unwrap();
+    held.go_on();
+    held.arrives().await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().as_slice(), [Some(held.image.digest.clone())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_person_staged_instead_is_dropped_before_the_drain() {
+    let held = Held::new().await;
+    let other = held.world.signed("9").await.unwrap();
+    let typed = format!("ostree-unverified-registry:{}", other.pullspec());
+    held.world.machine.human_stage(&typed).await.unwrap();
+    held.go_on();
+    held.arrives().await;
+    assert_eq!(held.staged_at_drain.lock().unwrap().as_slice(), [Some(held.image.digest.clone())]);
+}
