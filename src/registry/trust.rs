@@ -101,3 +101,105 @@ fn lookup(settings: &Settings) -> (Vec<(PathBuf, Stamp)>, Option<PathBuf>) {
     }
     (found, excess)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::registry::reference;
+
+    struct Lab {
+        directory: tempfile::TempDir,
+        settings: Settings,
+        image: PinnedImage,
+    }
+
+    impl Lab {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = |name: &str| directory.path().join(name);
+            std::fs::create_dir(path("registries.d")).unwrap();
+            std::fs::write(path("registries.d/a.yaml"), "docker: {}").unwrap();
+            let settings = Settings {
+                policy: path("policy.json"),
+                registries_d: path("registries.d"),
+                skopeo: path("skopeo"),
+                cert_dir: None,
+                auth_files: Vec::new(),
+                scratch: None,
+                deadline: Duration::from_secs(1),
+            };
+            let image = reference::parse(&format!("quay.io/o/i@sha256:{}", "ab".repeat(32))).unwrap();
+            let lab = Self { directory, settings, image };
+            lab.policy(&["key"]);
+            std::fs::write(lab.path("key"), "one").unwrap();
+            lab
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn policy(&self, keys: &[&str]) {
+            let keys: Vec<_> = keys.iter().map(|key| self.path(key)).collect();
+            let policy = serde_json::json!({"default": [{"type": "sigstoreSigned", "keyPaths": keys}]});
+            std::fs::write(&self.settings.policy, policy.to_string()).unwrap();
+        }
+
+        fn read(&self) -> TrustStamp {
+            TrustStamp::read(&self.settings, &self.image)
+        }
+    }
+
+    #[test]
+    fn every_file_that_decides_is_watched() {
+        let lab = Lab::new();
+        let (yaml, more) = (lab.path("registries.d/a.yaml"), lab.path("registries.d/b.yaml"));
+        let changes: [(&dyn Fn(), PathBuf); 6] = [
+            (&|| std::fs::write(lab.path("key"), "another").unwrap(), lab.path("key")),
+            (&|| std::fs::remove_file(lab.path("key")).unwrap(), lab.path("key")),
+            (&|| lab.policy(&["key", "more"]), lab.path("policy.json")),
+            (&|| std::fs::write(lab.path("more"), "not there before").unwrap(), lab.path("more")),
+            (&|| std::fs::write(&yaml, "docker: {a: {}}").unwrap(), yaml.clone()),
+            (&|| std::fs::write(&more, "").unwrap(), lab.path("registries.d")),
+        ];
+        for (change, path) in changes {
+            let stamp = lab.read();
+            assert_eq!(stamp.changed(&lab.settings), None);
+            change();
+            assert_eq!(stamp.changed(&lab.settings), Some(path));
+        }
+    }
+
+    #[test]
+    fn a_pipe_in_the_place_of_any_of_them_does_not_block() {
+        let lab = Lab::new();
+        let pipe = |name: &str| {
+            let _ = std::fs::remove_file(lab.path(name));
+            nix::unistd::mkfifo(&lab.path(name), nix::sys::stat::Mode::S_IRUSR).unwrap();
+        };
+        for name in ["key", "registries.d/a.yaml", "policy.json"] {
+            let before = lab.read();
+            pipe(name);
+            assert!(before.changed(&lab.settings).is_some(), "{name}");
+            assert_eq!(lab.read().changed(&lab.settings), None);
+        }
+    }
+
+    #[test]
+    fn more_files_than_are_watched_are_refused() {
+        let lab = Lab::new();
+        TrustStamp::check(&lab.settings, &lab.image).unwrap();
+        let names: Vec<String> = (0..=MAX_FILES).map(|number| number.to_string()).collect();
+        lab.policy(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let error = TrustStamp::check(&lab.settings, &lab.image).unwrap_err().to_string();
+        assert!(error.contains("policy.json") && error.contains("remove some"), "{error}");
+        lab.policy(&["key"]);
+        for name in names {
+            std::fs::write(lab.path("registries.d").join(name), "").unwrap();
+        }
+        let error = TrustStamp::check(&lab.settings, &lab.image).unwrap_err().to_string();
+        assert!(error.contains("registries.d"), "{error}");
+    }
+}
