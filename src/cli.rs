@@ -107,6 +107,9 @@ pub struct Tuning {
     #[arg(long, env = "REBASE_AGENT_UPTIME_FLOOR", default_value_t = 300, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub uptime_floor: u64,
+    /// Refuse an image whose config says that it was created before this RFC 3339 time, or does not say when.
+    #[arg(long, env = "REBASE_AGENT_MINIMUM_CREATED", value_name = "TIME", value_parser = time)]
+    pub minimum_created: Option<u64>,
     /// When the desired config is newer than the image: wait for a rebuild, or accept the image as it is.
     #[arg(long, env = "REBASE_AGENT_CONFIG_AHEAD", default_value = "wait", value_name = "WHAT")]
     pub config_ahead: ConfigAhead,
@@ -120,8 +123,13 @@ impl Tuning {
             accept_config_ahead: matches!(self.config_ahead, ConfigAhead::Accept),
             signature_grace: self.signature_grace.saturating_mul(1000),
             uptime_floor: self.uptime_floor.saturating_mul(1000),
+            minimum_created: self.minimum_created,
         }
     }
+}
+
+fn time(text: &str) -> Result<u64, String> {
+    crate::time::unix(text).ok_or_else(|| "a time from 1970 on as in 2026-11-22T08:00:00Z is expected".to_owned())
 }
 
 /// What to do about a config that is newer than its image.

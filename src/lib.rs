@@ -24,3 +24,4 @@ pub mod report;
 pub mod schedule;
 pub mod stamp;
 pub mod text;
+pub mod time;

@@ -167,13 +167,14 @@ async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> ExitCode
             print(json, facts, || {
                 format!(
                     "verified {}\n  by rule      {}\n  manifest     {}\n  architecture {}\n  bootable     {}\n  \
-                     built from   {}\n  size         {} MiB\n  pulled as    {}\n",
+                     built from   {}\n  created      {}\n  size         {} MiB\n  pulled as    {}\n",
                     facts.image,
                     facts.vouched_by,
                     facts.instance,
                     facts.architecture,
                     if facts.bootable { "yes" } else { "no" },
                     facts.rendered_config.as_deref().unwrap_or("(no machineconfig label)"),
+                    facts.created.map_or_else(|| "(not told)".to_owned(), rebase_agent::time::text),
                     facts.size >> 20,
                     verified.to_pull()
                 )

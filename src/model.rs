@@ -407,6 +407,9 @@ pub struct ImageFacts {
     pub bootable: bool,
     /// The `machineconfig` label.
     pub rendered_config: Option<String>,
+    /// When the image was created, as its config says, in milliseconds since the epoch; `None` if it does not say so.
+    #[serde(default)]
+    pub created: Option<u64>,
     /// Compressed size of all layers, in bytes.
     pub size: u64,
     /// The policy scope whose requirements the signature met, e.g. `docker "quay.io/org"`.
@@ -583,11 +586,18 @@ pub struct Limits {
     pub signature_grace: u64,
     /// No drain and no reboot before the machine has been up this long, in milliseconds.
     pub uptime_floor: u64,
+    /// An image that was created before this time is refused; in milliseconds since the epoch.
+    pub minimum_created: Option<u64>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { accept_config_ahead: false, signature_grace: 15 * 60_000, uptime_floor: 5 * 60_000 }
+        Self {
+            accept_config_ahead: false,
+            signature_grace: 15 * 60_000,
+            uptime_floor: 5 * 60_000,
+            minimum_created: None,
+        }
     }
 }
 

@@ -117,6 +117,8 @@ reasons! {
     WrongArchitecture,
     /// The image is not a bootable one.
     NotBootable,
+    /// The image was built before the operator's floor, or does not say when.
+    TooOld,
     /// Another transaction of the host tool is in the way.
     ForeignTransaction,
     /// The image is being staged.

@@ -111,7 +111,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__explain)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -126,6 +126,10 @@ _rebase__agent() {
                     return 0
                     ;;
                 --uptime-floor)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --minimum-created)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -269,7 +273,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__run)
-            opts="-h --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -284,6 +288,10 @@ _rebase__agent() {
                     return 0
                     ;;
                 --uptime-floor)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --minimum-created)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -343,7 +351,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__status)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -358,6 +366,10 @@ _rebase__agent() {
                     return 0
                     ;;
                 --uptime-floor)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --minimum-created)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -64,6 +64,7 @@ fn facts(letter: char, config: &str) -> ImageFacts {
         architecture: "amd64".into(),
         bootable: true,
         rendered_config: Some(config.into()),
+        created: None,
         size: 1,
         vouched_by: "docker \"registry.example.com\"".into(),
     }

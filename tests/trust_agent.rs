@@ -29,10 +29,7 @@ struct Held {
 
 impl Held {
     async fn new() -> Self {
-        let world = World::new(WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")))).await.unwrap();
-        world.target("1", &world.installed);
-        world.machine.power_on().await.unwrap();
-        world.wait_done(&world.installed).await.unwrap();
+        let world = settled(&[]).await;
         let (seen, staged_at_drain) = (Arc::<Mutex<Vec<Event>>>::default(), Arc::<Mutex<Vec<_>>>::default());
         let (all, drains, machine) = (seen.clone(), staged_at_drain.clone(), world.machine.clone());
         world.events.listen(move |event| {
@@ -86,6 +83,17 @@ impl Held {
         }
         assert_eq!(self.count(|event| matches!(event, Event::Booted { .. })), 1);
     }
+}
+
+/// A node that is Done on the image that it was installed with.
+async fn settled(env: &[(&str, &str)]) -> World {
+    let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")));
+    options.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+    let world = World::new(options).await.unwrap();
+    world.target("1", &world.installed);
+    world.machine.power_on().await.unwrap();
+    world.wait_done(&world.installed).await.unwrap();
+    world
 }
 
 fn wrote(event: &Event, key: &str, prefix: &str) -> bool {
@@ -213,6 +221,21 @@ async fn files_replaced_by_their_like_are_verified_against_and_the_update_goes_o
     held.go_on();
     held.arrives().await;
     assert_eq!(held.said(&verified), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signed_image_from_before_the_floor_is_refused() {
+    // The registry's images say that they were created in 1970; what runs already is not judged by its age.
+    let floor = "2026-11-01T00:00:00.5+01:00";
+    let world = settled(&[("REBASE_AGENT_MINIMUM_CREATED", floor)]).await;
+    let image = world.signed("2").await.unwrap();
+    world.target("2", &image);
+    let reason = world.wait_reason("TooOld").await.unwrap();
+    for part in ["1970-01-01T00:00:00Z", "2026-10-31T23:00:00Z", "--minimum-created"] {
+        assert!(reason.contains(part), "{reason}");
+    }
+    assert!(!world.machine.deployments().iter().any(|deployment| deployment.staged));
+    assert_eq!(world.drains.drains(), 0);
 }
 
 // --- deployments ------------------------------------------------------------------------------------------------------

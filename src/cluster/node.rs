@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use openssl::asn1::Asn1Time;
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -161,7 +160,7 @@ fn last_write(fields: &[ManagedFields]) -> u64 {
 }
 
 fn stamp(entry: &ManagedFields) -> Option<u64> {
-    entry.time.as_deref().and_then(unix)
+    entry.time.as_deref().and_then(crate::time::unix)
 }
 
 /// Whoever took `state` or `currentConfig` over `since` we wrote them, so that a drained node can be given back without
@@ -178,18 +177,6 @@ fn other_writer(fields: &[ManagedFields], since: u64) -> Option<OtherWriter> {
         .filter(|entry| !(entry.manager == MANAGER || entry.manager.starts_with("kubectl")) && owns(entry));
     let latest = others.filter_map(|entry| Some((stamp(entry)?, entry))).max_by_key(|(time, _)| *time)?;
     (since > 0 && latest.0 > since).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
-}
-
-/// `2026-08-22T10:00:00Z`, the one form that the API server stamps, in milliseconds since the epoch.
-fn unix(text: &str) -> Option<u64> {
-    let digits: String = text.strip_suffix('Z')?.chars().filter(char::is_ascii_digit).collect();
-    if digits.len() != 14 {
-        return None;
-    }
-    let time = Asn1Time::from_str(&format!("{digits}Z")).ok()?;
-    let since = Asn1Time::from_unix(0).ok()?.diff(&time).ok()?;
-    let seconds = i64::from(since.days).checked_mul(86_400)?.checked_add(i64::from(since.secs))?;
-    u64::try_from(seconds).ok()?.checked_mul(1000)
 }
 
 #[cfg(test)]
@@ -257,14 +244,5 @@ mod tests {
         assert_eq!(other(&[ours.clone(), controller]), None);
         assert_eq!(other(&[ours, person]), None);
         assert_eq!(other(&[later]), None);
-    }
-
-    #[test]
-    fn times_are_parsed() {
-        assert_eq!(unix("1970-01-01T00:00:01Z"), Some(1000));
-        assert_eq!(unix("2026-11-22T08:00:00Z"), Some(1_795_334_400_000));
-        for bad in ["", "Z", "2026-11-22", "2026-13-22T08:00:00Z", "1969-12-31T23:59:59Z", "2026-11-22T08:00:00.5Z"] {
-            assert_eq!(unix(bad), None, "{bad}");
-        }
     }
 }

@@ -8,6 +8,7 @@ use crate::model::{
 };
 use crate::report::{ATTEMPT, HOLD};
 use crate::schedule::Backoff;
+use crate::time;
 
 /// MCD's own limit for the drain.
 const DRAIN_PATIENCE: u64 = 60 * MINUTE;
@@ -131,6 +132,20 @@ impl<'a> Rules<'a> {
                  build the pool's image from an image-mode base"
             );
             return Some(self.refuse("18", Reason::NotBootable, message));
+        }
+        if let Some(floor) = self.limits.minimum_created
+            && facts.created.is_none_or(|created| created < floor)
+        {
+            let created = match facts.created {
+                Some(created) => format!("was created at {}", time::text(created)),
+                None => "has no usable time of creation in its config".to_owned(),
+            };
+            let message = format!(
+                "{image} {created}, and no image from before {} may be booted; build and sign a newer image, or lower \
+                 --minimum-created (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit)",
+                time::text(floor)
+            );
+            return Some(self.refuse("18", Reason::TooOld, message));
         }
         self.config_ahead("18", wanted, facts.rendered_config.as_deref())
     }

@@ -365,6 +365,7 @@ fn facts(
         architecture: printable(&config.architecture().to_string(), 64),
         bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| label(name).is_some()),
         rendered_config: label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253)),
+        created: config.created().as_deref().and_then(crate::time::unix),
         size: manifest.layers().iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size())),
         vouched_by,
     })
@@ -437,5 +438,27 @@ mod tests {
         let long = RegistryError::Unreachable { image: image(), why: "\u{1b}".repeat(5000) };
         let message = Fault::from(&long).message;
         assert!(message.chars().count() <= 900 && !message.contains('\u{1b}'), "{message}");
+    }
+
+    #[test]
+    fn the_time_of_creation_is_the_verified_configs() {
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        let image = reference::parse(&format!("quay.io/o/i@{digest}")).unwrap();
+        let blob = |media: &str| format!(r#"{{"mediaType":"{media}","digest":"{digest}","size":1}}"#);
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#,
+            blob("application/vnd.oci.image.config.v1+json")
+        );
+        let created = |field: &str| {
+            let config = format!(
+                r#"{{{field}"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":[]}},"history":[]}}"#
+            );
+            let facts = facts(&image, "default".to_owned(), &digest, manifest.as_bytes(), config.as_bytes());
+            facts.unwrap().created
+        };
+        assert_eq!(created(r#""created":"2026-11-22T09:30:00.123456789+01:30","#), Some(1_795_334_400_123));
+        for none in ["", r#""created":"yesterday","#, r#""created":"0001-01-01T00:00:00Z","#] {
+            assert_eq!(created(none), None, "{none}");
+        }
     }
 }
