@@ -12,6 +12,7 @@ use crate::model::{
     NodeFacts, NodeState, Now, Observed, PinnedImage, Reading, Reason, Step, printable,
 };
 use crate::registry::reference;
+use crate::report::MCO;
 use crate::schedule::Backoff;
 
 const SECOND: u64 = 1_000;
@@ -340,16 +341,19 @@ impl<'a> Rules<'a> {
     /// Row 5: nobody has published yet what this node was installed with.
     fn first_boot(&self) -> Decision {
         const KEYS: [&str; 5] = ["currentConfig", "desiredConfig", "currentImage", "desiredImage", "state"];
+        // Of an image booted into a custom pool, MCC labels the Node for that pool by it.
+        const FIRST_PIVOT: &str = "firstPivotConfig";
         let Some(booted) = self.host.booted() else {
             return rule("5", Reason::HostNotImageMode, "no deployment is booted, so there is nothing to publish");
         };
-        let publish = |pairs: Vec<(&str, String)>| {
+        let value = |key: &str| self.machine.first_boot.as_ref()?.get(&format!("{MCO}{key}"));
+        let publish = |mut pairs: Vec<(&str, String)>| {
+            pairs.extend(value(FIRST_PIVOT).map(|config| (FIRST_PIVOT, config.clone())));
             let annotations = pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
             rule("5", Reason::FirstBoot, "publishing what this node was installed with")
                 .doing(Action::Publish { annotations })
         };
-        if let Some(file) = &self.machine.first_boot {
-            let value = |key: &str| file.get(&format!("machineconfiguration.openshift.io/{key}"));
+        if self.machine.first_boot.is_some() {
             let Some(image) = value("currentImage") else {
                 return rule(
                     "6",
