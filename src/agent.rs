@@ -2,6 +2,7 @@
 //! runs as a task and comes back as an event, so the loop itself never waits for anybody.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sd_notify::NotifyState;
@@ -17,6 +18,7 @@ use crate::confine::Confinement;
 use crate::decide::decide;
 use crate::host::boot::DeploymentsStamp;
 use crate::journal::id;
+use crate::lane::Lane;
 use crate::model::{
     Action, Clock, Decision, Fault, HostFacts, Limits, MachineFacts, Memory, NodeState, Now, Observed, PinnedImage,
     Reading, Reason, Running, Since, Step, printable,
@@ -34,6 +36,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(180);
 const FIRST_PASS: Duration = Duration::from_secs(30);
 /// Events that may wait for the loop.
 const QUEUE: usize = 64;
+/// How long the end of the process waits for systemd to take its last notices.
+const FLUSH: Duration = Duration::from_secs(1);
 /// How many dropped checksums are remembered; a host has few deployments.
 const DROPPED: usize = 32;
 /// Longest rule in `STATUS=`, in characters.
@@ -47,6 +51,14 @@ enum Event {
     Progress(String),
     /// The number of the task, and what it came to.
     Ended(u64, Box<Result<Option<Verified<PinnedImage>>, Fault>>),
+}
+
+/// What systemd is told.
+enum Notice {
+    Ready,
+    Stopping,
+    Watchdog,
+    Status(String),
 }
 
 /// One look around, as far as it went.
@@ -101,6 +113,7 @@ struct Agent {
     task: Option<Task>,
     /// Tasks begun so far.
     tasks: u64,
+    systemd: Lane<Notice>,
     /// A look is under way.
     looking: bool,
     /// Another was asked for meanwhile: what is under way may not see what happened since.
@@ -133,24 +146,29 @@ struct Stamps {
 ///
 /// # Errors
 /// When the process cannot listen to signals.
-pub async fn run(neighbours: Neighbours, settings: Settings) -> std::io::Result<()> {
+pub async fn run(neighbours: Neighbours, settings: Settings) -> io::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (events, mut queue) = mpsc::channel(QUEUE);
     let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
-    let longest = watchdog.map_or(HOUSEKEEPING, |watchdog| watchdog.min(HOUSEKEEPING));
 
     let (told, mut node) = mpsc::channel(QUEUE);
     let following = tokio::spawn(follow(neighbours.api.clone(), settings.poll, told));
-    let mut agent = Agent::new(neighbours, settings, events);
+    let mut agent = Agent::new(neighbours, settings, events, systemd()?);
     agent.look(Look::Host);
     let mut ready = false;
+    let mut ping = Instant::now();
     loop {
-        agent.ping(watchdog.is_some());
+        // On a timer, however many events there are.
+        if let Some(period) = watchdog.filter(|_| Instant::now() >= ping) {
+            agent.systemd.send(Notice::Watchdog);
+            ping = Instant::now() + period;
+        }
         if !ready && (agent.seen == (true, true) || agent.began.elapsed() >= FIRST_PASS) {
             ready = true;
-            notify(&[NotifyState::Ready]);
+            agent.systemd.send(Notice::Ready);
         }
-        let wake = agent.wake.min(Instant::now() + longest);
+        let wake = agent.wake.min(Instant::now() + HOUSEKEEPING);
+        let wake = if watchdog.is_some() { wake.min(ping) } else { wake };
         let wake = if ready { wake } else { wake.min(agent.began + FIRST_PASS) };
         tokio::select! {
             Some(event) = queue.recv() => agent.hear(event),
@@ -160,23 +178,37 @@ pub async fn run(neighbours: Neighbours, settings: Settings) -> std::io::Result<
             _ = interrupt.recv() => break,
         }
     }
-    notify(&[NotifyState::Stopping]);
+    agent.systemd.send(Notice::Stopping);
     tracing::info!(message_id = id::STOPPING, "stopping; whatever was begun is taken up by the next start");
     following.abort();
     if let Some(task) = agent.task {
         task.handle.abort();
     }
+    agent.systemd.flush(FLUSH);
     Ok(())
 }
 
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!("systemd cannot be notified: {error}");
-    }
+/// The thread that tells systemd, which may be slow to listen.
+fn systemd() -> io::Result<Lane<Notice>> {
+    let work = |notice| {
+        let state = match &notice {
+            Notice::Ready => NotifyState::Ready,
+            Notice::Stopping => NotifyState::Stopping,
+            Notice::Watchdog => NotifyState::Watchdog,
+            Notice::Status(text) => NotifyState::Status(text),
+        };
+        if let Err(error) = sd_notify::notify(&[state]) {
+            tracing::debug!("systemd cannot be notified: {error}");
+        }
+    };
+    let lost = |number| {
+        tracing::warn!(message_id = id::FAILED, "{number} notices were dropped: systemd did not take them in time");
+    };
+    Lane::new("notify", work, lost)
 }
 
 impl Agent {
-    fn new(neighbours: Neighbours, settings: Settings, events: mpsc::Sender<Event>) -> Self {
+    fn new(neighbours: Neighbours, settings: Settings, events: mpsc::Sender<Event>, systemd: Lane<Notice>) -> Self {
         fn unread(reason: Reason) -> Fault {
             Fault { reason, message: "not read yet".to_owned(), retryable: true }
         }
@@ -199,6 +231,7 @@ impl Agent {
             seen: (false, false),
             task: None,
             tasks: 0,
+            systemd,
             looking: false,
             again: None,
             stale: false,
@@ -219,12 +252,6 @@ impl Agent {
         Now {
             mono: milliseconds(self.began.elapsed()),
             unix: SystemTime::now().duration_since(UNIX_EPOCH).map(milliseconds).unwrap_or_default(),
-        }
-    }
-
-    fn ping(&self, watchdog: bool) {
-        if watchdog {
-            notify(&[NotifyState::Watchdog]);
         }
     }
 
@@ -598,7 +625,7 @@ impl Agent {
         let status = model::printable(&format!("{}: {}{progress}", last.reason, last.message), STATUS);
         let status = format!("{status}{CONFINEMENT}{}", self.settings.confinement.sentence());
         if status != self.status {
-            notify(&[NotifyState::Status(&status)]);
+            self.systemd.send(Notice::Status(status.clone()));
             self.status = status;
         }
     }

@@ -16,6 +16,7 @@ pub mod faults;
 pub mod host;
 pub mod journal;
 pub mod kernel_arguments;
+pub mod lane;
 pub mod model;
 pub mod observe;
 pub mod reason;

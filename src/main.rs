@@ -33,9 +33,7 @@ fn main() -> ExitCode {
         Ok(confinement) => confinement,
         Err(error) => return fail(&error),
     };
-    if let Err(error) = journal::init(cli.log) {
-        return fail(&error);
-    }
+    let journal = journal::init(cli.log);
     let neighbours = neighbours(&cli.paths);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -51,6 +49,7 @@ fn main() -> ExitCode {
     });
     // A thread may still wait for an engine that its own deadline ends; the kernel ends it with us.
     runtime.shutdown_background();
+    journal.flush();
     code
 }
 

@@ -326,6 +326,27 @@ async fn lost_replies_and_a_busy_server_only_delay() {
     assert_eq!(world.drains.drains(), 1);
 }
 
+/// systemd needs a sign of life twice per limit, not per event.
+#[tokio::test]
+async fn ten_thousand_events_are_a_handful_of_datagrams() {
+    let world =
+        settled(WorldOptions { machine: |options| options.watchdog = Some(Duration::from_secs(4)), ..options() }).await;
+    let before = world.machine.pings();
+    let began = std::time::Instant::now();
+    for _ in 0..10_000 {
+        world.store().heartbeat(NODE);
+        tokio::task::yield_now().await;
+    }
+    // The agent has heard of all of them when it answers to this one.
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    let (pings, seconds) = (world.machine.pings() - before, began.elapsed().as_secs());
+    eprintln!("{pings} WATCHDOG datagrams in {seconds} s with 10,000 events");
+    // Every 2 s, and one when the new boot's agent starts.
+    assert!(pings <= seconds / 2 + 3, "{pings} datagrams in {seconds} s");
+}
+
 #[tokio::test]
 async fn node_deleted_and_created_anew_is_published_again() {
     let world = settled(options()).await;

@@ -142,6 +142,7 @@ struct Inner {
     down: AtomicBool,
     boot: AtomicU64,
     last_ping: Mutex<Instant>,
+    pings: AtomicU64,
     supervisor: Mutex<Option<JoinHandle<()>>>,
     finalize_failure: Mutex<Option<String>>,
     fall_back: AtomicBool,
@@ -196,6 +197,7 @@ impl Machine {
             down: AtomicBool::new(true),
             boot: AtomicU64::new(0),
             last_ping: Mutex::new(Instant::now()),
+            pings: AtomicU64::new(0),
             supervisor: Mutex::default(),
             finalize_failure: Mutex::default(),
             fall_back: AtomicBool::new(false),
@@ -443,6 +445,12 @@ impl Machine {
         self.inner.bus.address()
     }
 
+    /// How many signs of life its service manager got from the agent.
+    #[must_use]
+    pub fn pings(&self) -> u64 {
+        self.inner.pings.load(Ordering::SeqCst)
+    }
+
     /// The boot id.
     #[must_use]
     pub fn boot_id(&self) -> String {
@@ -640,7 +648,10 @@ async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
                     inner.systemd.update(AGENT, |unit| status.clone_into(&mut unit.status_text));
                     inner.options.events.emit(Event::AgentStatus(status.to_owned()));
                 }
-                Some(("WATCHDOG", "1")) => *inner.last_ping.lock().unwrap() = Instant::now(),
+                Some(("WATCHDOG", "1")) => {
+                    *inner.last_ping.lock().unwrap() = Instant::now();
+                    inner.pings.fetch_add(1, Ordering::SeqCst);
+                }
                 Some(("WATCHDOG", "trigger")) => inner.signal(Signal::SIGABRT),
                 Some(("STOPPING", "1")) => inner.systemd.set(AGENT, "deactivating", "stop-sigterm"),
                 _ => {}

@@ -1,0 +1,107 @@
+//! A bounded queue to a thread of its own, for writes that may block: the journal and systemd must not be able to stop
+//! the thread that does everything else.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+/// Items that may wait.
+const QUEUE: usize = 256;
+/// Stack of the thread, in bytes; it only writes datagrams.
+const STACK: usize = 256 << 10;
+
+enum Item<T> {
+    Work(T),
+    Flush(SyncSender<()>),
+}
+
+/// The near end of the queue. What does not fit is dropped and counted.
+#[derive(Debug)]
+pub struct Lane<T> {
+    queue: SyncSender<Item<T>>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl<T: Send + 'static> Lane<T> {
+    /// Starts the thread: `work` writes one item, `lost` hears how many were dropped, once one could be written again.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn new(
+        name: &str,
+        mut work: impl FnMut(T) + Send + 'static,
+        lost: impl Fn(u64) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (queue, items) = sync_channel(QUEUE);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let count = dropped.clone();
+        let run = move || {
+            for item in items {
+                match item {
+                    Item::Work(item) => {
+                        work(item);
+                        match count.swap(0, Relaxed) {
+                            0 => {}
+                            number => lost(number),
+                        }
+                    }
+                    // Who asked may have stopped waiting.
+                    Item::Flush(done) => drop(done.try_send(())),
+                }
+            }
+        };
+        thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(run)?;
+        Ok(Self { queue, dropped })
+    }
+
+    /// Queues `item`, or drops it; never waits.
+    pub fn send(&self, item: T) {
+        if self.queue.try_send(Item::Work(item)).is_err() {
+            self.dropped.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Waits until all that was queued is written, at most `patience`.
+    pub fn flush(&self, patience: Duration) {
+        let (done, heard) = sync_channel(1);
+        if self.queue.try_send(Item::Flush(done)).is_ok() {
+            // Late is as good as never: the process ends.
+            let _ = heard.recv_timeout(patience);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn blocked_writer_costs_messages_and_no_time() {
+        let (open, gate) = channel::<()>();
+        let (began, beginning) = channel();
+        let (told, lost) = channel();
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let list = written.clone();
+        let work = move |number: usize| {
+            began.send(()).unwrap();
+            let _ = gate.recv();
+            list.lock().unwrap().push(number);
+        };
+        let lane = Lane::new("test", work, move |number| told.send(number).unwrap()).unwrap();
+        lane.send(0);
+        beginning.recv().unwrap();
+        // The writer blocks now.
+        (1..=QUEUE + 44).for_each(|number| lane.send(number));
+        lane.flush(Duration::ZERO);
+        drop(open);
+        assert_eq!(lost.recv().unwrap(), 44);
+        lane.flush(Duration::from_secs(60));
+        assert_eq!(*written.lock().unwrap(), (0..=QUEUE).collect::<Vec<_>>());
+        assert!(lost.try_recv().is_err(), "said once");
+    }
+}
