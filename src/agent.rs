@@ -251,7 +251,11 @@ impl Agent {
         let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         Now {
             mono: milliseconds(self.began.elapsed()),
-            unix: SystemTime::now().duration_since(UNIX_EPOCH).map(milliseconds).unwrap_or_default(),
+            unix: self
+                .neighbours
+                .api
+                .time()
+                .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map(milliseconds).unwrap_or_default()),
         }
     }
 

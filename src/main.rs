@@ -112,7 +112,7 @@ async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
             }
             Err(error) => {
                 seen.trust = Some(Trust::Refused(Fault::from(&error).message));
-                seen.memory.failed(Step::Verify, &image.to_string(), Fault::from(&error), now());
+                seen.memory.failed(Step::Verify, &image.to_string(), Fault::from(&error), now(neighbours));
             }
         },
         _ => seen.trust = cli::required(&neighbours.engine.settings().policy, desired.as_ref()),
@@ -121,14 +121,17 @@ async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
 }
 
 /// A process that only looks has no past: its monotonic clock stands at zero.
-fn now() -> Now {
-    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Now { mono: 0, unix: u64::try_from(unix.as_millis()).unwrap_or(u64::MAX) }
+fn now(neighbours: &Neighbours) -> Now {
+    let unix = neighbours.api.time().unwrap_or_else(|| {
+        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)
+    });
+    Now { mono: 0, unix }
 }
 
 async fn status(neighbours: &Neighbours, look: &Look) -> ExitCode {
     let (seen, service) = tokio::join!(see(neighbours, look), neighbours.host.service_status());
-    let decision = decide(&seen.observed, &seen.memory, &look.tuning.limits(), now());
+    let decision = decide(&seen.observed, &seen.memory, &look.tuning.limits(), now(neighbours));
     let code = cli::exit_code(&seen.observed, &decision);
     let service = match service {
         Ok((status, active)) => Service::new(active, &status),
@@ -147,7 +150,7 @@ async fn status(neighbours: &Neighbours, look: &Look) -> ExitCode {
 
 async fn explain(neighbours: &Neighbours, look: &Look) -> ExitCode {
     let Seen { observed, memory, .. } = see(neighbours, look).await;
-    let decision = decide(&observed, &memory, &look.tuning.limits(), now());
+    let decision = decide(&observed, &memory, &look.tuning.limits(), now(neighbours));
     let code = cli::exit_code(&observed, &decision);
     let patch = observed.cluster.known().map(|node| report(node, &decision)).unwrap_or_default();
     let explanation = Explanation { observed, decision, patch };

@@ -39,6 +39,8 @@ reasons! {
     ClusterForbidden,
     /// The Node object does not exist.
     NodeNotFound,
+    /// The whole Node is larger than the agent reads.
+    NodeTooLarge,
     /// The kubelet's kubeconfig or certificate cannot be used.
     KubeconfigInvalid,
     /// rpm-ostree, systemd or logind cannot be read.

@@ -347,6 +347,25 @@ async fn ten_thousand_events_are_a_handful_of_datagrams() {
     assert!(pings <= seconds / 2 + 3, "{pings} datagrams in {seconds} s");
 }
 
+/// A server whose clock is 16 min behind stamps a write of just now as one of 16 min ago.
+#[tokio::test]
+async fn other_daemon_is_measured_by_the_servers_clock() {
+    let world = World::new(options()).await.unwrap();
+    world.store().set_clock(-16 * 60);
+    world.target("1", &world.installed);
+    world.machine.power_on().await.unwrap();
+    world.wait_done(&world.installed).await.unwrap();
+    // The server stamps whole seconds.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let aside = happens(
+        &world,
+        "standing aside",
+        |event| matches!(event, Event::AgentStatus(s) if s.starts_with("OtherDaemon")),
+    );
+    let patch = json!({"metadata": {"annotations": { format!("{PREFIX}state"): "Working" }}});
+    tokio::join!(aside, async { world.store().patch_as(MCD, NODE, patch).unwrap() });
+}
+
 #[tokio::test]
 async fn node_deleted_and_created_anew_is_published_again() {
     let world = settled(options()).await;

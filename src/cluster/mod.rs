@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 use reqwest::{Certificate, Client, Identity, Method, Proxy, Response, StatusCode, redirect};
 use serde::Deserialize;
 use tokio::sync::mpsc;
@@ -23,8 +23,13 @@ use node::{Heard, NodeObject, VERDICT};
 /// Our field manager, by which the API server keeps our writes apart from the MCD's.
 pub const MANAGER: &str = "rebase-agent";
 
-/// A watch whose server has gone without a word is noticed through TCP first.
+/// A connection that is idle for so long is probed. With the two below, a peer that is gone is noticed in 60 s, however
+/// long its watch may be silent.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Time between two probes that are not answered.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Probes without an answer after which the connection is closed.
+const KEEPALIVE_RETRIES: u32 = 3;
 /// Most that a server's `Retry-After` is believed: a nonsensical one must not silence the node for ever.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
 /// Largest answer, in bytes; a whole Node lists every image on it.
@@ -33,6 +38,7 @@ const MAX_BODY: usize = 4 << 20;
 const MAX_LINE: usize = 2 << 20;
 
 const METADATA: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
+const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io";
 const FULL: &str = "application/json";
 const MERGE_PATCH: &str = "application/merge-patch+json";
 
@@ -45,17 +51,15 @@ pub struct Timing {
     pub connect: Duration,
     /// Reading or patching one object.
     pub request: Duration,
-    /// A watch that said nothing for so long has lost its server, whatever TCP thinks. Bookmarks come every minute
-    /// where they come; where they do not, this is one more read.
-    pub silence: Duration,
-    /// How long past its announced end a watch may stay open.
+    /// How long past its announced end a watch may stay open. Until then it may be silent: API servers on etcd 3.4 send
+    /// bookmarks only about 2 s before the end.
     pub grace: Duration,
 }
 
 impl Default for Timing {
     fn default() -> Self {
-        let [first, connect, request, silence, grace] = [2, 10, 15, 150, 5].map(Duration::from_secs);
-        Self { first, connect, request, silence, grace }
+        let [first, connect, request, grace] = [2, 10, 15, 5].map(Duration::from_secs);
+        Self { first, connect, request, grace }
     }
 }
 
@@ -98,6 +102,13 @@ pub enum ClusterError {
         /// How long it asks us to wait.
         retry_after: Option<Duration>,
     },
+    /// An answer larger than the agent takes.
+    #[error(
+        "the whole Node has more than {} MiB, so it is not read and the node does not reboot; lower nodeStatusMaxImages \
+         in the pool's KubeletConfig, which bounds the list of images in the Node's status",
+        MAX_BODY >> 20
+    )]
+    TooLarge,
     /// An answer that makes no sense.
     #[error("the API server's answer for {what} makes no sense: {why}")]
     Confused {
@@ -122,6 +133,7 @@ impl ClusterError {
             Self::Kubeconfig { .. } => Reason::KubeconfigInvalid,
             Self::Unauthorized | Self::Forbidden(_) => Reason::ClusterForbidden,
             Self::NotFound(_) => Reason::NodeNotFound,
+            Self::TooLarge => Reason::NodeTooLarge,
             Self::Connection(_) | Self::Refused(_) | Self::Expired | Self::Busy { .. } | Self::Confused { .. } => {
                 Reason::ClusterUnreachable
             }
@@ -151,6 +163,8 @@ pub struct Api {
     timing: Timing,
     /// See [`Heard::wrote`].
     wrote: AtomicU64,
+    /// The latest `Date` of a response, in milliseconds since the epoch, and when it came.
+    clock: Mutex<Option<(u64, Instant)>>,
     session: Mutex<Option<Session>>,
 }
 
@@ -170,13 +184,18 @@ impl Session {
     fn url(&self) -> String {
         format!("{}/api/v1/nodes/{}", self.access.server, self.access.node)
     }
+
+    /// The collection that holds our Node alone.
+    fn list_url(&self) -> String {
+        format!("{}/api/v1/nodes?fieldSelector=metadata.name%3D{}", self.access.server, self.access.node)
+    }
 }
 
 impl Api {
     /// Reads nothing yet. `node` is the node's name where the credentials are not the kubelet's and do not tell it.
     #[must_use]
     pub fn new(kubeconfig: PathBuf, node: Option<String>, timing: Timing) -> Self {
-        Self { kubeconfig, node, timing, wrote: AtomicU64::new(0), session: Mutex::new(None) }
+        Self { kubeconfig, node, timing, wrote: AtomicU64::new(0), clock: Mutex::new(None), session: Mutex::new(None) }
     }
 
     /// Reads the credentials anew; the connections are kept only while nothing in them changed.
@@ -200,12 +219,15 @@ impl Api {
         *self.session.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
     }
 
-    /// Our Node's metadata.
+    /// Our Node's metadata, and the version to watch from. It is listed, not read: API servers keep a few minutes of
+    /// history, and the version of an idle Node is often older, while that of a list is the database's own.
     ///
     /// # Errors
     /// See [`ClusterError`].
-    pub async fn metadata(&self) -> Result<NodeObject, ClusterError> {
-        self.ask(Method::GET, METADATA, "", None).await
+    pub async fn metadata(&self) -> Result<(NodeObject, String), ClusterError> {
+        let (json, asked, node) = self.ask(Method::GET, METADATA_LIST, Session::list_url, None).await?;
+        let (object, version) = listed(&json, &node)?;
+        Ok((self.own(object, Some(asked), &node)?, version))
     }
 
     /// Our whole Node, which alone tells whether it is schedulable.
@@ -213,7 +235,22 @@ impl Api {
     /// # Errors
     /// See [`ClusterError`].
     pub async fn full(&self) -> Result<NodeObject, ClusterError> {
-        self.ask(Method::GET, FULL, "", None).await
+        let (json, asked, node) = self.ask(Method::GET, FULL, Session::url, None).await?;
+        self.own(&json, Some(asked), &node)
+    }
+
+    /// The API server's time in milliseconds since the epoch: its latest `Date` and what has passed since. `None` before
+    /// its first answer. What it stamps is compared with this, never with the node's clock, which may be wrong.
+    #[must_use]
+    pub fn time(&self) -> Option<u64> {
+        let (date, at) = (*self.clock.lock().unwrap_or_else(std::sync::PoisonError::into_inner))?;
+        Some(date.saturating_add(u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX)))
+    }
+
+    fn take_date(&self, headers: &HeaderMap) {
+        if let Some(date) = headers.get(DATE).and_then(|date| date.to_str().ok()).and_then(node::http_date) {
+            *self.clock.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((date, Instant::now()));
+        }
     }
 
     /// Applies `patch` to the annotations of the Node that has `uid`, and returns it as it is then.
@@ -222,8 +259,9 @@ impl Api {
     /// See [`ClusterError`].
     pub async fn patch(&self, uid: &str, patch: &Patch) -> Result<NodeObject, ClusterError> {
         let body = serde_json::json!({ "metadata": { "uid": uid, "annotations": patch } });
-        let query = format!("?fieldManager={MANAGER}");
-        let node = self.ask(Method::PATCH, METADATA, &query, Some(body.to_string())).await?;
+        let url = |session: &Session| format!("{}?fieldManager={MANAGER}", session.url());
+        let (json, asked, node) = self.ask(Method::PATCH, METADATA, url, Some(body.to_string())).await?;
+        let node = self.own(&json, Some(asked), &node)?;
         if VERDICT.iter().any(|key| patch.contains_key(&format!("{MCO}{key}"))) {
             self.wrote.fetch_max(node.wrote, Relaxed);
         }
@@ -240,25 +278,26 @@ impl Api {
         Err(ClusterError::Confused { what: "the Node", why })
     }
 
+    /// The body of a good answer, when it was asked for, and the name of our Node.
     async fn ask(
         &self,
         method: Method,
         accept: &'static str,
-        query: &str,
+        url: impl Fn(&Session) -> String,
         body: Option<String>,
-    ) -> Result<NodeObject, ClusterError> {
+    ) -> Result<(Vec<u8>, Instant, String), ClusterError> {
         let once = async || {
             let session = self.session()?;
-            let mut request =
-                session.client.request(method.clone(), session.url() + query).timeout(self.timing.request);
+            let mut request = session.client.request(method.clone(), url(&session)).timeout(self.timing.request);
             request = request.header(ACCEPT, accept);
             if let Some(body) = &body {
                 request = request.header(CONTENT_TYPE, MERGE_PATCH).body(body.clone());
             }
             let asked = Instant::now();
             let response = request.send().await.map_err(|e| connection(&e))?;
+            self.take_date(response.headers());
             let json = checked(response, &session.access.node).await?;
-            self.own(&json, Some(asked), &session.access.node)
+            Ok((json, asked, session.access.node))
         };
         let mut answer = once().await;
         // The certificate may have been rotated between our reading it and its use.
@@ -276,10 +315,8 @@ impl Api {
     async fn watch(&self, since: &str, length: Duration, told: &mpsc::Sender<Told>) -> Result<(), ClusterError> {
         let session = self.session()?;
         let url = format!(
-            "{}/api/v1/nodes?watch=1&allowWatchBookmarks=true&fieldSelector=metadata.name%3D{}&resourceVersion={}&timeoutSeconds={}",
-            session.access.server,
-            session.access.node,
-            since,
+            "{}&watch=1&allowWatchBookmarks=true&resourceVersion={since}&timeoutSeconds={}",
+            session.list_url(),
             length.as_secs().max(1)
         );
         let request =
@@ -292,8 +329,7 @@ impl Api {
         }
         let mut lines = Lines::default();
         loop {
-            let chunk = timeout(self.timing.silence, response.chunk()).await.map_err(silent)?;
-            let Some(chunk) = chunk.map_err(|e| connection(&e))? else { return Ok(()) };
+            let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? else { return Ok(()) };
             for line in lines.push(&chunk)? {
                 if let Some(object) = event(&line, &session.access.node)? {
                     let node = self.own(object, None, &session.access.node)?;
@@ -322,8 +358,7 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
         let length = spread(poll);
         let began = Instant::now();
         let (read, ended) = match api.metadata().await {
-            Ok(node) => {
-                let since = node.resource_version.clone();
+            Ok((node, since)) => {
                 if told.send(Ok(node)).await.is_err() {
                     return;
                 }
@@ -380,7 +415,9 @@ fn client(access: &Access, connect: Duration) -> Result<Client, String> {
         .redirect(redirect::Policy::none())
         .https_only(true)
         .connect_timeout(connect)
-        .tcp_keepalive(KEEPALIVE);
+        .tcp_keepalive(KEEPALIVE)
+        .tcp_keepalive_interval(KEEPALIVE_INTERVAL)
+        .tcp_keepalive_retries(KEEPALIVE_RETRIES);
     builder = match &access.credentials {
         Credentials::Certificate { chain, key } => {
             builder.identity(Identity::from_pkcs8_pem(chain, key).map_err(explain)?)
@@ -421,8 +458,10 @@ async fn checked(mut response: Response, node: &str) -> Result<Vec<u8>, ClusterE
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? {
         if body.len().saturating_add(chunk.len()) > MAX_BODY {
-            let why = format!("more than {MAX_BODY} bytes");
-            return Err(ClusterError::Confused { what: "the Node", why });
+            if status == StatusCode::OK {
+                return Err(ClusterError::TooLarge);
+            }
+            break;
         }
         body.extend_from_slice(&chunk);
     }
@@ -454,6 +493,33 @@ fn refusal(status: StatusCode, retry_after: Option<Duration>, body: &[u8], node:
         410 => ClusterError::Expired,
         429 | 500..=599 => ClusterError::Busy { status: status.as_u16(), message, retry_after },
         other => ClusterError::Confused { what: "the Node", why: format!("status {other} {message}") },
+    }
+}
+
+/// Our Node in a list of it alone, and the list's version. Pure. A watch without a version, or from 0, begins anywhere;
+/// so a list without a proper one is an error.
+fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterError> {
+    #[derive(Deserialize)]
+    struct List<'a> {
+        metadata: Metadata,
+        #[serde(borrow)]
+        items: Option<Vec<&'a serde_json::value::RawValue>>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Metadata {
+        resource_version: String,
+    }
+    let confused = |why: &str| ClusterError::Confused { what: "the list of our Node", why: printable(why, 200) };
+    let list: List<'a> = serde_json::from_slice(json).map_err(|e| confused(&e.to_string()))?;
+    let version = list.metadata.resource_version;
+    if !version.parse::<u64>().is_ok_and(|version| version > 0) || version.starts_with('+') {
+        return Err(confused(&format!("its resourceVersion is `{version}`, not a positive number")));
+    }
+    match list.items.unwrap_or_default().as_slice() {
+        [] => Err(ClusterError::NotFound(node.to_owned())),
+        [item] => Ok((item.get().as_bytes(), version)),
+        more => Err(confused(&format!("it holds {} Nodes", more.len()))),
     }
 }
 
@@ -571,6 +637,23 @@ mod tests {
             assert!(event("ERROR", bad).is_err());
         }
         assert!(event("PARTY", object).is_err());
+    }
+
+    #[test]
+    fn lists_hold_our_node_and_a_version() {
+        let object = r#"{"metadata":{"name":"n","uid":"u","resourceVersion":"1"}}"#;
+        let list = |version: &str, items: &str| {
+            let json = format!(r#"{{"metadata":{{"resourceVersion":{version}}},"items":{items}}}"#);
+            listed(json.as_bytes(), "n").map(|(object, version)| (object.to_vec(), version))
+        };
+        assert_eq!(list("\"7\"", &format!("[{object}]")).unwrap(), (object.as_bytes().to_vec(), "7".to_owned()));
+        for none in ["[]", "null"] {
+            assert!(matches!(list("\"7\"", none), Err(ClusterError::NotFound(node)) if node == "n"));
+        }
+        for version in ["\"\"", "\"0\"", "\"+7\"", "\"7&watch=0\"", "7", "null"] {
+            assert!(matches!(list(version, &format!("[{object}]")), Err(ClusterError::Confused { .. })), "{version}");
+        }
+        assert!(list("\"7\"", &format!("[{object},{object}]")).is_err());
     }
 
     #[test]

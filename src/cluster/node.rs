@@ -110,6 +110,12 @@ impl NodeObject {
         Ok(Self { facts, uid: metadata.uid, resource_version: metadata.resource_version, wrote, heard })
     }
 
+    /// When this was asked for; `None` if a watch told it.
+    #[must_use]
+    pub fn asked(&self) -> Option<Instant> {
+        self.heard.asked
+    }
+
     /// Whether `self` is an older state of the same Node than `other`: a watch may tell late what a reply told before.
     /// What was asked for after the other was there is never older, whatever its version: a database that is restored
     /// from a backup counts from there again.
@@ -179,6 +185,15 @@ fn other_writer(fields: &[ManagedFields], since: u64) -> Option<OtherWriter> {
     (since > 0 && latest.0 > since).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
 }
 
+/// An HTTP `Date` in its one form that is sent, `Sun, 06 Nov 1994 08:49:37 GMT`, in milliseconds since the epoch.
+pub(super) fn http_date(text: &str) -> Option<u64> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let parts: Vec<&str> = text.split(' ').collect();
+    let [_, day, month, year, time, "GMT"] = parts.as_slice() else { return None };
+    let month = MONTHS.iter().position(|known| known == month)?.checked_add(1)?;
+    crate::time::unix(&format!("{year}-{month:02}-{day}T{time}Z"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -244,5 +259,19 @@ mod tests {
         assert_eq!(other(&[ours.clone(), controller]), None);
         assert_eq!(other(&[ours, person]), None);
         assert_eq!(other(&[later]), None);
+    }
+
+    #[test]
+    fn http_dates_are_parsed() {
+        assert_eq!(http_date("Sun, 22 Nov 2026 08:00:00 GMT"), crate::time::unix("2026-11-22T08:00:00Z"));
+        for bad in [
+            "",
+            "GMT",
+            "Sun, 22 Nov 2026 08:00:00 CET",
+            "Sun, 22 Foo 2026 08:00:00 GMT",
+            "Sunday, 06-Nov-94 08:49:37 GMT",
+        ] {
+            assert_eq!(http_date(bad), None, "{bad}");
+        }
     }
 }

@@ -49,7 +49,7 @@ impl Stage {
     /// What comes of a kubeconfig.
     async fn read(&self, yaml: &str, node: Option<&str>) -> Result<NodeObject, ClusterError> {
         fs::write(self.kubeconfig(), yaml).unwrap();
-        Api::new(self.kubeconfig(), node.map(str::to_owned), quick()).metadata().await
+        Api::new(self.kubeconfig(), node.map(str::to_owned), quick()).metadata().await.map(|(node, _)| node)
     }
 
     /// The error, which must be fit to be shown and name the kubeconfig.

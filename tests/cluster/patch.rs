@@ -32,7 +32,7 @@ impl Stage {
 async fn only_annotations_under_the_uid_and_our_name() {
     let stage = Stage::new();
     let api = stage.api();
-    let node = api.metadata().await.unwrap();
+    let node = api.metadata().await.unwrap().0;
     let before = stage.rest();
     let mut two = patch("state", "Working");
     two.insert(ATTEMPT.to_owned(), None);
@@ -51,7 +51,7 @@ async fn only_annotations_under_the_uid_and_our_name() {
 async fn lost_reply_is_made_good_by_the_same_patch() {
     let stage = Stage::new();
     let api = stage.api();
-    let node = api.metadata().await.unwrap();
+    let node = api.metadata().await.unwrap().0;
     for fault in [Fault::Lost, Fault::Cut] {
         stage.store.inject(Scope::Write, 1, fault);
         let error = api.patch(&node.uid, &patch("state", "Working")).await.unwrap_err();
@@ -68,14 +68,14 @@ async fn lost_reply_is_made_good_by_the_same_patch() {
 async fn patch_for_a_node_that_was_replaced_lands_nowhere() {
     let stage = Stage::new();
     let api = stage.api();
-    let old = api.metadata().await.unwrap();
+    let old = api.metadata().await.unwrap().0;
     stage.store.delete_node(NODE);
     assert!(matches!(api.patch(&old.uid, &patch("state", "Done")).await, Err(ClusterError::NotFound(_))));
     stage.store.create_node(NODE, &[]);
     let error = api.patch(&old.uid, &patch("state", "Done")).await.unwrap_err();
     assert!(matches!(error, ClusterError::Refused(_)), "{error}");
     assert_eq!(stage.store.annotation(NODE, &format!("{MCO}state")), None);
-    let new = api.metadata().await.unwrap();
+    let new = api.metadata().await.unwrap().0;
     assert_ne!(new.uid, old.uid);
     assert!(!new.is_older_than(&old));
     api.patch(&new.uid, &patch("state", "Done")).await.unwrap();
@@ -85,7 +85,7 @@ async fn patch_for_a_node_that_was_replaced_lands_nowhere() {
 async fn annotations_that_are_full_refuse_more() {
     let stage = Stage::new();
     let api = stage.api();
-    let node = api.metadata().await.unwrap();
+    let node = api.metadata().await.unwrap().0;
     stage.store.annotate("somebody", NODE, "example.com/all", Some(&"x".repeat(256 * 1024 - 100))).unwrap();
     let error = api.patch(&node.uid, &patch("reason", &"r".repeat(500))).await.unwrap_err();
     assert!(matches!(&error, ClusterError::Refused(why) if why.contains("Too long")), "{error}");
@@ -97,7 +97,7 @@ async fn annotations_that_are_full_refuse_more() {
 async fn refusals_are_told_apart() {
     let stage = Stage::new();
     let api = stage.api();
-    let node = api.metadata().await.unwrap();
+    let node = api.metadata().await.unwrap().0;
     for (code, reason, retryable) in [
         (403, Reason::ClusterForbidden, false),
         (404, Reason::NodeNotFound, true),
@@ -153,7 +153,7 @@ async fn annotations_are_bounded_and_never_raw() {
     ] {
         stage.annotate(key, value);
     }
-    let facts = api.metadata().await.unwrap().facts;
+    let facts = api.metadata().await.unwrap().0.facts;
     let values = [&facts.desired_config, &facts.desired_image, &facts.state, &facts.reason];
     for value in values.map(|value| value.as_deref().unwrap()) {
         assert!(value.len() < 9000 && !value.chars().any(char::is_control), "{value:?}");
@@ -163,16 +163,17 @@ async fn annotations_are_bounded_and_never_raw() {
     assert!(rebase_agent::registry::reference::parse(&desired).is_err(), "{desired}");
     stage.annotate("reason", "");
     stage.annotate("desiredImage", &(image.clone() + &long));
-    let desired = api.metadata().await.unwrap().facts.desired_image.unwrap();
+    let desired = api.metadata().await.unwrap().0.facts.desired_image.unwrap();
     assert!(rebase_agent::registry::reference::parse(&desired).is_err(), "{desired}");
     stage.annotate("desiredImage", &image);
-    assert_eq!(api.metadata().await.unwrap().facts.desired_image.unwrap(), image);
+    assert_eq!(api.metadata().await.unwrap().0.facts.desired_image.unwrap(), image);
 
     let attempt = json!({"image": image, "bootID": "b", "count": 1, "more": long}).to_string();
     stage.store.annotate("admin", NODE, ATTEMPT, Some(&attempt)).unwrap();
-    assert_eq!(api.metadata().await.unwrap().facts.attempt, None);
+    assert_eq!(api.metadata().await.unwrap().0.facts.attempt, None);
     // No API server sends it; something that sits in between might.
-    let odd = r#"{"metadata":{"name":"x","uid":"u","resourceVersion":"1","annotations":{"a":5}}}"#;
+    let odd = r#"{"metadata":{"resourceVersion":"1"},"items":[{"metadata":
+        {"name":"x","uid":"u","resourceVersion":"1","annotations":{"a":5}}}]}"#;
     stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: odd.to_owned() });
     assert!(matches!(api.metadata().await, Err(ClusterError::Confused { .. })));
     let other = odd.replace("{\"a\":5}", "{}");
@@ -181,13 +182,47 @@ async fn annotations_are_bounded_and_never_raw() {
     assert!(text.contains("it tells of the Node x"), "{text}");
 }
 
+/// Nodes with more images than the agent reads exist; the network is not to blame.
+#[tokio::test]
+async fn whole_node_that_is_too_large_has_its_own_reason() {
+    let stage = Stage::new();
+    let api = stage.api();
+    let images: Vec<_> =
+        (0..40_000).map(|n| json!({"names": [format!("registry.example.com/{n}/{}", "x".repeat(90))]})).collect();
+    let mut node = stage.store.node(NODE).unwrap();
+    node["status"]["images"] = json!(images);
+    let body = node.to_string();
+    assert!(body.len() > 5_000_000);
+    stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: body.clone() });
+    let error = api.full().await.unwrap_err();
+    assert_eq!(error.reason(), Reason::NodeTooLarge);
+    assert!(error.to_string().contains("nodeStatusMaxImages"), "{error}");
+    // A large page of something in between is no Node.
+    stage.store.inject(Scope::Read, 1, Fault::Page { code: 502, body });
+    assert_eq!(api.full().await.unwrap_err().reason(), Reason::ClusterUnreachable);
+}
+
+#[tokio::test]
+async fn time_is_the_servers_own() {
+    let stage = Stage::new();
+    let api = stage.api();
+    assert_eq!(api.time(), None);
+    let here = || i64::try_from(std::time::UNIX_EPOCH.elapsed().unwrap().as_millis()).unwrap();
+    for ahead in [0, 7200, -7200] {
+        stage.store.set_clock(ahead);
+        api.metadata().await.unwrap();
+        let time = i64::try_from(api.time().unwrap()).unwrap();
+        assert!((time - here() - ahead * 1000).abs() < 5000, "{ahead}: {time}");
+    }
+}
+
 #[tokio::test]
 async fn other_daemons_are_known_by_what_they_write_after_us() {
     let stage = Stage::new();
     let api = stage.api();
-    let node = api.metadata().await.unwrap();
+    let node = api.metadata().await.unwrap().0;
     let daemon = "machine-config-daemon";
-    let other = async || api.metadata().await.unwrap().facts.other_writer;
+    let other = async || api.metadata().await.unwrap().0.facts.other_writer;
     // The server stamps whole seconds.
     let later = || tokio::time::sleep(Duration::from_millis(1100));
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, RETRY_AFTER, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, HeaderMap, RETRY_AFTER, USER_AGENT};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
@@ -34,6 +34,8 @@ use crate::events::Events;
 use crate::pki::Pki;
 
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
+/// How long before its end a watch gets its last bookmark.
+const LAST_BOOKMARK: Duration = Duration::from_secs(2);
 
 /// Serves a [`Store`] over HTTPS on a port of 127.0.0.1 until it is dropped.
 pub struct ApiServer {
@@ -256,7 +258,12 @@ async fn connection(stream: TcpStream, store: Store, trust: Trust) {
             (Some(user), None) => user,
             _ => trust.authenticate(certificate.as_deref()),
         };
-        answer(request, &store, user)
+        let (answer, store) = (answer(request, &store, user), store.clone());
+        async move {
+            let mut response = answer.await?;
+            response.headers_mut().insert(DATE, store.date().parse().unwrap());
+            Ok::<_, io::Error>(response)
+        }
     });
     let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
@@ -702,8 +709,10 @@ impl Watch {
         let mut changed = store.changed();
         let mut controlled = store.controlled();
         let mut end = pin!(sleep_until(Instant::now() + self.timeout));
+        let mut last = pin!(sleep_until(Instant::now() + self.timeout - LAST_BOOKMARK.min(self.timeout / 2)));
+        let mut told_last = false;
         let period = store.state().bookmarks;
-        let mut bookmark = pin!(sleep(period));
+        let mut bookmark = pin!(sleep(period.unwrap_or(self.timeout)));
         let mut abort = false;
 
         let mut cursor = self.from.unwrap_or_default();
@@ -741,17 +750,19 @@ impl Watch {
                 _ = changed.changed() => {}
                 _ = controlled.changed() => {}
                 () = &mut bookmark => {
-                    bookmark.set(sleep(period));
-                    if self.bookmarks {
+                    bookmark.set(sleep(period.unwrap_or(self.timeout)));
+                    if self.bookmarks && period.is_some() && cursor <= store.state().version {
                         abort |= send("BOOKMARK", self.shape.bookmark(cursor));
                     }
                 }
-                () = &mut end => {
-                    if self.bookmarks {
-                        send("BOOKMARK", self.shape.bookmark(cursor));
+                () = &mut last, if !told_last => {
+                    told_last = true;
+                    // A version of the future is met with silence.
+                    if self.bookmarks && cursor <= store.state().version {
+                        abort |= send("BOOKMARK", self.shape.bookmark(cursor));
                     }
-                    return;
                 }
+                () = &mut end => return,
             }
         }
     }
@@ -765,6 +776,7 @@ impl Watch {
             let nodes = state.nodes.iter().filter(|(name, _)| wanted(name));
             let added = nodes.map(|(name, object)| Change {
                 version: state.version,
+                at: Instant::now(),
                 kind: "ADDED",
                 name: name.clone(),
                 object: object.clone(),

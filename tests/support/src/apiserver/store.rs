@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::ApiError;
 use super::fields;
@@ -102,6 +103,7 @@ pub struct Snapshot {
 #[derive(Clone)]
 pub(super) struct Change {
     pub version: u64,
+    pub at: Instant,
     pub kind: &'static str,
     pub name: String,
     pub object: Value,
@@ -113,10 +115,14 @@ pub(super) struct State {
     pub floor: u64,
     pub history: VecDeque<Change>,
     pub expired: Expired,
-    pub bookmarks: Duration,
+    /// `None`: only shortly before a watch's end.
+    pub bookmarks: Option<Duration>,
+    /// How far the server's clock is ahead of this machine's, in seconds.
+    pub clock: i64,
     pub requests: Vec<RequestRecord>,
     pub tokens: BTreeMap<String, (String, Vec<String>)>,
     capacity: usize,
+    window: Duration,
     pub nodes: BTreeMap<String, Value>,
     faults: Vec<(Scope, usize, Fault)>,
     watches: u64,
@@ -155,10 +161,12 @@ impl Store {
             floor: 48_000,
             history: VecDeque::new(),
             expired: Expired::Event,
-            bookmarks: Duration::from_secs(60),
+            bookmarks: Some(Duration::from_secs(59)),
+            clock: 0,
             requests: Vec::new(),
             tokens: BTreeMap::new(),
             capacity: 1000,
+            window: Duration::from_secs(300),
             nodes: BTreeMap::new(),
             faults: Vec::new(),
             watches: 0,
@@ -177,7 +185,9 @@ impl Store {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap()
+        let mut state = self.0.state.lock().unwrap();
+        state.trim();
+        state
     }
 
     /// Registers a node as its kubelet does: Ready, schedulable, with these annotations (of manager `kubelet`).
@@ -412,6 +422,25 @@ impl Store {
         state.trim();
     }
 
+    /// Keeps changes for this long; 300 s until it is set. Real servers keep between 75 and 300 s.
+    pub fn set_history_window(&self, window: Duration) {
+        self.state().window = window;
+    }
+
+    /// How far the server's clock is ahead of this machine's, in seconds: what it stamps, and its `Date`.
+    pub fn set_clock(&self, ahead: i64) {
+        self.state().clock = ahead;
+    }
+
+    /// The server's time for the `Date` header.
+    pub(super) fn date(&self) -> String {
+        let stamp = format_time(seconds().saturating_add_signed(self.state().clock));
+        const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+        let month = MONTHS[stamp[5..7].parse::<usize>().unwrap() - 1];
+        // No client looks at the weekday.
+        format!("Sun, {} {month} {} {} GMT", &stamp[8..10], &stamp[..4], &stamp[11..19])
+    }
+
     /// Forgets all changes up to now, as a compaction does; a watch from an older resource version is expired.
     pub fn compact(&self) {
         let mut state = self.state();
@@ -449,9 +478,10 @@ impl Store {
         self.state().expired = expired;
     }
 
-    /// How often a watch that allows bookmarks gets one; there is always one just before the end.
-    pub fn set_bookmarks(&self, period: Duration) {
-        self.state().bookmarks = period;
+    /// How often a watch that allows bookmarks gets one: with etcd 3.6 every 59 s, the default; with etcd 3.4 (`None`)
+    /// never. About 2 s before a watch's end there is always one.
+    pub fn set_bookmarks(&self, period: impl Into<Option<Duration>>) {
+        self.state().bookmarks = period.into();
     }
 
     /// From now on, this bearer token is `user`, a member of `groups`.
@@ -465,9 +495,12 @@ impl Store {
         self.state().tokens.clear();
     }
 
-    /// Closes the listener and all connections, or opens the listener again on the same port.
+    /// Closes the listener and all connections, or opens the listener again on the same port, without any history.
     /// [`super::ApiServer::stop`] does the same and waits for it.
     pub fn set_down(&self, down: bool) {
+        if !down {
+            self.compact();
+        }
         self.0.down.send_replace(down);
     }
 
@@ -529,7 +562,7 @@ impl Store {
                 ("DELETED", last)
             }
             Some(node) => {
-                let now = rfc3339();
+                let now = format_time(seconds().saturating_add_signed(state.clock));
                 if status {
                     fields::touch_status(node, manager, &now);
                 } else {
@@ -540,7 +573,7 @@ impl Store {
                 (if old.is_some() { "MODIFIED" } else { "ADDED" }, node.clone())
             }
         };
-        state.history.push_back(Change { version, kind, name: name.to_owned(), object });
+        state.history.push_back(Change { version, at: Instant::now(), kind, name: name.to_owned(), object });
         state.trim();
         drop(state);
 
@@ -559,8 +592,11 @@ impl Store {
 }
 
 impl State {
+    /// Forgets changes that are too many or too old, as the original does by time.
     fn trim(&mut self) {
-        while self.history.len() > self.capacity {
+        let window = self.window;
+        let old = |change: &Change| change.at.elapsed() > window;
+        while self.history.len() > self.capacity || self.history.front().is_some_and(old) {
             self.floor = self.history.pop_front().unwrap().version;
         }
     }
@@ -762,7 +798,11 @@ fn uid() -> String {
 
 /// Now, in whole seconds.
 fn rfc3339() -> String {
-    format_time(std::time::UNIX_EPOCH.elapsed().unwrap().as_secs())
+    format_time(seconds())
+}
+
+pub(super) fn seconds() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().unwrap().as_secs()
 }
 
 fn format_time(seconds: u64) -> String {
