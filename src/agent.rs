@@ -34,6 +34,8 @@ use crate::{act, model};
 const HOUSEKEEPING: Duration = Duration::from_secs(180);
 /// systemd hears `READY=1` by then, whatever is still unknown.
 const FIRST_PASS: Duration = Duration::from_secs(30);
+/// A read of the whole Node that an event overtook is not repeated before that.
+const OVERTAKEN: Duration = Duration::from_secs(1);
 /// Events that may wait for the loop.
 const QUEUE: usize = 64;
 /// How long the end of the process waits for systemd to take its last notices.
@@ -126,6 +128,8 @@ struct Agent {
     cluster_failures: u32,
     /// No request of our own to the API server before that.
     cluster_after: Instant,
+    /// When our last request to the API server failed, and until when it told us to stay away.
+    cluster_failed: Option<(Instant, Instant)>,
     stamps: Stamps,
     last: Option<Decision>,
     progress: Option<String>,
@@ -239,6 +243,7 @@ impl Agent {
             confirmed: false,
             cluster_failures: 0,
             cluster_after: began,
+            cluster_failed: None,
             stamps,
             last: None,
             progress: None,
@@ -340,6 +345,9 @@ impl Agent {
                     Some(Ok(node)) => {
                         self.cluster_failures = 0;
                         self.confirmed = !self.is_outdated(&node);
+                        if !self.confirmed {
+                            self.cluster_after = self.cluster_after.max(Instant::now() + OVERTAKEN);
+                        }
                         self.take_node(Ok(node));
                     }
                     // The watch is the one to say that the Node is gone; this only has to be asked again.
@@ -354,6 +362,8 @@ impl Agent {
                 }
                 self.observed.machine = readings.machine;
                 if let Some(how) = self.again.take() {
+                    // The decision that follows asks for the Node again, if it still needs it.
+                    let how = if Instant::now() < self.cluster_after { how.min(Look::Host) } else { how };
                     self.stale |= how >= Look::Host;
                     self.look(how);
                 }
@@ -389,8 +399,9 @@ impl Agent {
         let first = !std::mem::replace(&mut self.seen.0, true);
         match told {
             Ok(node) => {
+                let answers = self.heed_answer(&node);
                 if self.is_outdated(&node) {
-                    return first;
+                    return first || answers;
                 }
                 let before = self.observed.cluster.known().map(|node| node.desired_image.clone());
                 let retargeted = before.is_some_and(|before| before != node.facts.desired_image);
@@ -405,7 +416,7 @@ impl Agent {
                 if retargeted {
                     self.look(Look::Host);
                 }
-                changed || first
+                changed || first || answers
             }
             Err(error) => {
                 let unknown = observe::cluster(Err(error));
@@ -416,10 +427,21 @@ impl Agent {
         }
     }
 
+    /// A read that was asked for after our last request failed, and answered: what failed may be tried at once, except
+    /// where the server named a time. An event of a watch proves nothing: one that is open outlives its certificate.
+    fn heed_answer(&mut self, node: &NodeObject) -> bool {
+        let Some(asked) = node.asked() else { return false };
+        let Some((_, until)) = self.cluster_failed.take_if(|(at, _)| asked > *at) else { return false };
+        self.cluster_after = self.cluster_after.min(until.max(Instant::now()));
+        true
+    }
+
     fn cluster_failed(&mut self, error: &ClusterError, what: &str) {
         self.cluster_failures = self.cluster_failures.saturating_add(1);
         let delay = Duration::from_millis(jittered(Backoff::CLUSTER.delay(self.cluster_failures), random()));
-        self.cluster_after = Instant::now() + delay.max(error.retry_after().unwrap_or_default());
+        let (now, asked_for) = (Instant::now(), error.retry_after().unwrap_or_default());
+        self.cluster_failed = Some((now, now + asked_for));
+        self.cluster_after = now + delay.max(asked_for);
         tracing::warn!(message_id = id::FAILED, rebase_agent_reason = error.reason().as_str(), "{what}: {error}");
     }
 
@@ -473,15 +495,9 @@ impl Agent {
     fn act(&mut self, decision: &Decision) {
         match &decision.action {
             Action::AbortTask => self.abort(),
-            Action::ConfirmDrain => {
-                if Instant::now() >= self.cluster_after {
-                    self.look(Look::Everything);
-                } else {
-                    self.wake = self.wake.min(self.cluster_after);
-                }
-            }
+            Action::ConfirmDrain => self.confirm(),
             // Everything is looked at once more, and only what is decided on that look is done.
-            Action::Reboot { .. } if !self.confirmed => self.look(Look::Everything),
+            Action::Reboot { .. } if !self.confirmed => self.confirm(),
             action => {
                 let desired = self.desired().map(|image| image.to_string()).unwrap_or_default();
                 if self.task.is_none()
@@ -490,6 +506,15 @@ impl Agent {
                     self.begin(action.clone(), Running { step, subject });
                 }
             }
+        }
+    }
+
+    /// Looks at everything, as soon as the API server may be asked.
+    fn confirm(&mut self) {
+        if Instant::now() >= self.cluster_after {
+            self.look(Look::Everything);
+        } else {
+            self.wake = self.wake.min(self.cluster_after);
         }
     }
 

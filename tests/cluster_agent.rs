@@ -326,6 +326,56 @@ async fn lost_replies_and_a_busy_server_only_delay() {
     assert_eq!(world.drains.drains(), 1);
 }
 
+/// One request, then silence for as long as the server asks; without a drain nothing but the last look is left.
+#[tokio::test]
+async fn whole_node_refused_with_retry_after_is_not_asked_again() {
+    let world = settled(WorldOptions { topology: "SingleReplica".to_owned(), ..options() }).await;
+    let two = world.signed("2").await.unwrap();
+    let reads = |world: &World| {
+        let read = |request: &&RequestRecord| request.method == "GET" && !request.is_watch();
+        world.api.requests().iter().filter(read).count()
+    };
+    let before = reads(&world);
+    world.store().inject(Scope::Read, usize::MAX, Fault::Status { code: 429, retry_after: Some(30) });
+    world.target("2", &two);
+    let mut refused = world.events.subscribe();
+    World::wait_event(&mut refused, "the attempt", |event| wrote_attempt(event).then_some(())).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let asked = reads(&world) - before;
+    eprintln!("{asked} requests in 10 s under 429");
+    assert!((1..=2).contains(&asked), "{asked} requests in 10 s");
+    world.store().clear_faults();
+    arrived(&world, &two).await;
+}
+
+fn wrote_attempt(event: &Event) -> bool {
+    let Event::NodeChanged { changes, .. } = event else { return false };
+    changes.get("rebase-agent.openshift.io/attempt").is_some_and(Option::is_some)
+}
+
+/// Two PATCHes that failed put the third off by 2 s and more; a read that succeeds brings it at once.
+#[tokio::test]
+async fn successful_read_triggers_the_patch_that_failed() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    world.store().inject(Scope::Write, 6, Fault::Status { code: 503, retry_after: None });
+    world.target("2", &two);
+    let failing = async {
+        while world.api.requests().iter().filter(|request| request.status == 503).count() < 5 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(90), failing).await.unwrap();
+    // The fifth failure puts the next off by 16 s and more.
+    world.store().clear_faults();
+    let began = std::time::Instant::now();
+    world.store().end_watches();
+    world.wait("a PATCH", |node| annotation(node, "state") == Some("Working")).await.unwrap();
+    eprintln!("{:?} from the end of the watch to the PATCH", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    arrived(&world, &two).await;
+}
+
 /// systemd needs a sign of life twice per limit, not per event.
 #[tokio::test]
 async fn ten_thousand_events_are_a_handful_of_datagrams() {
