@@ -457,6 +457,9 @@ impl Agent {
             return;
         }
         let now = self.now();
+        if let Some(node) = self.observed.cluster.known() {
+            self.memory.heed_retry(node);
+        }
         self.observed.running = self.task.as_ref().map(|task| task.running.clone());
         #[cfg(feature = "faults")]
         crate::faults::twist(&mut self.observed);

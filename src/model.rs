@@ -247,6 +247,8 @@ pub struct NodeFacts {
     pub hold: Option<String>,
     /// Why the policy refuses what runs, as this agent reported it.
     pub untrusted: Option<String>,
+    /// The retry annotation; a new value asks for failed work to be tried at once.
+    pub retry: Option<String>,
     /// `!spec.unschedulable`, known only after a full GET.
     pub schedulable: Option<bool>,
     /// Another daemon that writes our fields.
@@ -506,6 +508,8 @@ pub struct Memory {
     pub dropped: Vec<String>,
     /// The bootloader update unit has run for this image.
     pub bootloader_updated_for: Option<PinnedImage>,
+    /// The retry annotation when it was last looked at, empty for none; `None` before the first look.
+    pub retry: Option<String>,
 }
 
 impl Memory {
@@ -522,6 +526,17 @@ impl Memory {
         };
         self.failures.insert(step, failure);
         self.gave_up(step);
+    }
+
+    /// Makes all failed work due if the retry annotation has a new value. What it says when the process starts is no
+    /// request, nor is its removal.
+    pub fn heed_retry(&mut self, node: &NodeFacts) {
+        let now = node.retry.clone().unwrap_or_default();
+        let before = self.retry.replace(now.clone());
+        if before.is_some_and(|before| before != now) && !now.is_empty() {
+            // No delay follows no failure; `first` stays, and with it what has been waited for.
+            self.failures.values_mut().for_each(|failure| failure.count = 0);
+        }
     }
 
     /// Records that `step` ended without having done anything: what was not staged has dropped nothing.
@@ -699,6 +714,22 @@ pub struct Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_retry_annotation_makes_failed_work_due() {
+        let fault = Fault { reason: Reason::SignatureRejected, message: "x".into(), retryable: false };
+        let failed = Failure { subject: "b".into(), fault, first: 1, last: 2, count: 7 };
+        let mut memory = Memory { failures: [(Step::Verify, failed)].into(), ..Memory::default() };
+        let mut heed = |retry: Option<&str>| {
+            memory.heed_retry(&NodeFacts { retry: retry.map(str::to_owned), ..NodeFacts::default() });
+            let failure = memory.failures.get_mut(&Step::Verify).unwrap();
+            assert_eq!((failure.first, failure.last), (1, 2), "what was waited for stays");
+            std::mem::replace(&mut failure.count, 7) == 0
+        };
+        // What is there at start is no request, the same value again is none, nor is its removal.
+        let values = [Some("a"), Some("a"), Some("b"), None, Some("b"), Some(""), Some("c"), Some("c")];
+        assert_eq!(values.map(&mut heed), [false, false, true, false, true, false, true, false]);
+    }
 
     #[test]
     fn digests_have_one_spelling() {

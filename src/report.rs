@@ -10,6 +10,8 @@ pub const MCO: &str = "machineconfiguration.openshift.io/";
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 /// What an operator sets to hold the reboot.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
+/// What an operator sets to any new value to have failed work tried at once.
+pub const RETRY: &str = "rebase-agent.openshift.io/retry";
 
 /// Says that the policy refuses the image that runs, and why.
 pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";

@@ -15,9 +15,11 @@ use support::image::Pushed;
 use support::mcc::{PREFIX, annotation, is_node_done};
 use support::pki::{Pki, rotate_client_pem, write_kubeconfig};
 use support::policy::Policy;
+use support::sign::{self, KeyKind, Signer};
 use support::world::{NODE, World, WorldOptions};
 
 const HOLD: &str = "rebase-agent.openshift.io/hold";
+const RETRY: &str = "rebase-agent.openshift.io/retry";
 const MCD: &str = "machine-config-daemon";
 
 fn options() -> WorldOptions {
@@ -351,6 +353,21 @@ async fn whole_node_refused_with_retry_after_is_not_asked_again() {
 fn wrote_attempt(event: &Event) -> bool {
     let Event::NodeChanged { changes, .. } = event else { return false };
     changes.get("rebase-agent.openshift.io/attempt").is_some_and(Option::is_some)
+}
+
+#[tokio::test]
+async fn new_retry_annotation_makes_a_refusal_be_checked_at_once() {
+    let world = settled(options()).await;
+    let two = world.unsigned("2").await.unwrap();
+    let (identity, foreign) = (format!("{}:2", two.repository()), Signer::generate(KeyKind::P256));
+    sign::sign(&world.registry, &two.digest, &two.repo, &identity, &foreign).await.unwrap();
+    world.target("2", &two);
+    world.wait_reason("SignatureRejected").await.unwrap();
+    // A refusal is looked at again after ten minutes.
+    sign::unsign(&world.registry, &two.digest, &two.repo).await.unwrap();
+    world.sign(&two, "2").await.unwrap();
+    world.store().annotate("kubectl-annotate", NODE, RETRY, Some("signed it")).unwrap();
+    arrived(&world, &two).await;
 }
 
 /// Two PATCHes that failed put the third off by 2 s and more; a read that succeeds brings it at once.

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
 use crate::model::{Attempt, NodeFacts, OtherWriter, printable};
-use crate::report::{ATTEMPT, HOLD, MCO, UNTRUSTED};
+use crate::report::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
 
 /// Longest annotation that is taken over, in bytes; the longest of the protocol is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
@@ -104,6 +104,7 @@ impl NodeObject {
             attempt: annotation(ATTEMPT).and_then(|text| attempt(text)),
             hold: annotation(HOLD).map(|value| bounded(value)),
             untrusted: annotation(UNTRUSTED).map(|value| bounded(value)),
+            retry: annotation(RETRY).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
             other_writer: other_writer(&metadata.managed_fields, since),
         };
