@@ -15,7 +15,7 @@ use crate::cli::CONFINEMENT;
 use crate::cluster::node::NodeObject;
 use crate::cluster::{ClusterError, Told, follow};
 use crate::confine::Confinement;
-use crate::decide::decide;
+use crate::decide::{RESTORE_SPREAD, decide};
 use crate::host::boot::DeploymentsStamp;
 use crate::journal::id;
 use crate::lane::Lane;
@@ -26,7 +26,7 @@ use crate::model::{
 use crate::observe::{self, Neighbours};
 use crate::registry::{TrustStamp, Verified};
 use crate::report::{Patch, report};
-use crate::schedule::{Backoff, jittered, random};
+use crate::schedule::{Backoff, full_jitter, jittered, random};
 use crate::{act, model};
 
 /// The longest sleep: what nobody tells us (a deployment written by hand, a changed policy) is noticed by then. Also
@@ -223,7 +223,7 @@ impl Agent {
             settings,
             events,
             began,
-            memory: Memory::default(),
+            memory: Memory { spread: full_jitter(RESTORE_SPREAD, random()), ..Memory::default() },
             proofs: BTreeMap::new(),
             node: None,
             observed: Observed {

@@ -6,6 +6,8 @@
 mod arrived;
 mod travelling;
 
+pub use travelling::RESTORE_SPREAD;
+
 use crate::host::{is_image, is_named, is_staged};
 use crate::model::{
     Action, Clock, Decision, Deployment, Failure, Fault, HostFacts, ImageFacts, Limits, MachineFacts, Memory,

@@ -483,6 +483,7 @@ pub enum Clock {
     ForeignTransaction,
     ConfigAhead,
     RebootAccepted,
+    RestoreSpread,
 }
 
 /// Since when, and for what.
@@ -510,6 +511,9 @@ pub struct Memory {
     pub bootloader_updated_for: Option<PinnedImage>,
     /// The retry annotation when it was last looked at, empty for none; `None` before the first look.
     pub retry: Option<String>,
+    /// How long this process waits before a drain that only a restored database asks for, in milliseconds; chosen at
+    /// random when it starts.
+    pub spread: u64,
 }
 
 impl Memory {

@@ -147,6 +147,8 @@ reasons! {
     UptimeFloor,
     /// The finalizer is being started.
     Finalizer,
+    /// The Node says that it runs another image than it does; the drain waits a random time.
+    RestoreSpread,
     /// The drain controller has not confirmed the drain yet.
     DrainPending,
     /// The drain controller has not confirmed the drain for long.

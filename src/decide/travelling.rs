@@ -18,6 +18,8 @@ const TRANSACTION_PATIENCE: u64 = 30 * MINUTE;
 const MAX_BOOTS: u32 = 2;
 /// Longest deployment id that is recorded, in bytes; a real one has about 80. The annotation has to be read back.
 const MAX_ID: usize = 512;
+/// Longest wait before a drain that no fresh write of MCC asked for, in milliseconds.
+pub const RESTORE_SPREAD: u64 = 30 * MINUTE;
 /// Head room on `/boot` beyond the kernel itself, in bytes.
 const BOOT_MARGIN: u64 = 1 << 20;
 
@@ -36,6 +38,7 @@ impl<'a> Rules<'a> {
             Some(staged) => self
                 .kernel_arguments(wanted, staged)
                 .or_else(|| self.hindrance(wanted))
+                .or_else(|| self.restored(wanted))
                 .or_else(|| self.drain(wanted))
                 .unwrap_or_else(|| self.reboot(wanted, staged)),
         })
@@ -295,6 +298,28 @@ impl<'a> Rules<'a> {
                 })
             }
         }
+    }
+
+    /// Row 23: after a restore of etcd, Nodes say that they run an older image. MCC takes them for done, so it does not
+    /// keep them to maxUnavailable; chance has to.
+    fn restored(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let node = self.node;
+        let asked_for = node.desired_image != node.current_image || node.desired_config != node.current_config;
+        let drained = node.desired_drain.as_deref().is_some_and(|drain| drain.starts_with("drain-"));
+        if asked_for || drained || node.topology.as_deref() == Some("SingleReplica") {
+            return None;
+        }
+        let subject = wanted.image.to_string();
+        let left =
+            self.memory.spread.checked_sub(self.waited(Clock::RestoreSpread, &subject)).filter(|left| *left > 0)?;
+        let message = format!(
+            "the Node names {} as current and another image runs, as after a restore of etcd; it is staged, and the \
+             drain waits a random time of up to {} min so that not all nodes drain at once",
+            wanted.image.digest().short(),
+            RESTORE_SPREAD / MINUTE
+        );
+        let decision = rule("23", Reason::RestoreSpread, message).state(NodeState::Working);
+        Some(decision.clock(Clock::RestoreSpread, subject).wake(left))
     }
 
     /// Row 24.
