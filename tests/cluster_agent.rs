@@ -441,6 +441,8 @@ async fn node_deleted_and_created_anew_is_published_again() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     world.store().create_node(NODE, &[]);
     world.wait_done(&world.installed).await.unwrap();
+    // By this MCC finds the custom pool that the node was booted into.
+    assert_eq!(world.annotation("firstPivotConfig").as_deref(), Some("rendered-worker-1"));
     assert_ne!(world.store().node(NODE).unwrap()["metadata"]["uid"], uid);
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);

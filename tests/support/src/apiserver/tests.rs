@@ -269,6 +269,38 @@ async fn expired_watches_are_told_in_either_way() {
     refused(cluster.get(&path), 410, "Expired", "too old resource version").await;
 }
 
+/// The history is a matter of time: an idle node's own version expires, the version of a list does not.
+#[tokio::test]
+async fn versions_expire_by_time_and_by_a_restart() {
+    let cluster = cluster();
+    cluster.store.heartbeat("worker-1");
+    let version = cluster.version();
+    let listed = async || {
+        let list =
+            cluster.client.get(format!("{}/api/v1/nodes?fieldSelector=metadata.name%3Dworker-0", cluster.server.url()));
+        let (_, list) = body(list.send().await.unwrap()).await;
+        list["metadata"]["resourceVersion"].as_str().unwrap().to_owned()
+    };
+    let first = async |version: &str| {
+        cluster
+            .watch(&format!("&allowWatchBookmarks=true&timeoutSeconds=1&resourceVersion={version}"))
+            .await
+            .next()
+            .await
+    };
+    assert_eq!(first(&version).await.unwrap()["type"], "BOOKMARK", "it is in the history");
+    cluster.store.set_history_window(Duration::ZERO);
+    assert_eq!(first(&version).await.unwrap()["object"]["reason"], "Expired");
+    assert_eq!(first(&listed().await).await.unwrap()["type"], "BOOKMARK");
+    cluster.store.set_history_window(Duration::from_secs(300));
+    let version = listed().await;
+    cluster.store.heartbeat("worker-1");
+    cluster.server.stop().await;
+    cluster.server.restart().await;
+    assert_eq!(first(&version).await.unwrap()["object"]["reason"], "Expired");
+    assert_eq!(first("999999").await, None, "a version of the future is met with silence");
+}
+
 #[tokio::test]
 async fn frozen_watches_stay_mute_and_later_ones_work() {
     let cluster = cluster();
