@@ -553,6 +553,7 @@ fn degrades_at_once(reason: Reason) -> bool {
             | Reason::PolicyAcceptsAnything
             | Reason::PolicyInvalid
             | Reason::EngineUnfit
+            | Reason::RegistryConfigInvalid
             | Reason::GpgNeedsScratch
             | Reason::ImageInvalid
             | Reason::NotBootable

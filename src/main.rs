@@ -69,6 +69,7 @@ fn neighbours(paths: &Paths) -> Neighbours {
             skopeo: or(&paths.skopeo, SKOPEO),
             cert_dir: paths.cert_dir.clone(),
             auth_files: AUTH_FILES.iter().map(|file| root.join(file)).collect(),
+            etc: root.join("etc"),
             scratch: paths.scratch.clone(),
             deadline: Duration::from_secs(paths.verify_timeout),
         })),
@@ -187,6 +188,7 @@ async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> ExitCode
             let unknown = matches!(
                 error,
                 RegistryError::Unreachable { .. }
+                    | RegistryError::Scarce { .. }
                     | RegistryError::Untrusted { .. }
                     | RegistryError::Deadline { .. }
                     | RegistryError::Denied { .. }

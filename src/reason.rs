@@ -105,6 +105,10 @@ reasons! {
     EngineUnfit,
     /// The policy asks for GPG and there is no scratch space for it.
     GpgNeedsScratch,
+    /// The node's registries.conf or registries.d cannot be used, or blocks the image's registry.
+    RegistryConfigInvalid,
+    /// The node has no file descriptor, process or memory left to start the engine with.
+    ResourcesExhausted,
     /// The registry has no such manifest.
     ManifestMissing,
     /// The registry refuses the credentials.

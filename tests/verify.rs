@@ -8,6 +8,8 @@
 mod engine;
 #[path = "verify/hostile.rs"]
 mod hostile;
+#[path = "verify/places.rs"]
+mod places;
 #[path = "verify/transport.rs"]
 mod transport;
 #[path = "verify/trust.rs"]
@@ -212,8 +214,13 @@ impl Outcome {
     fn refused(&self, reason: Reason) -> &str {
         let message = self.said["message"].as_str().unwrap_or_default();
         assert_eq!(self.said["reason"], reason.as_str(), "{message}");
-        let transient =
-            [Reason::RegistryUnreachable, Reason::RegistryDenied, Reason::RegistryUntrusted, Reason::DeadlineExceeded];
+        let transient = [
+            Reason::RegistryUnreachable,
+            Reason::RegistryDenied,
+            Reason::RegistryUntrusted,
+            Reason::DeadlineExceeded,
+            Reason::ResourcesExhausted,
+        ];
         assert_eq!(self.code, if transient.contains(&reason) { NOT_YET } else { REFUSED }, "{message}");
         assert!(!message.is_empty() && message.chars().count() <= LONGEST, "{message}");
         assert!(!message.contains(char::is_control), "{message:?}");

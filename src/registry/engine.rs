@@ -5,15 +5,18 @@ use std::io::{Seek, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cap_std_ext::cmdext::CapStdExtCommandExt as _;
 use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{NodePolicy, RegistryError, Settings};
+use super::engine_text::{Question, classify_text, is_scarcity};
+use super::{NodePolicy, RegistryError, Settings, mirrors};
+use crate::host::boot::read_bounded;
 use crate::model::{PinnedImage, printable};
 
 /// First protocol that evaluates the policy at all; older engines accept everything.
@@ -22,6 +25,8 @@ const ENFORCING_PROTOCOL: (u64, u64, u64) = (0, 2, 6);
 const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
 /// Between the engine's own end (SIGTERM at the deadline) and ours; then SIGKILL follows.
 const KILL_AFTER: Duration = Duration::from_secs(5);
+/// Largest auth file read, in bytes; a cluster's pull secret comes to a few kilobytes.
+const MAX_AUTH_FILE: u64 = 1 << 20;
 /// Passed on to the engine: how a unit drop-in tells it about a proxy.
 const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
@@ -39,18 +44,20 @@ pub struct Fetched {
 /// modification: ostree sets all of them to the same.
 type Checked = (u64, u64, i64, i64);
 
-/// The engine and how it is started.
-#[derive(Debug)]
+/// The engine and how it is started. Clones share everything.
+#[derive(Clone, Debug)]
 pub struct Engine {
-    settings: Settings,
-    checked: Mutex<Option<Checked>>,
+    settings: Arc<Settings>,
+    checked: Arc<Mutex<Option<Checked>>>,
+    /// Held while one runs: a series of retargets must not leave a series of engines.
+    one: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Engine {
     /// Starts nothing yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        Self { settings, checked: Mutex::new(None) }
+        Self { settings: Arc::new(settings), checked: Arc::default(), one: Arc::default() }
     }
 
     /// How it was set up.
@@ -59,41 +66,78 @@ impl Engine {
         &self.settings
     }
 
-    /// Has the engine open `image` under `policy`. The child has a deadline, a clean environment, and dies with us.
+    /// Has the engine open `image` under `policy`. The child has a deadline, a clean environment, and ends with this
+    /// future: the kernel ends it with the thread that started it, so that it gets a thread of its own.
     pub(super) async fn fetch(
         &self,
         policy: &NodePolicy,
         image: &PinnedImage,
         scope: &str,
     ) -> Result<Fetched, RegistryError> {
+        let one = Arc::clone(&self.one).lock_owned().await;
+        let asked = self.question(policy, image, scope);
+        let (engine, bytes) = (self.clone(), policy.bytes.clone());
+        let (mut answer, answered) = tokio::sync::oneshot::channel();
+        let work = move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(answer.send(Err(engine.broken("no runtime", &error)))),
+            };
+            let result = runtime.block_on(async {
+                let result = tokio::select! {
+                    result = engine.fetch_bounded(&bytes, &asked) => Some(result),
+                    () = answer.closed() => None,
+                };
+                // Who waits for the engine is queued before this, and by now begun: else it would be dropped with the
+                // runtime, and the engine never reaped.
+                let _ = tokio::task::spawn_blocking(|| ()).await;
+                result
+            });
+            // Threads of the runtime may still wait for the engine, which ends, and is reaped there, once this one has.
+            runtime.shutdown_background();
+            if let Some(result) = result {
+                // Who asked may be gone by now.
+                let _ = answer.send(result);
+            }
+            drop(one);
+        };
+        let started = std::thread::Builder::new().name("engine".to_owned()).spawn(work);
+        started.map_err(|error| self.broken("no thread for the engine", &error))?;
+        answered.await.unwrap_or_else(|_| Err(self.unfit("its thread ended without an answer")))
+    }
+
+    async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
         // Later than the engine's last end, so that nothing is left running when this returns.
         let limit = self.settings.deadline.saturating_add(KILL_AFTER.saturating_mul(2));
-        match tokio::time::timeout(limit, self.fetch_unbounded(policy, image, scope)).await {
+        match tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await {
             Ok(result) => result,
-            Err(_) => Err(self.deadline(image)),
+            Err(_) => Err(self.deadline(&asked.image)),
         }
     }
 
-    async fn fetch_unbounded(
-        &self,
-        policy: &NodePolicy,
-        image: &PinnedImage,
-        scope: &str,
-    ) -> Result<Fetched, RegistryError> {
+    async fn fetch_unbounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
         let started = std::time::Instant::now();
-        let asked = self.question(policy, image, scope);
+        let image = &asked.image;
         let classify = |error: ProxyError| {
             // The limit of timeout(1) shows as whatever the proxy's end breaks first.
             if started.elapsed() >= self.settings.deadline {
                 return self.deadline(image);
             }
-            classify(error, &asked)
+            classify(error, asked)
         };
         self.check_version().await?;
-        let bytes = sealed(&policy.bytes).map_err(|e| self.unfit(format!("no sealed memory for the policy: {e}")))?;
+        let bytes = sealed(policy).map_err(|error| self.broken("no sealed memory for the policy", &error))?;
         // No registry is involved yet.
         let proxy = ImageProxy::new_with_config(self.config(&bytes, started.elapsed())).await.map_err(|error| {
-            let ended = format!("it does not start: {}", printable(&error.to_string(), 400));
+            let text = error.to_string();
+            let scarce = match &error {
+                ProxyError::SkopeoSpawnError(error) | ProxyError::Io(error) => is_scarce(error),
+                _ => is_scarcity(&text),
+            };
+            let ended = format!("it does not start: {}", printable(&text, 400));
+            if scarce {
+                return self.scarce(ended);
+            }
             self.unfit(if started.elapsed() < self.settings.deadline { ended } else { format!("{ended} (deadline)") })
         })?;
         drop(bytes);
@@ -132,8 +176,8 @@ impl Engine {
         self.settings.auth_files.iter().find(|path| path.exists())
     }
 
-    /// The kernel ends it with the thread that spawns, which is the runtime's only one and the process's first, or waits
-    /// for it; `timeout` bounds what the proxy itself does not. (setpriv(1) would need a system call of @privileged.)
+    /// The kernel ends it with the thread that spawns; `timeout` bounds what the proxy itself does not. (setpriv(1) would
+    /// need a system call of @privileged.)
     #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
     fn command(&self, spent: Duration) -> Command {
         let left = self.settings.deadline.saturating_sub(spent);
@@ -158,7 +202,7 @@ impl Engine {
     /// whenever the file changes.
     async fn check_version(&self) -> Result<(), RegistryError> {
         use std::os::unix::fs::MetadataExt;
-        let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.unfit(e.to_string()))?;
+        let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.broken("not found", &e))?;
         let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
         let checked = || self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if *checked() == Some(identity) {
@@ -166,14 +210,18 @@ impl Engine {
         }
         let mut command = self.command(Duration::ZERO);
         command.arg(&self.settings.skopeo).arg("--version").stdin(std::process::Stdio::null());
-        let output = tokio::task::spawn_blocking(move || command.output())
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        // Started by this thread, so that it ends with it.
+        let child = command.spawn().map_err(|error| self.broken("timeout cannot be started", &error))?;
+        let output = tokio::task::spawn_blocking(move || child.wait_with_output())
             .await
-            .map_err(|e| self.unfit(e.to_string()))?
-            .map_err(|e| self.unfit(format!("timeout cannot be started: {e}")))?;
+            .map_err(|error| self.unfit(error.to_string()))?
+            .map_err(|error| self.broken("timeout cannot be awaited", &error))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));
-            self.unfit(format!("it does not tell its version: {}", printable(&said, 200)))
+            let why = format!("it does not tell its version: {}", printable(&said, 200));
+            if is_scarcity(&said) { self.scarce(why) } else { self.unfit(why) }
         })?;
         if version < ENFORCING_SKOPEO {
             let (major, minor) = version;
@@ -189,36 +237,62 @@ impl Engine {
         RegistryError::Engine { skopeo: self.settings.skopeo.clone(), why: why.into() }
     }
 
+    fn scarce(&self, why: impl Into<String>) -> RegistryError {
+        RegistryError::Scarce { why: format!("{}: {}", self.settings.skopeo.display(), why.into()) }
+    }
+
+    /// What the kernel refused: for want of something, or because the engine is unfit.
+    fn broken(&self, what: &str, error: &std::io::Error) -> RegistryError {
+        let why = format!("{what}: {error}");
+        if is_scarce(error) { self.scarce(why) } else { self.unfit(why) }
+    }
+
     fn deadline(&self, image: &PinnedImage) -> RegistryError {
         RegistryError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
     }
 
-    pub(super) fn question<'a>(&self, policy: &'a NodePolicy, image: &'a PinnedImage, scope: &'a str) -> Question<'a> {
-        let credentials = match self.authfile() {
-            Some(path) => format!("with the credentials in {}", path.display()),
-            None => "without credentials, as there is no ostree auth file".to_owned(),
-        };
-        let scratch =
-            self.settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string());
-        Question { image, policy: &policy.path, scope, credentials, scratch }
+    pub(super) fn question(&self, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> Question {
+        let settings = &self.settings;
+        let auth = settings.auth_files.iter().find(|path| path.exists());
+        let auth = auth.map(|path| (path.clone(), read_bounded(path, MAX_AUTH_FILE).unwrap_or_default()));
+        let scratch = settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string());
+        Question {
+            image: image.clone(),
+            skopeo: settings.skopeo.clone(),
+            policy: policy.path.clone(),
+            scope: scope.to_owned(),
+            demands: policy.policy.demands(image),
+            auth,
+            scratch,
+            registries_d: settings.registries_d.clone(),
+            mirrors: mirrors::mirrors(&registries_conf(&settings.etc), image.name()),
+        }
     }
 }
 
-/// What the engine was asked, and how.
-pub(super) struct Question<'a> {
-    image: &'a PinnedImage,
-    policy: &'a Path,
-    scope: &'a str,
-    credentials: String,
-    /// Where GnuPG makes its home.
-    scratch: String,
+/// `registries.conf` and what is in `registries.conf.d`, in the engine's order; what cannot be read is left out.
+fn registries_conf(etc: &Path) -> String {
+    let main = etc.join("containers/registries.conf");
+    let more = std::fs::read_dir(etc.join("containers/registries.conf.d")).into_iter().flatten().flatten();
+    let mut more: Vec<_> =
+        more.map(|entry| entry.path()).filter(|path| path.extension() == Some("conf".as_ref())).collect();
+    more.sort();
+    let read = |path: PathBuf| read_bounded(&path, mirrors::MAX_CONF).ok();
+    let texts = std::iter::once(main).chain(more).filter_map(read);
+    texts.map(|bytes| String::from_utf8_lossy(&bytes).into_owned() + "\n").collect()
 }
 
-fn classify(error: ProxyError, asked: &Question<'_>) -> RegistryError {
+/// Whether the kernel refused for want of descriptors, processes or memory, which says nothing of the engine.
+pub(super) fn is_scarce(error: &std::io::Error) -> bool {
+    [Errno::EMFILE, Errno::ENFILE, Errno::EAGAIN, Errno::ENOMEM]
+        .map(|errno| Some(errno as i32))
+        .contains(&error.raw_os_error())
+}
+
+fn classify(error: ProxyError, asked: &Question) -> RegistryError {
     match error {
-        ProxyError::RequestInitiationFailure { error, .. } | ProxyError::RetryableRequestFailure { error, .. } => {
-            classify_text(&error, asked)
-        }
+        ProxyError::RequestInitiationFailure { error, method }
+        | ProxyError::RetryableRequestFailure { error, method } => classify_text(&method, &error, asked),
         other => RegistryError::Unreachable { image: asked.image.clone(), why: printable(&other.to_string(), 500) },
     }
 }
@@ -237,109 +311,6 @@ fn parse_version(text: &str) -> Option<(u64, u64)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// The engine's free text, by anchored match only: what follows an anchor may come from the registry. Pure.
-pub(super) fn classify_text(text: &str, asked: &Question<'_>) -> RegistryError {
-    const REJECTED: [&str; 17] = [
-        "cryptographic signature verification ",
-        "invalid signature when validating",
-        "Signature for identity ",
-        "Signature for digest ",
-        "Signature by ",
-        "None of the signatures were accepted",
-        "Invalid GPG signature",
-        "No public keys imported",
-        "parsing signature ",
-        "Required email ",
-        "Unexpected subject hostname",
-        "veryfing leaf certificate failed",
-        "parsing leaf certificate",
-        "missing dev.sigstore.cosign/",
-        "Unexpected Fulcio OIDC issuer",
-        "Fulcio certificate is missing the issuer extension",
-        "No public key verified against the RekorSET",
-    ];
-    const UNUSABLE: [&str; 5] =
-        ["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"];
-    const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
-    const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
-    let Question { image, scope, policy, scratch, .. } = asked;
-    let (image, scope, path) = ((*image).clone(), (*scope).to_owned(), policy.to_path_buf());
-    let why = printable(&without_queries(text), 500);
-    let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
-    if text.starts_with("A signature was required, but no signature exists") {
-        RegistryError::SignatureMissing { image, scope }
-    } else if starts(&REJECTED) {
-        // Said of a good signature too: `cosign sign` names no tag, and the default rule wants one.
-        let tagless = text.contains(&format!("identity \"{}\" is not accepted", image.name()));
-        let hint = if tagless {
-            "; it names no tag, as cosign's do: use signedIdentity matchRepository, or sign with \
-             --sign-container-identity and a tag"
-        } else {
-            ""
-        };
-        RegistryError::SignatureRejected { image, scope, why, hint }
-    } else if text == format!("Running image docker://{image} is rejected by policy.") {
-        RegistryError::Rejects { path, image, scope }
-    } else if starts(&[&format!("mkdir {scratch}/containers-ephemeral-gpg-")]) {
-        RegistryError::GpgScratch { scope, why }
-    } else if starts(&UNUSABLE) {
-        // The engine knows the policy by the name of our descriptor only.
-        let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
-        let why = named.map_or(why, |(_, rest)| printable(rest, 500));
-        RegistryError::Policy { path, why }
-    } else if starts(&DAMAGED) {
-        RegistryError::Invalid { image, why }
-    } else if starts(&NO_INSTANCE) {
-        RegistryError::NoInstance { image, why }
-    } else {
-        classify_transport(text, why, asked)
-    }
-}
-
-/// A blob store's presigned URLs are long enough to push the cause out of sight, and secret while they last. Pure.
-pub(crate) fn without_queries(text: &str) -> String {
-    let mut parts = text.split('?');
-    let mut out = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let end = part.find(['"', ' ']).unwrap_or(part.len());
-        out.push_str("?…");
-        out.push_str(part.get(end..).unwrap_or_default());
-    }
-    out
-}
-
-/// The rest of [`classify_text`]: between these classes a registry may choose as it likes. Pure.
-fn classify_transport(text: &str, why: String, asked: &Question<'_>) -> RegistryError {
-    const DENIED: [&str; 3] = [
-        "unable to retrieve auth token",
-        "Requesting bearer token: invalid status code from registry 403 ",
-        "getting username and password: ",
-    ];
-    let image = asked.image.clone();
-    // The last word is that of the registry that the reference names.
-    let text = match text.strip_prefix("(Mirrors also failed: [") {
-        Some(rest) => rest.rsplit_once(&format!("]): {image}: ")).map_or(rest, |(_, own)| own),
-        None => text,
-    };
-    let host = image.name().split_once('/').map_or(image.name(), |(host, _)| host);
-    let after = |anchor: String, words: &[&str]| {
-        text.strip_prefix(&anchor).is_some_and(|rest| words.iter().any(|word| rest.starts_with(word)))
-    };
-    let reading = || format!("reading manifest {} in {}: ", image.digest(), image.name());
-    let pinging = format!("pinging container registry {host}: Get \"https://{host}/v2/\": ");
-    if after(reading(), &["manifest unknown", "name unknown"]) {
-        RegistryError::ManifestMissing(image)
-    } else if after(reading(), &["authentication required", "unauthorized", "denied"])
-        || DENIED.iter().any(|anchor| text.starts_with(anchor))
-    {
-        RegistryError::Denied { image, why, credentials: asked.credentials.clone() }
-    } else if after(pinging, &["tls: failed to verify certificate: ", "x509: "]) {
-        RegistryError::Untrusted { image, why }
-    } else {
-        RegistryError::Unreachable { image, why }
-    }
-}
-
 /// `bytes` in memory that nobody can change, inheritable by the child. Not close-on-exec: the engine is the only
 /// program the agent starts.
 fn sealed(bytes: &[u8]) -> std::io::Result<File> {
@@ -355,65 +326,6 @@ fn sealed(bytes: &[u8]) -> std::io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Reason;
-    use crate::registry::reference;
-
-    #[test]
-    fn engine_texts_are_classified_by_their_start_only() {
-        let hex = "ab".repeat(32);
-        let image = reference::parse(&format!("quay.io/o/i@sha256:{hex}")).unwrap();
-        let asked = Question {
-            image: &image,
-            policy: Path::new("/etc/containers/policy.json"),
-            scope: "default",
-            credentials: "without credentials".into(),
-            scratch: "/tmp".into(),
-        };
-        let manifest = format!("reading manifest sha256:{hex} in quay.io/o/i: ");
-        for (text, reason) in [
-            ("A signature was required, but no signature exists".to_owned(), Reason::SignatureMissing),
-            ("Signature for identity \"x\" is not accepted".to_owned(), Reason::SignatureRejected),
-            ("cryptographic signature verification failed: x".to_owned(), Reason::SignatureRejected),
-            ("None of the signatures were accepted, reasons: a; b".to_owned(), Reason::SignatureRejected),
-            (format!("Running image docker://{image} is rejected by policy."), Reason::PolicyRejects),
-            ("open /etc/key.pub: no such file or directory".to_owned(), Reason::PolicyInvalid),
-            (format!("{manifest}manifest unknown"), Reason::ManifestMissing),
-            (format!("{manifest}authentication required"), Reason::RegistryDenied),
-            (
-                format!("{manifest}received unexpected HTTP status: 503 Service Unavailable"),
-                Reason::RegistryUnreachable,
-            ),
-            (
-                format!("{manifest}unknown: A signature was required, but no signature exists"),
-                Reason::RegistryUnreachable,
-            ),
-            ("reading manifest x: manifest unknown".to_owned(), Reason::RegistryUnreachable),
-            ("pinging container registry h: dial tcp".to_owned(), Reason::RegistryUnreachable),
-            ("mkdir /tmp/containers-ephemeral-gpg-1: read-only file system".to_owned(), Reason::GpgNeedsScratch),
-            ("mkdir /var/containers-ephemeral-gpg-1: no space left on device".to_owned(), Reason::RegistryUnreachable),
-            (
-                "pinging container registry quay.io: Get \"https://quay.io/v2/\": x509: certificate has expired".into(),
-                Reason::RegistryUntrusted,
-            ),
-            (
-                format!("(Mirrors also failed: [m.example: reading manifest]): {image}: {manifest}manifest unknown"),
-                Reason::ManifestMissing,
-            ),
-            (
-                format!("(Mirrors also failed: [m]): {image}: A signature was required, but no signature exists"),
-                Reason::RegistryUnreachable,
-            ),
-            ("Manifest does not match provided manifest digest sha256:0".to_owned(), Reason::ImageInvalid),
-            (String::new(), Reason::RegistryUnreachable),
-        ] {
-            assert_eq!(classify_text(&text, &asked).reason(), reason, "{text}");
-        }
-        let presigned = format!("Get \"https://cdn.example/blob?Signature={}&Token=t\": EOF", "s".repeat(900));
-        let error = classify_text(&presigned, &asked).to_string();
-        assert!(error.ends_with("Get \"https://cdn.example/blob?…\": EOF"), "{error}");
-        let error = classify_text("x\n\u{1b}[2J fake", &asked);
-        assert!(!error.to_string().contains(['\n', '\u{1b}']), "{error}");
-    }
 
     #[test]
     fn versions_are_told_apart() {

@@ -2,20 +2,24 @@
 //! engine; the gate adds that the policy must demand a signature. Everything else only handles [`Verified`] images.
 
 mod engine;
+mod engine_text;
+pub mod mirrors;
 pub mod policy;
 pub mod reference;
 mod trust;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ostree_ext::oci_spec::image::{ImageConfiguration, ImageManifest};
+use ostree_ext::oci_spec::image::ImageManifest;
+use serde::Deserialize;
 
 use crate::model::{Digest, Fault, ImageFacts, PinnedImage, Reason, printable};
 use policy::{MAX_POLICY, Policy, PolicyError, Verdict};
 
 pub use engine::Engine;
-pub(crate) use engine::without_queries;
+pub(crate) use engine_text::without_queries;
 pub use trust::TrustStamp;
 
 /// The label that MCO's image build puts on an image: the rendered config it was built from.
@@ -34,6 +38,8 @@ pub struct Settings {
     pub cert_dir: Option<PathBuf>,
     /// containers-auth.json(5) candidates; the first that exists is used alone, as by ostree-ext; none is anonymous.
     pub auth_files: Vec<PathBuf>,
+    /// `/etc`, for the mirrors in `containers/registries.conf`, which are read to be named.
+    pub etc: PathBuf,
     /// Writable directory for GnuPG, if a drop-in grants one.
     pub scratch: Option<PathBuf>,
     /// How long one verification may take.
@@ -98,7 +104,7 @@ pub enum RegistryError {
     /// The gate: nothing is demanded of this image.
     #[error(
         "{path} accepts anything for {image} (rule {scope}); give its scope a sigstoreSigned or signedBy requirement, \
-         with a ClusterImagePolicy or in the image"
+         with a ClusterImagePolicy or in the image{hint}"
     )]
     AcceptsAnything {
         /// The policy file.
@@ -107,11 +113,13 @@ pub enum RegistryError {
         image: PinnedImage,
         /// The rule.
         scope: String,
+        /// Scopes that were probably meant.
+        hint: String,
     },
     /// The gate or the engine: nothing can pass.
     #[error(
         "{path} rejects {image} (rule {scope}); if it is to be trusted, give its scope a sigstoreSigned or signedBy \
-         requirement and no reject"
+         requirement and no reject{hint}"
     )]
     Rejects {
         /// The policy file.
@@ -120,6 +128,8 @@ pub enum RegistryError {
         image: PinnedImage,
         /// The rule.
         scope: String,
+        /// Scopes that were probably meant.
+        hint: String,
     },
     /// The engine cannot be used or does not enforce.
     #[error("the signature engine {skopeo} cannot be used: {why}")]
@@ -130,15 +140,14 @@ pub enum RegistryError {
         why: String,
     },
     /// No signature where one is required.
-    #[error(
-        "{image} has no signature and rule {scope} requires one; sign it (cosign 3: with --new-bundle-format=false) \
-         and make sure registries.d enables sigstore attachments for its registry and mirrors"
-    )]
+    #[error("{image} has no signature and rule {scope} requires one; {hint}")]
     SignatureMissing {
         /// The image.
         image: PinnedImage,
         /// The rule.
         scope: String,
+        /// Of which kind, and where.
+        hint: String,
     },
     /// A signature that is not accepted.
     #[error("the signature of {image} is not accepted by rule {scope}: {why}{hint}")]
@@ -150,7 +159,7 @@ pub enum RegistryError {
         /// The engine's words.
         why: String,
         /// What is usually the matter.
-        hint: &'static str,
+        hint: String,
     },
     /// GnuPG needs a writable directory.
     #[error("rule {scope} asks for a GPG signature, which needs scratch space: enable the drop-in 10-gpg.conf ({why})")]
@@ -160,24 +169,50 @@ pub enum RegistryError {
         /// The engine's words.
         why: String,
     },
+    /// The files that say where images and signatures are.
+    #[error(
+        "the node's registry configuration does not work: {why}; correct the file in the image, or what writes it \
+         (ImageDigestMirrorSet, ImageTagMirrorSet, ClusterImagePolicy)"
+    )]
+    Config {
+        /// The file, the line and what is wrong.
+        why: String,
+    },
+    /// No file descriptor, process or memory left.
+    #[error("this node is short of file descriptors, processes or memory, so nothing can be verified now: {why}")]
+    Scarce {
+        /// What failed.
+        why: String,
+    },
     /// No such manifest.
-    #[error("the registry has no manifest {0}; push the image, or mirror it")]
-    ManifestMissing(PinnedImage),
+    #[error("{place} has no manifest {image}; push the image, or mirror it")]
+    ManifestMissing {
+        /// The image.
+        image: PinnedImage,
+        /// Who said so.
+        place: String,
+    },
     /// Credentials.
-    #[error("the registry refuses to serve {image} {credentials}: {why}; check the pull secret")]
+    #[error("{place} refuses to serve {what}{image} {credentials}: {why}; check the pull secret")]
     Denied {
         /// The image.
         image: PinnedImage,
+        /// `the signature of `, if only that is refused.
+        what: &'static str,
+        /// Who refuses.
+        place: String,
         /// With which credentials it was asked.
         credentials: String,
         /// The engine's words.
         why: String,
     },
     /// The registry's certificate.
-    #[error("{image} is served with a certificate that this node does not trust: {why}; add its CA to certs.d")]
+    #[error("{place} serves {image} with a certificate that this node does not trust: {why}; add its CA to certs.d")]
     Untrusted {
         /// The image.
         image: PinnedImage,
+        /// Who does.
+        place: String,
         /// The engine's words.
         why: String,
     },
@@ -209,7 +244,7 @@ pub enum RegistryError {
         why: String,
     },
     /// Bytes that do not match the digest, or are no manifest or config.
-    #[error("{image} is damaged: {why}")]
+    #[error("{image} is damaged or no OS image: {why}")]
     Invalid {
         /// The image.
         image: PinnedImage,
@@ -225,7 +260,8 @@ impl RegistryError {
         matches!(
             self,
             Self::SignatureMissing { .. }
-                | Self::ManifestMissing(_)
+                | Self::ManifestMissing { .. }
+                | Self::Scarce { .. }
                 | Self::Denied { .. }
                 | Self::Untrusted { .. }
                 | Self::Unreachable { .. }
@@ -245,7 +281,9 @@ impl RegistryError {
             Self::SignatureMissing { .. } => Reason::SignatureMissing,
             Self::SignatureRejected { .. } => Reason::SignatureRejected,
             Self::GpgScratch { .. } => Reason::GpgNeedsScratch,
-            Self::ManifestMissing(_) => Reason::ManifestMissing,
+            Self::Config { .. } => Reason::RegistryConfigInvalid,
+            Self::Scarce { .. } => Reason::ResourcesExhausted,
+            Self::ManifestMissing { .. } => Reason::ManifestMissing,
             Self::Denied { .. } => Reason::RegistryDenied,
             Self::Untrusted { .. } => Reason::RegistryUntrusted,
             Self::Unreachable { .. } => Reason::RegistryUnreachable,
@@ -276,8 +314,11 @@ impl NodePolicy {
     /// # Errors
     /// [`RegistryError::ReadPolicy`] and [`RegistryError::Policy`].
     pub fn read(path: &std::path::Path) -> Result<Self, RegistryError> {
-        let bytes = crate::host::boot::read_bounded(path, MAX_POLICY)
-            .map_err(|source| RegistryError::ReadPolicy { path: path.to_owned(), source })?;
+        let bytes =
+            crate::host::boot::read_bounded(path, MAX_POLICY).map_err(|source| match engine::is_scarce(&source) {
+                true => RegistryError::Scarce { why: format!("{}: {source}", path.display()) },
+                false => RegistryError::ReadPolicy { path: path.to_owned(), source },
+            })?;
         let policy = Policy::parse(&bytes).map_err(|e| unusable(path, &e))?;
         Ok(Self { bytes, policy, path: path.to_owned() })
     }
@@ -288,11 +329,22 @@ impl NodePolicy {
     /// [`RegistryError::AcceptsAnything`], [`RegistryError::Rejects`] and [`RegistryError::Policy`].
     pub fn gate(&self, image: &PinnedImage) -> Result<String, RegistryError> {
         let gate = self.policy.gate(image).map_err(|e| unusable(&self.path, &e))?;
+        let hint = match self.policy.lookalikes(image).as_slice() {
+            [] => String::new(),
+            alike => printable(
+                &format!(
+                    "; {} looks like it and does not apply: a scope is compared letter for letter, without docker://, \
+                     tag or / at its end",
+                    alike.join(", ")
+                ),
+                400,
+            ),
+        };
         let (path, image, scope) = (self.path.clone(), image.clone(), gate.scope);
         match gate.verdict {
             Verdict::RequiresSignature => Ok(scope),
-            Verdict::AcceptsAnything => Err(RegistryError::AcceptsAnything { path, image, scope }),
-            Verdict::AlwaysRejects => Err(RegistryError::Rejects { path, image, scope }),
+            Verdict::AcceptsAnything => Err(RegistryError::AcceptsAnything { path, image, scope, hint }),
+            Verdict::AlwaysRejects => Err(RegistryError::Rejects { path, image, scope, hint }),
         }
     }
 }
@@ -355,17 +407,15 @@ fn facts(
         Digest::parse(instance).ok_or_else(|| invalid(format!("the engine names it `{instance}`, not a digest")))?;
     let manifest: ImageManifest =
         serde_json::from_slice(manifest).map_err(|e| invalid(format!("its manifest does not parse: {e}")))?;
-    let config: ImageConfiguration =
+    let config: ImageConfig =
         serde_json::from_slice(config).map_err(|e| invalid(format!("its config does not parse: {e}")))?;
-    let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
-    let label = |name: &str| labels.and_then(|labels| labels.get(name));
     Ok(ImageFacts {
         image: image.clone(),
         instance,
-        architecture: printable(&config.architecture().to_string(), 64),
-        bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| label(name).is_some()),
-        rendered_config: label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253)),
-        created: config.created().as_deref().and_then(crate::time::unix),
+        architecture: printable(&config.architecture, 64),
+        bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| config.label(name).is_some()),
+        rendered_config: config.rendered_config(),
+        created: config.created.as_deref().and_then(crate::time::unix),
         size: manifest.layers().iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size())),
         vouched_by,
     })
@@ -374,16 +424,38 @@ fn facts(
 /// The `machineconfig` label in an OCI image config's JSON, for what the host reports of its deployments. Pure.
 #[must_use]
 pub fn rendered_config_label(config: &str) -> Option<String> {
-    let config: ImageConfiguration = serde_json::from_str(config).ok()?;
-    let labels = config.config().as_ref()?.labels().as_ref()?;
-    labels.get(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
+    serde_json::from_str::<ImageConfig>(config).ok()?.rendered_config()
+}
+
+/// What counts of an image's config. Builders leave out what the specification calls optional, such as `history`.
+#[derive(Deserialize)]
+struct ImageConfig {
+    architecture: String,
+    #[serde(default)]
+    config: Option<RunConfig>,
+}
+
+#[derive(Deserialize)]
+struct RunConfig {
+    #[serde(default, rename = "Labels")]
+    labels: Option<BTreeMap<String, String>>,
+}
+
+impl ImageConfig {
+    fn label(&self, name: &str) -> Option<&String> {
+        self.config.as_ref()?.labels.as_ref()?.get(name)
+    }
+
+    fn rendered_config(&self) -> Option<String> {
+        self.label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
+    }
 }
 
 /// What tests/fuzz reaches of the private parsers.
 #[cfg(fuzzing)]
 #[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{Engine, NodePolicy, PinnedImage, Policy, RegistryError, engine, unusable};
+    use super::{Engine, NodePolicy, PinnedImage, Policy, RegistryError, engine_text, unusable};
 
     pub fn policy(bytes: &[u8], path: &std::path::Path) -> Result<NodePolicy, RegistryError> {
         let policy = Policy::parse(bytes).map_err(|e| unusable(path, &e))?;
@@ -391,7 +463,7 @@ pub mod fuzzing {
     }
 
     pub fn classify(text: &str, by: &Engine, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> RegistryError {
-        engine::classify_text(text, &by.question(policy, image, scope))
+        engine_text::classify_text("OpenImage", text, &by.question(policy, image, scope))
     }
 }
 
@@ -406,10 +478,19 @@ mod tests {
         let source = std::io::ErrorKind::NotFound.into();
         let table = [
             // The build signs, the registry comes back, the pull secret is rotated, the image is pushed.
-            (RegistryError::SignatureMissing { image: image(), scope: scope() }, Reason::SignatureMissing, true),
-            (RegistryError::ManifestMissing(image()), Reason::ManifestMissing, true),
-            (RegistryError::Denied { image: image(), credentials: why(), why: why() }, Reason::RegistryDenied, true),
-            (RegistryError::Untrusted { image: image(), why: why() }, Reason::RegistryUntrusted, true),
+            (
+                RegistryError::SignatureMissing { image: image(), scope: scope(), hint: why() },
+                Reason::SignatureMissing,
+                true,
+            ),
+            (RegistryError::ManifestMissing { image: image(), place: why() }, Reason::ManifestMissing, true),
+            (
+                RegistryError::Denied { image: image(), what: "", place: why(), credentials: why(), why: why() },
+                Reason::RegistryDenied,
+                true,
+            ),
+            (RegistryError::Untrusted { image: image(), place: why(), why: why() }, Reason::RegistryUntrusted, true),
+            (RegistryError::Scarce { why: why() }, Reason::ResourcesExhausted, true),
             (RegistryError::Unreachable { image: image(), why: why() }, Reason::RegistryUnreachable, true),
             (RegistryError::Deadline { image: image(), seconds: 1 }, Reason::DeadlineExceeded, true),
             (RegistryError::Invalid { image: image(), why: why() }, Reason::ImageInvalid, true),
@@ -417,14 +498,19 @@ mod tests {
             (RegistryError::ReadPolicy { path: path(), source }, Reason::PolicyInvalid, false),
             (RegistryError::Policy { path: path(), why: why() }, Reason::PolicyInvalid, false),
             (
-                RegistryError::AcceptsAnything { path: path(), image: image(), scope: scope() },
+                RegistryError::AcceptsAnything { path: path(), image: image(), scope: scope(), hint: why() },
                 Reason::PolicyAcceptsAnything,
                 false,
             ),
-            (RegistryError::Rejects { path: path(), image: image(), scope: scope() }, Reason::PolicyRejects, false),
+            (
+                RegistryError::Rejects { path: path(), image: image(), scope: scope(), hint: why() },
+                Reason::PolicyRejects,
+                false,
+            ),
+            (RegistryError::Config { why: why() }, Reason::RegistryConfigInvalid, false),
             (RegistryError::Engine { skopeo: path(), why: why() }, Reason::EngineUnfit, false),
             (
-                RegistryError::SignatureRejected { image: image(), scope: scope(), why: why(), hint: "" },
+                RegistryError::SignatureRejected { image: image(), scope: scope(), why: why(), hint: why() },
                 Reason::SignatureRejected,
                 false,
             ),

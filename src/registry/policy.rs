@@ -46,6 +46,37 @@ pub struct Gate {
     pub verdict: Verdict,
 }
 
+/// One demand for a signature, as far as a sentence about it needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// `signedBy`; else `sigstoreSigned`.
+    pub gpg: bool,
+    /// `signedIdentity`.
+    pub identity: Identity,
+}
+
+/// Which identity a signature must have: `signedIdentity` of containers-policy.json(5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// `matchRepoDigestOrExact`, the default.
+    RepoDigestOrExact,
+    /// `matchExact`.
+    Exact,
+    /// `matchRepository`.
+    Repository,
+    /// `exactReference`.
+    ExactReference(String),
+    /// `exactRepository`.
+    ExactRepository(String),
+    /// `remapIdentity`.
+    Remap {
+        /// What references begin with.
+        prefix: String,
+        /// What the identity begins with instead.
+        signed_prefix: String,
+    },
+}
+
 /// Why a policy is unusable.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PolicyError {
@@ -101,6 +132,33 @@ impl Policy {
         files
     }
 
+    /// The demands for a signature that apply to `image`.
+    #[must_use]
+    pub fn demands(&self, image: &PinnedImage) -> Vec<Demand> {
+        let (_, requirements) = self.applicable(image);
+        let signed = requirements.iter().filter_map(|requirement| match kind(requirement) {
+            Some("signedBy") => Some((true, requirement)),
+            Some("sigstoreSigned") => Some((false, requirement)),
+            _ => None,
+        });
+        signed.map(|(gpg, requirement)| Demand { gpg, identity: identity(requirement) }).collect()
+    }
+
+    /// Scopes of the docker transport that were probably meant for `image` and do not apply to it: they differ from
+    /// one that would by case, or by a tag, a digest, `docker://` or a `/` at the end.
+    #[must_use]
+    pub fn lookalikes(&self, image: &PinnedImage) -> Vec<&str> {
+        let applicable = scopes(image);
+        let wanted: Vec<_> = applicable.iter().map(|scope| scope.to_lowercase()).collect();
+        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
+        let scopes = docker.into_iter().flat_map(|docker| docker.0.keys());
+        let looks_alike = |scope: &&String| {
+            let bare = bare(scope);
+            !bare.is_empty() && !applicable.contains(*scope) && wanted.contains(&bare)
+        };
+        scopes.filter(looks_alike).map(String::as_str).collect()
+    }
+
     fn applicable(&self, image: &PinnedImage) -> (String, &[Requirement]) {
         let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
         let scoped = docker.and_then(|docker| {
@@ -119,6 +177,33 @@ fn named_files<'a>(name: &str, value: &'a serde_json::Value, files: &mut Vec<&'a
         files.extend(value.as_str());
     } else if name.ends_with("Paths") {
         files.extend(value.as_array().into_iter().flatten().filter_map(serde_json::Value::as_str));
+    }
+}
+
+/// A scope in the spelling that containers/image compares, without what it does not admit.
+fn bare(scope: &str) -> String {
+    let lower = scope.trim().to_lowercase();
+    let name = ["docker://", "https://", "http://"].iter().find_map(|scheme| lower.strip_prefix(scheme));
+    let name = name.unwrap_or(&lower);
+    let name = name.split_once('@').map_or(name, |(name, _)| name).trim_end_matches('/');
+    match name.rsplit_once(':') {
+        // A colon before the first slash is the port's.
+        Some((untagged, tag)) if untagged.contains('/') && !tag.contains('/') => untagged.to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+fn identity(requirement: &Requirement) -> Identity {
+    let Some(identity) = requirement.0.get("signedIdentity") else { return Identity::RepoDigestOrExact };
+    let text = |key: &str| identity.get(key).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+    match identity.get("type").and_then(serde_json::Value::as_str) {
+        Some("matchExact") => Identity::Exact,
+        Some("matchRepository") => Identity::Repository,
+        Some("exactReference") => Identity::ExactReference(text("dockerReference")),
+        Some("exactRepository") => Identity::ExactRepository(text("dockerRepository")),
+        Some("remapIdentity") => Identity::Remap { prefix: text("prefix"), signed_prefix: text("signedPrefix") },
+        // The engine refuses any other.
+        _ => Identity::RepoDigestOrExact,
     }
 }
 
@@ -250,6 +335,49 @@ mod tests {
         }
         let wildcard = policy(&[("*.example.com", "sigstoreSigned")]);
         assert_eq!(gate(&wildcard, "a.b.example.com:5000/os").unwrap().scope, "docker \"*.example.com\"");
+    }
+
+    #[test]
+    fn scopes_that_look_alike_are_named() {
+        let alike = |scope: &str, name: &str| {
+            let policy = policy(&[(scope, "sigstoreSigned")]);
+            let image = reference::parse(&format!("{name}@sha256:{HEX}")).unwrap();
+            !Policy::parse(policy.as_bytes()).unwrap().lookalikes(&image).is_empty()
+        };
+        for scope in [
+            "Quay.io/org",
+            "quay.io/ORG/os",
+            "docker://quay.io/org",
+            "quay.io/org/",
+            "quay.io/org/os:latest",
+            "https://quay.io",
+            "*.IO",
+        ] {
+            assert!(alike(scope, "quay.io/org/os"), "{scope}");
+        }
+        for scope in ["quay.io/org", "quay.io/or", "*.quay.io", "", "/", "quay.io:443", "docker://"] {
+            assert!(!alike(scope, "quay.io/org/os"), "{scope}");
+        }
+        assert!(alike("R.example:5000/org:tag", "r.example:5000/org/os"));
+    }
+
+    #[test]
+    fn demands_tell_kind_and_identity() {
+        let list = r#"{"type":"insecureAcceptAnything"},{"type":"signedBy"},
+            {"type":"sigstoreSigned","signedIdentity":{"type":"remapIdentity","prefix":"a","signedPrefix":"b"}},
+            {"type":"sigstoreSigned","signedIdentity":{"type":"exactReference","dockerReference":"r:t"}},
+            {"type":"sigstoreSigned","signedIdentity":7}"#;
+        let policy = Policy::parse(format!(r#"{{"default":[{list}]}}"#).as_bytes()).unwrap();
+        let demand = |gpg, identity| Demand { gpg, identity };
+        assert_eq!(
+            policy.demands(&reference::parse(&format!("quay.io/org/os@sha256:{HEX}")).unwrap()),
+            [
+                demand(true, Identity::RepoDigestOrExact),
+                demand(false, Identity::Remap { prefix: "a".into(), signed_prefix: "b".into() }),
+                demand(false, Identity::ExactReference("r:t".into())),
+                demand(false, Identity::RepoDigestOrExact),
+            ]
+        );
     }
 
     #[test]

@@ -119,6 +119,7 @@ pub async fn verified(engine: &Engine, image: &Pushed) -> Verified<PinnedImage> 
         skopeo: engine.skopeo.clone(),
         cert_dir: Some(engine.cert_dir.clone()),
         auth_files: Vec::new(),
+        etc: "/nonexistent".into(),
         scratch: None,
         deadline: PATIENCE,
     });

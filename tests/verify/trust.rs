@@ -112,7 +112,7 @@ async fn signatures_that_the_engine_does_not_see_have_a_hint() {
     node.attachments(&RegistriesD::new().attachments(&node.registry.host(), false));
     let outcome = node.verify(&pushed.pullspec()).await;
     let said = outcome.refused(Reason::SignatureMissing);
-    assert!(said.contains("registries.d enables sigstore attachments for its registry and mirrors"), "{said}");
+    assert!(said.contains("enable use-sigstore-attachments for that place in registries.d"), "{said}");
     fs::remove_dir_all(node.path("registries.d")).unwrap();
     node.verify(&pushed.pullspec()).await.refused(Reason::SignatureMissing);
 }

@@ -17,6 +17,7 @@ static ASKED: LazyLock<(Engine, NodePolicy, PinnedImage)> = LazyLock::new(|| {
         skopeo: PathBuf::new(),
         cert_dir: None,
         auth_files: Vec::new(),
+        etc: PathBuf::new(),
         scratch: None,
         deadline: Duration::from_secs(60),
     });
@@ -27,7 +28,14 @@ static ASKED: LazyLock<(Engine, NodePolicy, PinnedImage)> = LazyLock::new(|| {
 });
 
 /// What a registry must not be able to make of its answer: these stop the node until somebody changes it.
-const OF_THE_NODE: [Reason; 3] = [Reason::PolicyInvalid, Reason::PolicyRejects, Reason::GpgNeedsScratch];
+const OF_THE_NODE: [Reason; 6] = [
+    Reason::PolicyInvalid,
+    Reason::PolicyRejects,
+    Reason::GpgNeedsScratch,
+    Reason::RegistryConfigInvalid,
+    Reason::ResourcesExhausted,
+    Reason::EngineUnfit,
+];
 
 fuzz_target!(|text: &str| {
     let (engine, policy, image) = &*ASKED;

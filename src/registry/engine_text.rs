@@ -1,0 +1,632 @@
+//! What the engine's free text means. Pure.
+//!
+//! Texts are matched at their start only: what follows an anchor may come from a registry. A registry can choose
+//! between the classes of an answer (missing, denied, untrusted, unreachable), and reach none that blames the node.
+
+use std::path::PathBuf;
+
+use super::RegistryError;
+use super::policy::{Demand, Identity};
+use crate::model::{PinnedImage, printable};
+
+/// The method that reads manifest and signatures; the others read the config.
+const OPEN_IMAGE: &str = "OpenImage";
+/// Longest part of the engine's words in a sentence, in characters.
+const WORDS: usize = 500;
+
+/// What the engine was asked, and how.
+#[derive(Clone, Debug)]
+pub(super) struct Question {
+    pub image: PinnedImage,
+    /// The engine.
+    pub skopeo: PathBuf,
+    /// The policy file.
+    pub policy: PathBuf,
+    /// The rule that applies.
+    pub scope: String,
+    /// What that rule demands.
+    pub demands: Vec<Demand>,
+    /// The ostree auth file and its content.
+    pub auth: Option<(PathBuf, Vec<u8>)>,
+    /// Where GnuPG makes its home.
+    pub scratch: String,
+    /// The directory of `registries.d`.
+    pub registries_d: PathBuf,
+    /// Where `registries.conf` has the image looked for first.
+    pub mirrors: Vec<String>,
+}
+
+/// One place that was asked, and what came of it.
+struct Attempt<'a> {
+    /// `host/repository`, without digest.
+    place: &'a str,
+    mirror: bool,
+    text: &'a str,
+}
+
+/// What one place answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Missing,
+    Denied,
+    SignatureDenied,
+    Untrusted,
+    /// `registries.conf` forbids to ask there.
+    Blocked,
+    /// Nothing that says anything of the image.
+    None,
+}
+
+/// The class of a failed request and the sentence for it.
+pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> RegistryError {
+    const REJECTED: [&str; 17] = [
+        "cryptographic signature verification ",
+        "invalid signature when validating",
+        "Signature for identity ",
+        "Signature for digest ",
+        "Signature by ",
+        "None of the signatures were accepted",
+        "Invalid GPG signature",
+        "No public keys imported",
+        "parsing signature ",
+        "Required email ",
+        "Unexpected subject hostname",
+        "veryfing leaf certificate failed",
+        "parsing leaf certificate",
+        "missing dev.sigstore.cosign/",
+        "Unexpected Fulcio OIDC issuer",
+        "Fulcio certificate is missing the issuer extension",
+        "No public key verified against the RekorSET",
+    ];
+    const UNUSABLE: [&str; 5] =
+        ["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"];
+    const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
+    const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
+    let (image, scope, path) = (asked.image.clone(), asked.scope.clone(), asked.policy.clone());
+    let why = printable(&without_queries(text), WORDS);
+    let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
+    if text.starts_with("A signature was required, but no signature exists") {
+        RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked) }
+    } else if starts(&REJECTED) {
+        RegistryError::SignatureRejected { image, scope, why, hint: identity_hint(text, asked) }
+    } else if text == format!("Running image docker://{image} is rejected by policy.") {
+        RegistryError::Rejects { path, image, scope, hint: String::new() }
+    } else if text.starts_with(&format!("mkdir {}/containers-ephemeral-gpg-", asked.scratch)) {
+        RegistryError::GpgScratch { scope, why }
+    } else if let Some(why) = configuration(text, asked) {
+        RegistryError::Config { why }
+    } else if text.starts_with("open ") && is_scarcity(text) {
+        RegistryError::Scarce { why }
+    } else if text.starts_with("open /proc/") {
+        let why =
+            format!("it cannot read the policy it is given ({why}); /proc must be visible to rebase-agent.service");
+        RegistryError::Engine { skopeo: asked.skopeo.clone(), why }
+    } else if starts(&UNUSABLE) {
+        // The engine knows the policy by the name of our descriptor only.
+        let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
+        let why = named.map_or(why, |(_, rest)| printable(rest, WORDS));
+        RegistryError::Policy { path, why }
+    } else if starts(&DAMAGED) {
+        RegistryError::Invalid { image, why }
+    } else if let Some(why) = unfit(method, text) {
+        RegistryError::Invalid { image, why }
+    } else if starts(&NO_INSTANCE) {
+        RegistryError::NoInstance { image, why }
+    } else {
+        answered(method, text, why, asked)
+    }
+}
+
+/// Whether the kernel refused for want of descriptors, processes or memory. Only for words that no registry chooses.
+pub(super) fn is_scarcity(text: &str) -> bool {
+    const WORDS: [&str; 5] = [
+        "too many open files",
+        "too many open files in system",
+        "resource temporarily unavailable",
+        "cannot allocate memory",
+        "errno=11)",
+    ];
+    let text = text.trim_end().to_ascii_lowercase();
+    WORDS.iter().any(|words| text.ends_with(words))
+}
+
+/// What is wrong with `registries.conf` or `registries.d`, which the engine reads before it asks anybody.
+fn configuration(text: &str, asked: &Question) -> Option<String> {
+    const TWICE: &str = "Error parsing signature storage configuration: ";
+    const LOADING: &str = "loading registries configuration: ";
+    let registries_d = asked.registries_d.display();
+    let local = if let Some(rest) = text.strip_prefix(TWICE).or_else(|| text.strip_prefix(LOADING)) {
+        // What follows is a dump of everything in the file.
+        rest.split_once(": sysregistriesv2.").map_or(rest, |(rest, _)| rest)
+    } else if text.starts_with(&format!("parsing {registries_d}/")) || is_blocked(text) {
+        text
+    } else if text.starts_with(&format!("open {registries_d}")) && !is_scarcity(text) {
+        text
+    } else {
+        return None;
+    };
+    // The engine is given no home, so what it takes for a user's directory is not there.
+    Some(printable(&local.replace("/nonexistent/.config/containers/", "/etc/containers/"), WORDS))
+}
+
+/// `registry X is blocked in F or D`: X comes from the reference and the file, so no registry has a say in it.
+fn is_blocked(text: &str) -> bool {
+    text.strip_prefix("registry ")
+        .and_then(|rest| rest.split_once(' '))
+        .is_some_and(|(_, rest)| rest.starts_with("is blocked in "))
+}
+
+/// An answer that is no image, or none that an engine reads.
+fn unfit(method: &str, text: &str) -> Option<String> {
+    const ARTIFACT: &str = "unsupported image-specific operation on artifact with type ";
+    const NESTED: &str = "unsupported manifest MIME type: ";
+    let subject = if method == OPEN_IMAGE { "its manifest or that of its signature" } else { "its config" };
+    if let Some(kind) = text.strip_prefix(ARTIFACT) {
+        Some(format!("it is an artifact of type {}, not an image; name the image", printable(kind, 100)))
+    } else if let Some(kind) = text.strip_prefix(NESTED) {
+        Some(format!(
+            "this machine's entry in the index is no image manifest but {}; an index within an index cannot be pulled, \
+             so name the inner one",
+            printable(kind, 100)
+        ))
+    } else if text.starts_with("exceeded maximum allowed size of ") {
+        Some(format!("{subject} is larger than the 4 MiB that the engine reads"))
+    } else if method != OPEN_IMAGE && blob(text).is_some_and(|rest| is_missing(rest, "")) {
+        Some(format!("its config is not in the registry; push the image again ({})", printable(text, 200)))
+    } else {
+        None
+    }
+}
+
+fn blob(text: &str) -> Option<&str> {
+    text.strip_prefix("fetching blob: ")
+}
+
+/// The registry's words for "not here": by the specification, as a page that is not its own (a proxy's or a gateway's),
+/// as registry.redhat.io says it, and as Harbor does (`path` is the repository without its host, and digest).
+fn is_missing(rest: &str, path: &str) -> bool {
+    let harbor = rest.strip_prefix("unknown: ").is_some_and(|said| {
+        said == "Not Found"
+            || said == format!("artifact {path} not found")
+            || path.split_once('@').is_some_and(|(name, _)| said == format!("repository {name} not found"))
+    });
+    harbor
+        || ["manifest unknown", "name unknown", "blob unknown", "StatusCode: 404, "]
+            .iter()
+            .any(|words| rest.starts_with(words))
+}
+
+fn is_denied(rest: &str) -> bool {
+    ["authentication required", "unauthorized", "denied", "StatusCode: 401, ", "StatusCode: 403, "]
+        .iter()
+        .any(|words| rest.starts_with(words))
+}
+
+impl Attempt<'_> {
+    fn answer(&self, method: &str, image: &PinnedImage) -> Answer {
+        const DENIED: [&str; 3] = [
+            "unable to retrieve auth token",
+            "Requesting bearer token: invalid status code from registry 403 ",
+            "getting username and password: ",
+        ];
+        const DISTRUST: [&str; 2] = ["tls: failed to verify certificate: ", "x509: "];
+        let digest = image.digest().as_str();
+        if is_blocked(self.text) {
+            return Answer::Blocked;
+        }
+        if DENIED.iter().any(|anchor| self.text.starts_with(anchor)) {
+            return Answer::Denied;
+        }
+        let reading = |what: &str| {
+            let (place, rest) = self.text.strip_prefix(&format!("reading manifest {what} in "))?.split_once(": ")?;
+            (!place.contains(' ')).then_some((place, rest))
+        };
+        if let Some((place, rest)) = reading(digest) {
+            let path = place.split_once('/').map_or(place, |(_, path)| path);
+            return match rest {
+                rest if is_missing(rest, &format!("{path}@{digest}")) => Answer::Missing,
+                rest if is_denied(rest) => Answer::Denied,
+                _ => Answer::None,
+            };
+        }
+        let attached = reading(&format!("{}.sig", digest.replace(':', "-"))).map(|(_, rest)| rest);
+        // The first blob that is read is what was signed.
+        let signed = blob(self.text).filter(|_| method == OPEN_IMAGE);
+        if attached.or(signed).is_some_and(is_denied) {
+            return Answer::SignatureDenied;
+        }
+        if blob(self.text).is_some_and(is_denied) {
+            return Answer::Denied;
+        }
+        let pinged = self.text.strip_prefix("pinging container registry ").and_then(|rest| rest.split_once(": "));
+        let distrusted = pinged.and_then(|(host, rest)| rest.strip_prefix(&format!("Get \"https://{host}/v2/\": ")));
+        match distrusted {
+            Some(rest) if DISTRUST.iter().any(|words| rest.starts_with(words)) => Answer::Untrusted,
+            _ => Answer::None,
+        }
+    }
+}
+
+/// `(Mirrors also failed: [A: why]\n[B: why]): SOURCE: why`, or the only place's words alone.
+fn attempts<'a>(text: &'a str, image: &'a PinnedImage) -> Vec<Attempt<'a>> {
+    fn attempt<'a>(text: &'a str, at: &str, mirror: bool) -> Option<Attempt<'a>> {
+        let (reference, text) = text.split_once(": ")?;
+        Some(Attempt { place: reference.strip_suffix(at)?, mirror, text })
+    }
+    let at = format!("@{}", image.digest());
+    let several = text.strip_prefix("(Mirrors also failed: [").and_then(|rest| {
+        let (mirrors, source) = rest.rsplit_once("]): ")?;
+        let mirrors = mirrors.split("]\n[").filter_map(|text| attempt(text, &at, true));
+        let mut all: Vec<_> = mirrors.collect();
+        all.push(attempt(source, &at, false)?);
+        Some(all)
+    });
+    several.unwrap_or_else(|| vec![Attempt { place: image.name(), mirror: false, text }])
+}
+
+/// The class by what answered: the source if it did, else the last mirror that did.
+fn answered(method: &str, text: &str, why: String, asked: &Question) -> RegistryError {
+    let attempts = attempts(text, &asked.image);
+    let answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
+    let speaking = answers.filter(|(_, answer)| !matches!(answer, Answer::None | Answer::Blocked)).next_back();
+    let image = asked.image.clone();
+    let Some((attempt, answer)) = speaking else { return RegistryError::Unreachable { image, why } };
+    let place = format!("{} {}", if attempt.mirror { "the mirror" } else { "the registry" }, attempt.place);
+    let elsewhere = if attempts.len() > 1 { "; no other place serves it" } else { "" };
+    let why = format!("{}{elsewhere}", printable(&without_queries(attempt.text), WORDS));
+    match answer {
+        Answer::Missing => RegistryError::ManifestMissing { image, place },
+        Answer::Denied | Answer::SignatureDenied => {
+            let what = if answer == Answer::SignatureDenied { "the signature of " } else { "" };
+            let credentials = credentials(asked.auth.as_ref(), attempt.place);
+            RegistryError::Denied { image, what, place, credentials, why }
+        }
+        _ => RegistryError::Untrusted { image, place, why },
+    }
+}
+
+/// A blob store's presigned URLs are long enough to push the cause out of sight, and secret while they last.
+pub(crate) fn without_queries(text: &str) -> String {
+    let mut parts = text.split('?');
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end = part.find(['"', ' ']).unwrap_or(part.len());
+        out.push_str("?…");
+        out.push_str(part.get(end..).unwrap_or_default());
+    }
+    out
+}
+
+/// What to do about a signature that is not there. The engine does not say from which place it read the image, and
+/// looks for the signature at that place only.
+fn where_to_sign(asked: &Question) -> String {
+    let source = asked.image.name();
+    let place = match asked.mirrors.as_slice() {
+        [] => source.to_owned(),
+        mirrors => format!("the first that has the image of {} (mirrors) and {source}", mirrors.join(", ")),
+    };
+    let place = printable(&place, 300);
+    if asked.demands.iter().all(|demand| demand.gpg) && !asked.demands.is_empty() {
+        format!("it asks for a GPG signature: write one to the lookaside that registries.d names for {place}")
+    } else {
+        format!(
+            "it has to be where the image is read from, {place}: sign it there or copy the signature too (cosign 3: with \
+             --new-bundle-format=false; an index itself needs one: --recursive), and enable use-sigstore-attachments \
+             for that place in registries.d"
+        )
+    }
+}
+
+/// What is usually the matter with a signature whose identity is not accepted; empty for any other failure.
+fn identity_hint(text: &str, asked: &Question) -> String {
+    let reasons = text.strip_prefix("None of the signatures were accepted, reasons: ").unwrap_or(text);
+    let identity = reasons
+        .split("; ")
+        .find_map(|reason| reason.strip_prefix("Signature for identity \"")?.strip_suffix("\" is not accepted"));
+    let Some(identity) = identity else { return String::new() };
+    let name = asked.image.name();
+    let tagless = repository(identity) == identity;
+    let mut hint = String::new();
+    for demand in &asked.demands {
+        hint = match &demand.identity {
+            Identity::ExactReference(wanted) => format!(
+                "; the rule accepts the identity {wanted} alone: sign as that, or use exactRepository {}",
+                repository(wanted)
+            ),
+            Identity::ExactRepository(wanted) => format!("; the rule accepts signatures for {wanted} alone"),
+            Identity::Remap { prefix, signed_prefix } => {
+                let wanted = name.strip_prefix(prefix.as_str()).map(|rest| format!("{signed_prefix}{rest}"));
+                match wanted {
+                    Some(wanted) if tagless && identity == wanted => format!(
+                        "; it names no tag, as cosign's do, and remapIdentity wants one: use exactRepository {wanted}, \
+                         or sign with --sign-container-identity and a tag"
+                    ),
+                    Some(wanted) => {
+                        format!("; remapIdentity makes of {name} {wanted}, and that is what has to be signed")
+                    }
+                    None => format!("; remapIdentity does not apply, as {name} does not begin with {prefix}"),
+                }
+            }
+            Identity::Repository | Identity::RepoDigestOrExact | Identity::Exact if repository(identity) != name => {
+                format!(
+                    "; it was made for {0}, so this is a copy: use exactRepository {0} or remapIdentity, or sign it \
+                     as {name}",
+                    repository(identity)
+                )
+            }
+            Identity::Exact if !tagless => {
+                "; matchExact never accepts a reference by digest: use matchRepoDigestOrExact".to_owned()
+            }
+            Identity::RepoDigestOrExact | Identity::Exact if tagless => {
+                "; it names no tag, as cosign's do: use signedIdentity matchRepository, or sign with \
+                 --sign-container-identity and a tag"
+                    .to_owned()
+            }
+            Identity::Repository | Identity::RepoDigestOrExact | Identity::Exact => continue,
+        };
+    }
+    printable(&hint, WORDS)
+}
+
+/// The reference without tag and digest.
+fn repository(reference: &str) -> &str {
+    let name = reference.split_once('@').map_or(reference, |(name, _)| name);
+    let path = name.rfind('/').map_or(0, |slash| slash + 1);
+    name.get(path..).and_then(|last| last.find(':')).and_then(|colon| name.get(..path + colon)).unwrap_or(name)
+}
+
+/// With which credentials `place` was asked, and how the auth file has them.
+fn credentials(auth: Option<&(PathBuf, Vec<u8>)>, place: &str) -> String {
+    let Some((path, bytes)) = auth else {
+        return "without credentials, as there is no ostree auth file".to_owned();
+    };
+    let path = path.display();
+    let Ok(serde_json::Value::Object(file)) = serde_json::from_slice(bytes) else {
+        return format!("and the auth file {path} is not a JSON object");
+    };
+    let host = place.split_once('/').map_or(place, |(host, _)| host);
+    let applies = |key: &str| {
+        let key = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
+        let key = key.trim_end_matches('/').trim_end_matches("/v1").trim_end_matches("/v2");
+        key == host || place == key || place.strip_prefix(key).is_some_and(|rest| rest.starts_with('/'))
+    };
+    let object = |key: &str| file.get(key).and_then(serde_json::Value::as_object);
+    let entry = |key: &str| object(key)?.keys().find(|key| applies(key));
+    if entry("credHelpers").is_some() {
+        return format!("and {path} leaves {host} to a credential helper (credHelpers), which is not run here");
+    }
+    match entry("auths") {
+        Some(key) => format!("with the entry for {} in {path}", printable(key, 200)),
+        None if file.contains_key("credsStore") => {
+            format!("and {path} leaves credentials to a credential store (credsStore), which is not run here")
+        }
+        None if object("auths").is_none() && file.keys().any(|key| applies(key)) => format!(
+            "and {path} is in the old form of .dockercfg, which is not read: put its entries into an object named auths"
+        ),
+        None => format!("without credentials, as {path} has no entry for {host}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Reason;
+    use crate::registry::reference;
+
+    fn asked() -> Question {
+        let hex = "ab".repeat(32);
+        Question {
+            image: reference::parse(&format!("quay.io/o/i@sha256:{hex}")).unwrap(),
+            skopeo: "/usr/bin/skopeo".into(),
+            policy: "/etc/containers/policy.json".into(),
+            scope: "default".into(),
+            demands: vec![Demand { gpg: false, identity: Identity::RepoDigestOrExact }],
+            auth: None,
+            scratch: "/tmp".into(),
+            registries_d: "/etc/containers/registries.d".into(),
+            mirrors: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn engine_texts_are_classified_by_their_start_only() {
+        use Reason::{
+            EngineUnfit, GpgNeedsScratch, ImageInvalid, ManifestMissing, PolicyInvalid, PolicyRejects,
+            RegistryConfigInvalid, RegistryDenied, RegistryUnreachable, RegistryUntrusted, ResourcesExhausted,
+            SignatureMissing, SignatureRejected,
+        };
+        let asked = asked();
+        let image = &asked.image;
+        let digest = image.digest();
+        let (manifest, m) = (format!("reading manifest {digest} in quay.io/o/i: "), format!("m.example/i@{digest}"));
+        let mirrored =
+            |mirror: &str, source: &str| format!("(Mirrors also failed: [{m}: {mirror}]): {image}: {source}");
+        let at_mirror = format!("reading manifest {digest} in m.example/i: ");
+        let signature = format!("reading manifest {}.sig in quay.io/o/i: ", digest.as_str().replace(':', "-"));
+        let ping =
+            |host: &str, rest: &str| format!("pinging container registry {host}: Get \"https://{host}/v2/\": {rest}");
+        let refused = ping("quay.io", "dial tcp 192.0.2.1:443: connect: connection refused");
+        let blocked = "registry quay.io/o/i is blocked in /etc/containers/registries.conf or \
+                       /nonexistent/.config/containers/registries.conf.d";
+        let unknown = "tls: failed to verify certificate: x509: certificate signed by unknown authority";
+        let loading =
+            "loading registries configuration: loading registries configuration \"/etc/containers/registries.conf\": ";
+        let storage = "Error parsing signature storage configuration: ";
+        for (text, reason) in [
+            ("A signature was required, but no signature exists".to_owned(), SignatureMissing),
+            ("Signature for identity \"x\" is not accepted".to_owned(), SignatureRejected),
+            ("cryptographic signature verification failed: x".to_owned(), SignatureRejected),
+            ("None of the signatures were accepted, reasons: a; b".to_owned(), SignatureRejected),
+            (format!("Running image docker://{image} is rejected by policy."), PolicyRejects),
+            ("open /etc/key.pub: no such file or directory".to_owned(), PolicyInvalid),
+            ("open /etc/key.pub: too many open files".to_owned(), ResourcesExhausted),
+            ("open /proc/self/fd/9: no such file or directory".to_owned(), EngineUnfit),
+            ("mkdir /tmp/containers-ephemeral-gpg-1: read-only file system".to_owned(), GpgNeedsScratch),
+            ("mkdir /var/containers-ephemeral-gpg-1: no space left on device".to_owned(), RegistryUnreachable),
+            // One place.
+            (format!("{manifest}manifest unknown"), ManifestMissing),
+            (format!("{manifest}authentication required"), RegistryDenied),
+            (format!("{manifest}StatusCode: 404, \"<html>\""), ManifestMissing),
+            (format!("{manifest}StatusCode: 403, \"<html>\""), RegistryDenied),
+            (format!("{manifest}unknown: artifact o/i@{digest} not found"), ManifestMissing),
+            (format!("{manifest}unknown: repository o/i not found"), ManifestMissing),
+            (format!("{manifest}unknown: Not Found"), ManifestMissing),
+            (format!("{manifest}unknown: a proxy was not found"), RegistryUnreachable),
+            (format!("{manifest}received unexpected HTTP status: 503 Service Unavailable"), RegistryUnreachable),
+            (format!("{manifest}unknown: A signature was required, but no signature exists"), RegistryUnreachable),
+            (format!("{manifest}unknown: too many open files"), RegistryUnreachable),
+            (format!("{manifest}unknown: {blocked}"), RegistryUnreachable),
+            ("reading manifest x: manifest unknown".to_owned(), RegistryUnreachable),
+            ("pinging container registry h: dial tcp".to_owned(), RegistryUnreachable),
+            (ping("quay.io", "x509: certificate has expired"), RegistryUntrusted),
+            // `location` differs from `prefix`.
+            (format!("{at_mirror}manifest unknown"), ManifestMissing),
+            // The signature alone.
+            (format!("{signature}unauthorized: msg"), RegistryDenied),
+            (format!("{signature}StatusCode: 403, \"<html>\""), RegistryDenied),
+            (format!("{signature}unknown: denied: x"), RegistryUnreachable),
+            ("fetching blob: denied: msg".to_owned(), RegistryDenied),
+            ("fetching blob: blob unknown: msg".to_owned(), RegistryUnreachable),
+            // Mirrors.
+            (mirrored(&format!("{at_mirror}authentication required"), &refused), RegistryDenied),
+            (mirrored(&format!("{at_mirror}authentication required"), blocked), RegistryDenied),
+            (mirrored(&format!("{at_mirror}manifest unknown"), blocked), ManifestMissing),
+            (mirrored(&ping("m.example", unknown), &refused), RegistryUntrusted),
+            (
+                mirrored(&format!("{at_mirror}authentication required"), &format!("{manifest}manifest unknown")),
+                ManifestMissing,
+            ),
+            (mirrored("reading manifest", &format!("{manifest}manifest unknown")), ManifestMissing),
+            (mirrored(&ping("m.example", "EOF"), blocked), RegistryUnreachable),
+            (
+                mirrored(
+                    &format!("{at_mirror}denied: x]\n[n.example/i@{digest}: {}", ping("n.example", "EOF")),
+                    &refused,
+                ),
+                RegistryDenied,
+            ),
+            (
+                format!("(Mirrors also failed: [m]): {image}: A signature was required, but no signature exists"),
+                RegistryUnreachable,
+            ),
+            (format!("(Mirrors also failed: [{m}: x]): y"), RegistryUnreachable),
+            // This node's files.
+            (blocked.to_owned(), RegistryConfigInvalid),
+            (format!("{loading}toml: line 2: expected end of table"), RegistryConfigInvalid),
+            (
+                format!("{loading}mixing sysregistry v1/v2 is not supported: sysregistriesv2.tomlConfig{{}}"),
+                RegistryConfigInvalid,
+            ),
+            (
+                format!("{storage}\"docker\" namespace \"a\" defined both in \"x.yaml\" and \"y.yaml\""),
+                RegistryConfigInvalid,
+            ),
+            (
+                "parsing /etc/containers/registries.d/a.yaml: yaml: line 2: found character".to_owned(),
+                RegistryConfigInvalid,
+            ),
+            ("open /etc/containers/registries.d/a.yaml: permission denied".to_owned(), RegistryConfigInvalid),
+            ("open /etc/containers/registries.d/a.yaml: too many open files".to_owned(), ResourcesExhausted),
+            // The image.
+            ("Manifest does not match provided manifest digest sha256:0".to_owned(), ImageInvalid),
+            ("exceeded maximum allowed size of 4194304 bytes".to_owned(), ImageInvalid),
+            ("unsupported image-specific operation on artifact with type \"a/b\"".to_owned(), ImageInvalid),
+            ("unsupported manifest MIME type: application/vnd.oci.image.index.v1+json".to_owned(), ImageInvalid),
+            (String::new(), RegistryUnreachable),
+        ] {
+            assert_eq!(classify_text(OPEN_IMAGE, &text, &asked).reason(), reason, "{text}");
+        }
+        for (text, reason) in [
+            ("fetching blob: blob unknown: msg", ImageInvalid),
+            ("fetching blob: StatusCode: 404, \"<html>\"", ImageInvalid),
+            ("fetching blob: denied: msg", RegistryDenied),
+            ("fetching blob: EOF", RegistryUnreachable),
+        ] {
+            let error = classify_text("GetFullConfig", text, &asked);
+            assert!(error.reason() == reason && !error.to_string().contains("signature"), "{text}: {error}");
+        }
+        let presigned = format!("Get \"https://cdn.example/blob?Signature={}&Token=t\": EOF", "s".repeat(900));
+        let error = classify_text(OPEN_IMAGE, &presigned, &asked).to_string();
+        assert!(error.ends_with("Get \"https://cdn.example/blob?…\": EOF"), "{error}");
+        let error = classify_text(OPEN_IMAGE, "x\n\u{1b}[2J fake", &asked);
+        assert!(!error.to_string().contains(['\n', '\u{1b}']), "{error}");
+        let error = classify_text(OPEN_IMAGE, blocked, &asked).to_string();
+        assert!(error.contains(" or /etc/containers/registries.conf.d;"), "{error}");
+    }
+
+    #[test]
+    fn an_identity_that_is_not_accepted_is_explained() {
+        let remap = || Identity::Remap { prefix: "quay.io".into(), signed_prefix: "s.example".into() };
+        for (identity, rule, hint) in [
+            (
+                "quay.io/o/i",
+                Identity::RepoDigestOrExact,
+                "names no tag, as cosign's do: use signedIdentity matchRepository",
+            ),
+            ("quay.io/o/i", Identity::Exact, "matchRepository"),
+            ("quay.io/o/i:t", Identity::Exact, "matchExact never accepts a reference by digest"),
+            ("s.example/o/i", remap(), "remapIdentity wants one: use exactRepository s.example/o/i"),
+            ("quay.io/o/i:t", remap(), "remapIdentity makes of quay.io/o/i s.example/o/i"),
+            (
+                "quay.io/o/i",
+                Identity::ExactReference("quay.io/o/i:t".into()),
+                "identity quay.io/o/i:t alone: sign as that, or use exactRepository quay.io/o/i",
+            ),
+            ("quay.io/o/i:t", Identity::ExactRepository("q.example/x".into()), "signatures for q.example/x alone"),
+            (
+                "b.example:5000/o/i:t",
+                Identity::RepoDigestOrExact,
+                "this is a copy: use exactRepository b.example:5000/o/i",
+            ),
+            ("b.example/o/i", Identity::Repository, "this is a copy: use exactRepository b.example/o/i"),
+        ] {
+            let asked = Question { demands: vec![Demand { gpg: false, identity: rule.clone() }], ..asked() };
+            for text in [
+                format!("Signature for identity \"{identity}\" is not accepted"),
+                format!(
+                    "None of the signatures were accepted, reasons: x; Signature for identity \"{identity}\" is not accepted"
+                ),
+            ] {
+                let error = classify_text(OPEN_IMAGE, &text, &asked).to_string();
+                assert!(error.contains(hint), "{identity} {rule:?}: {error}");
+            }
+            assert_eq!(identity_hint("cryptographic signature verification failed", &asked), "");
+        }
+    }
+
+    #[test]
+    fn credentials_are_told_by_host_and_form() {
+        let said = |text: &str, place: &str| credentials(Some(&("/run/ostree/auth.json".into(), text.into())), place);
+        let entry = r#"{"auths":{"a.example":{"auth":"x"},"b.example/team":{},"https://c.example/v1/":{}}}"#;
+        for (text, place, expected) in [
+            (entry, "a.example/o/i", "with the entry for a.example in /run/ostree/auth.json"),
+            (entry, "b.example/team/i", "with the entry for b.example/team in"),
+            (entry, "b.example/teams/i", "has no entry for b.example"),
+            (entry, "c.example/i", "with the entry for https://c.example/v1/ in"),
+            (
+                r#"{"auths":{}}"#,
+                "a.example/i",
+                "without credentials, as /run/ostree/auth.json has no entry for a.example",
+            ),
+            (r#"{"auths":{},"credsStore":"x"}"#, "a.example/i", "(credsStore), which is not run here"),
+            (r#"{"auths":{},"credHelpers":{"a.example":"x"}}"#, "a.example/i", "(credHelpers), which is not run here"),
+            (r#"{"a.example":{"auth":"x"}}"#, "a.example/i", "old form of .dockercfg"),
+            ("no JSON", "a.example/i", "is not a JSON object"),
+            ("[]", "a.example/i", "is not a JSON object"),
+        ] {
+            assert!(said(text, place).contains(expected), "{text} {place}: {}", said(text, place));
+        }
+        assert!(credentials(None, "a.example/i").contains("no ostree auth file"));
+    }
+
+    #[test]
+    fn where_a_signature_has_to_be_is_named() {
+        let mirrored = Question { mirrors: vec!["m.example/i".into()], ..asked() };
+        assert!(
+            where_to_sign(&mirrored).contains("the first that has the image of m.example/i (mirrors) and quay.io/o/i")
+        );
+        let gpg = Question { demands: vec![Demand { gpg: true, identity: Identity::Exact }], ..asked() };
+        assert!(where_to_sign(&gpg).contains("lookaside") && !where_to_sign(&gpg).contains("cosign"));
+        assert!(where_to_sign(&asked()).contains("cosign 3") && where_to_sign(&asked()).contains("--recursive"));
+    }
+}

@@ -1,0 +1,92 @@
+//! Where `registries.conf` has an image looked for before its own registry. Pure.
+//!
+//! For sentences only: the engine reads the file by itself and decides. What this does not understand it leaves out.
+
+/// Largest of these files read, in bytes.
+pub const MAX_CONF: u64 = 1 << 20;
+
+/// One `[[registry]]`.
+#[derive(Default)]
+struct Registry {
+    prefix: String,
+    location: String,
+    mirrors: Vec<String>,
+}
+
+/// The mirrors of `name` (`host/repository`), in the order they are asked. `conf` is `registries.conf` followed by
+/// the files of `registries.conf.d`, of which a later one overrides.
+#[must_use]
+pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
+    let mut registries: Vec<Registry> = Vec::new();
+    let mut in_mirror = false;
+    for line in conf.lines().map(str::trim) {
+        match line {
+            "[[registry]]" => {
+                registries.push(Registry::default());
+                in_mirror = false;
+            }
+            "[[registry.mirror]]" => in_mirror = true,
+            _ => {
+                let (Some(registry), Some((key, value))) = (registries.last_mut(), setting(line)) else { continue };
+                match (in_mirror, key) {
+                    (true, "location") => registry.mirrors.push(value.to_owned()),
+                    (false, "prefix") => value.clone_into(&mut registry.prefix),
+                    (false, "location") => value.clone_into(&mut registry.location),
+                    _ => {}
+                }
+            }
+        }
+    }
+    let rest = |registry: &Registry| {
+        let prefix = if registry.prefix.is_empty() { &registry.location } else { &registry.prefix };
+        let rest = name.strip_prefix(prefix.as_str())?;
+        (!prefix.is_empty() && (rest.is_empty() || rest.starts_with('/'))).then(|| rest.to_owned())
+    };
+    // The longest prefix; of equal ones the last.
+    let chosen = registries.iter().rev().filter_map(|registry| Some((registry, rest(registry)?)));
+    let chosen = chosen.min_by_key(|(_, rest)| rest.len());
+    chosen.map_or_else(Vec::new, |(registry, rest)| {
+        registry.mirrors.iter().map(|mirror| format!("{mirror}{rest}")).collect()
+    })
+}
+
+/// `key = "value"`, with a comment behind it or none.
+fn setting(line: &str) -> Option<(&str, &str)> {
+    let (key, value) = line.split_once('=')?;
+    let (value, _) = value.trim().strip_prefix('"')?.split_once('"')?;
+    Some((key.trim(), value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_prefix_names_the_mirrors() {
+        let conf = r#"
+            unqualified-search-registries = ["docker.io"]
+            [[registry]]
+            prefix = "quay.example"
+            location = "quay.example"
+            [[registry.mirror]]
+            location = "m0.example"
+            [[registry]]
+            prefix = ""
+            location = "quay.example/team" # the prefix is this, too
+            blocked = true
+            [[registry.mirror]]
+            location = "m1.example/a"
+            pull-from-mirror = "digest-only"
+            [[registry.mirror]]
+            location = "m2.example"
+            insecure = true
+        "#;
+        assert_eq!(mirrors(conf, "quay.example/team/os"), ["m1.example/a/os", "m2.example/os"]);
+        assert_eq!(mirrors(conf, "quay.example/teams/os"), ["m0.example/teams/os"]);
+        let later = format!("{conf}\n[[registry]]\nlocation = \"quay.example/team\"\n");
+        assert!(mirrors(&later, "quay.example/team/os").is_empty());
+        for nothing in ["", "location = \"x\"", "[[registry.mirror]]\nlocation = \"m\"", "[[registry]]\nprefix = 1"] {
+            assert!(mirrors(nothing, "quay.example/team/os").is_empty(), "{nothing}");
+        }
+    }
+}

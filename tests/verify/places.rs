@@ -1,0 +1,221 @@
+//! Who is at fault: a mirror, the source, the signature's place, the image, or the node's own configuration. Against
+//! the real engine, whose texts `src/registry/engine_text.rs` knows.
+
+use serde_json::json;
+use support::hostile_registry::{HostileRegistry, Place, Trick};
+use support::image::{Blob, Manifest, Media};
+use support::policy::RegistriesConf;
+
+use super::*;
+
+/// A source that nothing answers for.
+const CLOSED: &str = "127.0.0.1:1/team/os";
+
+/// The engine with a `registries.conf` of its own, which the agent reads, too, to name the mirrors.
+fn configured(node: &Node) -> (PathBuf, PathBuf) {
+    let conf = node.path("root/etc/containers/registries.conf");
+    fs::create_dir_all(conf.parent().unwrap()).unwrap();
+    let engine = node.engine("configured", &format!("exec $REAL --registries-conf {} \"$@\"", conf.display()));
+    (engine, conf)
+}
+
+/// A `registries.conf` with one mirror.
+fn mirrored(mirror: &str, blocked: bool) -> String {
+    let toml = RegistriesConf::new().mirrors(CLOSED, [mirror]).to_toml();
+    if blocked { toml.replace("[[registry.mirror]]", "blocked = true\n[[registry.mirror]]") } else { toml }
+}
+
+#[tokio::test]
+async fn what_the_mirror_said_counts_where_the_source_says_nothing() {
+    let node = Node::with(Some(Credentials::PULLER)).await;
+    let pushed = node.signed().await;
+    let (mirror, spec) = (pushed.repository(), format!("{CLOSED}@{}", pushed.digest));
+    let (engine, conf) = configured(&node);
+    let env = [("REBASE_AGENT_SKOPEO", text(&engine))];
+    node.policy(&Policy::new([node.requirement()]));
+    for blocked in [false, true] {
+        fs::write(&conf, mirrored(&mirror, blocked)).unwrap();
+        let outcome = node.verify_with(&spec, &env).await;
+        let said = outcome.refused(Reason::RegistryDenied);
+        assert!(said.contains(&format!("the mirror {mirror} refuses to serve {spec} without credentials")), "{said}");
+        let outcome = node.verify_with(&spec, &[env[0], ("REBASE_AGENT_CERT_DIR", "")]).await;
+        let said = outcome.refused(Reason::RegistryUntrusted);
+        assert!(
+            said.starts_with(&format!("the mirror {mirror} serves ")) && said.contains("unknown authority"),
+            "{said}"
+        );
+    }
+    let auth = node.path("root/etc/ostree/auth.json");
+    fs::create_dir_all(auth.parent().unwrap()).unwrap();
+    fs::write(&auth, Credentials::PULLER.auth_file(&node.registry.host()).to_string()).unwrap();
+    let zeros = format!("{CLOSED}@sha256:{}", "0".repeat(64));
+    let outcome = node.verify_with(&zeros, &env).await;
+    let said = outcome.refused(Reason::ManifestMissing);
+    assert!(said.contains(&format!("the mirror {mirror} has no manifest {zeros}")), "{said}");
+    // The mirror has the image and not its signature.
+    let unsigned = node.push(&ImageSpec::new("unsigned")).await;
+    let outcome = node.verify_with(&format!("{CLOSED}@{}", unsigned.digest), &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains(&format!("{mirror} (mirrors) and {CLOSED}")), "{said}");
+}
+
+#[tokio::test]
+async fn the_nodes_own_configuration_is_named() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let spec = pushed.pullspec();
+    let (engine, conf) = configured(&node);
+    let env = [("REBASE_AGENT_SKOPEO", text(&engine))];
+    let mirrors = RegistriesConf::new().mirrors(&pushed.repository(), ["m.example/os"]).to_toml();
+    for (toml, why) in [
+        (RegistriesConf::new().blocked(&pushed.repository()).to_toml(), "is blocked in"),
+        ("[[registry]\nprefix = \n".to_owned(), "line 2"),
+        (format!("[registries.search]\nregistries = []\n{mirrors}"), "mixing sysregistry v1/v2"),
+        (format!("{mirrors}pull-from-mirror = \"sometimes\"\n"), "pull-from-mirror value \"sometimes\""),
+        (mirrors.replace("m.example", "https://m.example"), "URI schemes are not supported"),
+        ("unqualified-search-registries = 1\n".to_owned(), "unqualified-search-registries"),
+    ] {
+        fs::write(&conf, &toml).unwrap();
+        let outcome = node.verify_with(&spec, &env).await;
+        let said = outcome.refused(Reason::RegistryConfigInvalid);
+        assert!(
+            said.contains(why) && said.contains(text(&conf)) && !said.contains("sysregistriesv2"),
+            "{toml}: {said}"
+        );
+    }
+    fs::remove_file(&conf).unwrap();
+    let attached = "docker:\n  a.example:\n    use-sigstore-attachments: true\n";
+    for (files, why) in [
+        ([("a.yaml", attached), ("b.yaml", attached)], "defined both in"),
+        ([("a.yaml", "docker:\n\ta.example:\n"), ("b.yaml", "")], "a.yaml: yaml: line 2"),
+        ([("a.yaml", "docker: []\n"), ("b.yaml", "")], "a.yaml: yaml"),
+    ] {
+        for (name, yaml) in files {
+            fs::write(node.path("registries.d").join(name), yaml).unwrap();
+        }
+        let outcome = node.verify(&spec).await;
+        let said = outcome.refused(Reason::RegistryConfigInvalid);
+        assert!(said.contains(why) && said.contains("registries.d/a.yaml"), "{said}");
+    }
+}
+
+/// Documents that are no OS image, however well signed.
+#[tokio::test]
+async fn what_is_no_image_is_told_and_an_image_without_history_is_one() {
+    let node = Node::new().await;
+    let host = node.registry.host();
+    let put = async |manifest: &Manifest| {
+        node.registry.put_manifest(REPO, &manifest.digest, manifest).await.unwrap();
+        sign(&node.registry, &manifest.digest, REPO, &format!("{host}/{REPO}"), &node.signer).await.unwrap();
+        format!("{host}/{REPO}@{}", manifest.digest)
+    };
+    let (layer, empty) = (Blob::new(b"layer".to_vec()), Blob::new(b"{}".to_vec()));
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": { "Labels": { "ostree.bootable": "1", "machineconfig": "rendered-worker-1" } },
+        "rootfs": { "type": "layers", "diff_ids": [] },
+    });
+    let config = Blob::new(config.to_string().into_bytes());
+    for blob in [&layer, &empty, &config] {
+        node.registry.put_blob(REPO, blob).await.unwrap();
+    }
+    let manifest = |config: serde_json::Value| {
+        let layers = [layer.descriptor("application/vnd.oci.image.layer.v1.tar")];
+        let media = Media::Oci.manifest();
+        Manifest::new(media, &json!({ "schemaVersion": 2, "mediaType": media, "config": config, "layers": layers }))
+    };
+    let artifact = manifest(empty.descriptor("application/vnd.cncf.helm.config.v1+json"));
+    let outcome = node.verify(&put(&artifact).await).await;
+    let said = outcome.refused(Reason::ImageInvalid);
+    assert!(said.contains("an artifact of type") && said.contains("helm"), "{said}");
+
+    let inner = node.push(&ImageSpec::default().index()).await;
+    let bytes = node.registry.manifest(REPO, &inner.digest).await.unwrap().unwrap().bytes;
+    let media = Media::Oci.index();
+    let platform = json!({ "architecture": support::image::host_architecture(), "os": "linux" });
+    let entry = json!({ "mediaType": media, "digest": inner.digest, "size": bytes.len(), "platform": platform });
+    let nested = Manifest::new(media, &json!({ "schemaVersion": 2, "mediaType": media, "manifests": [entry] }));
+    let outcome = node.verify(&put(&nested).await).await;
+    assert!(outcome.refused(Reason::ImageInvalid).contains("an index within an index"), "{outcome:?}");
+
+    let minimal = manifest(config.descriptor("application/vnd.oci.image.config.v1+json"));
+    let facts = node.verify(&put(&minimal).await).await.facts();
+    assert!(facts.bootable && facts.rendered_config.as_deref() == Some("rendered-worker-1"), "{facts:?}");
+}
+
+/// What a registry says of the image, its signature or its config, in the forms that registries are known for.
+#[tokio::test]
+async fn answers_name_what_is_missing_or_denied() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    let identity = Identity::ExactRepository(pushed.repository());
+    node.policy(&Policy::new([Requirement::sigstore_key_path(&node.key()).identity(&identity)]));
+    fs::write(node.path("registries.d/default.yaml"), "default-docker:\n  use-sigstore-attachments: true\n").unwrap();
+    let harbor = format!("artifact {REPO}@{} not found", pushed.digest);
+    let error = |status, code, message: &str| Trick::Error(status, code, message.to_owned());
+    for (place, trick, reason, why) in [
+        (Place::Manifest, error(404, "NOT_FOUND", &harbor), Reason::ManifestMissing, "has no manifest"),
+        (Place::Manifest, Trick::Page(404, "<html>"), Reason::ManifestMissing, "has no manifest"),
+        (Place::Manifest, Trick::Page(403, "<html>"), Reason::RegistryDenied, "refuses to serve 127"),
+        (Place::Manifest, Trick::Inflate, Reason::ImageInvalid, "larger than the 4 MiB"),
+        (Place::Signature, error(401, "UNAUTHORIZED", "x"), Reason::RegistryDenied, "serve the signature of"),
+        (Place::Signature, error(403, "DENIED", "x"), Reason::RegistryDenied, "serve the signature of"),
+        (Place::Signature, Trick::Page(403, "<html>"), Reason::RegistryDenied, "serve the signature of"),
+        (Place::Payload, error(403, "DENIED", "x"), Reason::RegistryDenied, "serve the signature of"),
+        (Place::Config, error(404, "BLOB_UNKNOWN", "x"), Reason::ImageInvalid, "its config is not in the registry"),
+        (Place::Config, Trick::Page(404, "<html>"), Reason::ImageInvalid, "its config is not in the registry"),
+        (Place::Config, error(403, "DENIED", "x"), Reason::RegistryDenied, "refuses to serve 127"),
+        (Place::Config, Trick::Inflate, Reason::ImageInvalid, "its config is larger"),
+    ] {
+        let shown = format!("{place:?} {trick:?}");
+        let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), place, trick).await.unwrap();
+        let outcome = node.verify(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest)).await;
+        let said = outcome.refused(reason);
+        assert!(said.contains(why), "{shown}: {said}");
+    }
+}
+
+/// The identity of a signature, as the engine writes it, and what to do about it.
+#[tokio::test]
+async fn an_identity_that_does_not_match_comes_with_a_hint() {
+    let node = Node::new().await;
+    let pushed = node.push(&ImageSpec::default()).await;
+    let (own, host) = (pushed.repository(), node.registry.host());
+    let copied = "build.example/team/os:1".to_owned();
+    let remap = Identity::RemapIdentity { prefix: host.clone(), signed_prefix: "s.example".to_owned() };
+    for (identity, rule, hint) in [
+        (own.clone(), Identity::MatchRepoDigestOrExact, "matchRepository"),
+        (format!("s.example/{REPO}"), remap, "remapIdentity wants one"),
+        (own.clone(), Identity::ExactReference(format!("{own}:v1")), "accepts the identity"),
+        (copied, Identity::MatchRepository, "this is a copy"),
+        (format!("{own}:tag"), Identity::MatchExact, "matchExact never accepts a reference by digest"),
+    ] {
+        // There is none at first.
+        let _ = support::sign::unsign(&node.registry, &pushed.digest, REPO).await;
+        node.sign_as(&pushed, &identity, &node.signer).await;
+        node.require([Requirement::sigstore_key_path(&node.key()).identity(&rule)]);
+        let outcome = node.verify(&pushed.pullspec()).await;
+        let said = outcome.refused(Reason::SignatureRejected);
+        assert!(said.contains(hint), "{identity} {rule:?}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_scope_that_only_looks_right_is_named() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    for scope in
+        [format!("docker://{}", pushed.host), format!("{}:tag", pushed.repository()), format!("{}/", pushed.host)]
+    {
+        for (policy, reason) in [
+            (Policy::reject_by_default(), Reason::PolicyRejects),
+            (Policy::accept_by_default(), Reason::PolicyAcceptsAnything),
+        ] {
+            node.policy(&policy.scope(&scope, [node.requirement()]));
+            let outcome = node.verify(&pushed.pullspec()).await;
+            let said = outcome.refused(reason);
+            assert!(said.contains(&format!("; {scope} looks like it and does not apply")), "{said}");
+        }
+    }
+}
