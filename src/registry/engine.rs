@@ -15,7 +15,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::engine_text::{Question, classify_text, is_scarcity};
-use super::{NodePolicy, RegistryError, Settings, mirrors};
+use super::proxy::{MAX_PROXY_FILE, PROXY_FILE, PROXY_VARIABLES};
+use super::{NodePolicy, RegistryError, Settings, mirrors, proxy};
 use crate::host::boot::read_bounded;
 use crate::model::{PinnedImage, printable};
 
@@ -27,9 +28,6 @@ const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
 const KILL_AFTER: Duration = Duration::from_secs(5);
 /// Largest auth file read, in bytes; a cluster's pull secret comes to a few kilobytes.
 const MAX_AUTH_FILE: u64 = 1 << 20;
-/// Passed on to the engine: how a unit drop-in tells it about a proxy.
-const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
-
 /// What the engine read under the verified digest.
 pub struct Fetched {
     /// Manifest digest; for an index, that of this architecture's instance.
@@ -195,7 +193,22 @@ impl Engine {
                 command.env(name, value);
             }
         }
+        command.envs(proxy::variables(&self.proxy_file()));
         command
+    }
+
+    /// What MCO says of the cluster's proxy, which wins over a drop-in's variables; empty where there is none.
+    fn proxy_file(&self) -> String {
+        let path = self.settings.etc.join(PROXY_FILE);
+        match read_bounded(&path, MAX_PROXY_FILE) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => {
+                if error.kind() != std::io::ErrorKind::NotFound {
+                    tracing::warn!("{} is ignored, so no proxy is taken from it: {error}", path.display());
+                }
+                String::new()
+            }
+        }
     }
 
     /// An engine that ignores `--policy` would fail open, so its version is read before its first use and again

@@ -5,6 +5,7 @@ mod engine;
 mod engine_text;
 pub mod mirrors;
 pub mod policy;
+pub mod proxy;
 pub mod reference;
 mod trust;
 
@@ -38,7 +39,8 @@ pub struct Settings {
     pub cert_dir: Option<PathBuf>,
     /// containers-auth.json(5) candidates; the first that exists is used alone, as by ostree-ext; none is anonymous.
     pub auth_files: Vec<PathBuf>,
-    /// `/etc`, for the mirrors in `containers/registries.conf`, which are read to be named.
+    /// `/etc`, with the proxy's variables in `mco/proxy.env` and the mirrors in `containers/registries.conf`, which are
+    /// read to be named.
     pub etc: PathBuf,
     /// Writable directory for GnuPG, if a drop-in grants one.
     pub scratch: Option<PathBuf>,

@@ -118,6 +118,20 @@ async fn proxy_variables_reach_the_engine() {
                 .refused(Reason::RegistryUnreachable);
         }
     }
+    // As MCO writes it. Nothing else in that file counts, for the agent or for the engine.
+    let proxy = ConnectProxy::start().await.unwrap();
+    let file = node.path("root/etc/mco/proxy.env");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let elsewhere = node.path("elsewhere");
+    Policy::accept_by_default().write(&elsewhere).unwrap();
+    let lines = format!(
+        "HTTPS_PROXY={}\nNO_PROXY=.cluster.local\nREBASE_AGENT_POLICY={}\nLD_PRELOAD=/nowhere.so\nPATH=/nowhere\n",
+        proxy.url(),
+        elsewhere.display()
+    );
+    fs::write(&file, lines).unwrap();
+    node.verify_with(&spec, &[("HTTPS_PROXY", "http://127.0.0.1:1")]).await.facts();
+    assert!(!proxy.asked().is_empty(), "the proxy of proxy.env was not used");
     let environment = node.path("environment");
     let engine = node
         .engine("spy", &format!("env > {0}.$$; echo \"$*\" > {0}-args.$$; exec $REAL \"$@\"", environment.display()));
@@ -127,7 +141,6 @@ async fn proxy_variables_reach_the_engine() {
             let mut command = node.command(&spec);
             command.env("REBASE_AGENT_SKOPEO", &engine).env("REBASE_AGENT_SCRATCH", node.dir.path());
             command.env("LD_LIBRARY_PATH", "/nowhere").env("SSL_CERT_FILE", "/nowhere").env("CONTAINERS_CONF", "/x");
-            command.env("HTTPS_PROXY", "http://p.example").env("NO_PROXY", "127.0.0.1");
             command
         },
         Duration::from_secs(30),
