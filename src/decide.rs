@@ -290,6 +290,13 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// Rows 12 and 22 for an image whose rendered config cannot be used: its demands are not known, which is not none.
+    fn config_fault(&self, name: &str, deployment: &Deployment) -> Option<Decision> {
+        let why = printable(deployment.config_fault.as_deref()?, 400);
+        let message = format!("the image carries a rendered config that cannot be used, {why}; build it again");
+        Some(self.refuse(name, Reason::ImageInvalid, message))
+    }
+
     // --- rows 4 to 8: is there anything to follow? ------------------------------------------------------------------
 
     fn other_daemon(&self) -> Option<Decision> {

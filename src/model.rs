@@ -285,6 +285,9 @@ pub struct Deployment {
     pub rendered_config: Option<String>,
     /// `spec.kernelArguments` of the rendered config that the image carries, split; `None` if it carries none.
     pub wanted_arguments: Option<Vec<String>>,
+    /// Why the rendered config that the image carries cannot be used: which arguments it wants is not known then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config_fault: Option<String>,
     /// The kernel arguments of its boot entry, for the staged one those that it will have; read for these two only.
     pub arguments: Option<Vec<String>>,
 }

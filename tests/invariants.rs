@@ -285,6 +285,7 @@ fn deployment(tape: &mut Tape<'_>, letter: char) -> Deployment {
         layered: tape.flag(),
         rendered_config: tape.pick(&[Some("r2".into()), Some("r1".into()), None]),
         wanted_arguments: tape.pick(&[None, Some(arguments.clone()), Some(vec!["nosmt".into()])]),
+        config_fault: None,
         arguments: tape.pick(&[Some(arguments.clone()), Some(vec!["quiet".into()]), Some(vec![]), None]),
     }
 }

@@ -25,6 +25,9 @@ impl Rules<'_> {
         if let Some(decision) = self.config_ahead("11", wanted, booted.rendered_config.as_deref()) {
             return decision;
         }
+        if let Some(decision) = self.config_fault("12", booted) {
+            return decision;
+        }
         let demanded = booted.wanted_arguments.as_deref().unwrap_or_default();
         if let Some(first) = not_in_effect(demanded, &self.machine.command_line, booted.arguments.as_deref()) {
             let help = match booted.arguments.as_deref().is_some_and(|entry| missing(demanded, entry).is_none()) {

@@ -236,6 +236,9 @@ impl<'a> Rules<'a> {
 
     /// Row 22.
     fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
+        if let Some(decision) = self.config_fault("22", staged) {
+            return Some(decision);
+        }
         let demanded = staged.wanted_arguments.as_ref()?;
         let booted = self.host.booted();
         let entry = booted.and_then(|booted| booted.arguments.as_deref());

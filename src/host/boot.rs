@@ -17,6 +17,9 @@ use crate::stamp::Stamp;
 
 /// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
+/// Longest `spec.kernelArguments` taken, in bytes with a space after each. The kernel takes no longer command line: 2048
+/// bytes on x86, arm64 and ppc64, 4096 on s390x (`COMMAND_LINE_SIZE`). That bounds their number, too.
+const MAX_ARGUMENTS: usize = 4096;
 /// Largest of the small files read, in bytes.
 const MAX_SMALL: u64 = 64 << 10;
 /// How many boot entries are looked through; libostree writes one for each deployment.
@@ -66,6 +69,20 @@ pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {limit} bytes")));
     }
     Ok(bytes)
+}
+
+/// Reads a file below a deployment, which is its image's content. An image may contain links that lead out of it, to what
+/// is another machine's or this one's own, so none is followed.
+fn read_beneath(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut at = directory.to_owned();
+    for component in path.components() {
+        at.push(component);
+        if std::fs::symlink_metadata(&at)?.is_symlink() {
+            let why = format!("{} is a symbolic link, and none is followed inside an image", at.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+    }
+    read_bounded(&at, limit)
 }
 
 fn read_text(path: &Path) -> io::Result<String> {
@@ -201,30 +218,22 @@ impl Root {
         }
     }
 
-    /// `spec.kernelArguments` of the rendered config inside a deployment, each split into single arguments.
-    #[must_use]
-    pub fn wanted_arguments(&self, osname: &str, directory: &str) -> Option<Vec<String>> {
-        self.rendered_config(osname, directory).map(|config| config.arguments)
-    }
-
-    /// The rendered config inside a deployment.
-    #[must_use]
-    pub fn rendered_config(&self, osname: &str, directory: &str) -> Option<RenderedConfig> {
+    /// The rendered config inside a deployment; `None` if it carries none.
+    ///
+    /// # Errors
+    /// Says why what is there cannot be used. That is not the same as none: the arguments it demands are not known then.
+    pub fn rendered_config(&self, osname: &str, directory: &str) -> Result<Option<RenderedConfig>, String> {
         let plain = |name: &str| !name.is_empty() && !name.contains('/') && name != "..";
         if !plain(osname) || !plain(directory) {
-            return None;
+            return Ok(None);
         }
-        let path = self.join("ostree/deploy").join(osname).join("deploy").join(directory).join(RENDERED_CONFIG);
-        let why = match read_bounded(&path, MAX_CONFIG) {
-            Ok(config) => match rendered_config(&config) {
-                Ok(config) => return Some(config),
-                Err(error) => error.to_string(),
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-            Err(error) => error.to_string(),
+        let deployment = self.join("ostree/deploy").join(osname).join("deploy").join(directory);
+        let config = match read_beneath(&deployment, Path::new(RENDERED_CONFIG), MAX_CONFIG) {
+            Ok(bytes) => rendered_config(&bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => Err(error.to_string()),
         };
-        tracing::warn!("{} is ignored: {}", path.display(), printable(&why, 200));
-        None
+        config.map(Some).map_err(|why| printable(&format!("/{RENDERED_CONFIG} of {directory}: {why}"), 300))
     }
 
     /// Changes whenever a deployment is written, staged, locked or dropped: libostree touches the directory then, and
@@ -258,7 +267,7 @@ fn is_locked(locks: &str, device: u64, inode: u64) -> bool {
 }
 
 /// A MachineConfig. Pure.
-fn rendered_config(config: &[u8]) -> serde_json::Result<RenderedConfig> {
+fn rendered_config(config: &[u8]) -> Result<RenderedConfig, String> {
     #[derive(Deserialize)]
     struct MachineConfig {
         #[serde(default)]
@@ -275,9 +284,16 @@ fn rendered_config(config: &[u8]) -> serde_json::Result<RenderedConfig> {
         #[serde(default, rename = "kernelArguments")]
         kernel_arguments: Option<Vec<String>>,
     }
-    let config: MachineConfig = serde_json::from_slice(config)?;
+    let config: MachineConfig = serde_json::from_slice(config).map_err(|error| error.to_string())?;
     let name = config.metadata.name.filter(|name| !name.is_empty()).map(|name| printable(&name, 253));
     let arguments = config.spec.kernel_arguments.unwrap_or_default();
+    let length = arguments.iter().fold(0, |sum: usize, entry| sum.saturating_add(entry.len()).saturating_add(1));
+    if length > MAX_ARGUMENTS {
+        let count = arguments.len();
+        return Err(format!(
+            "its {count} kernelArguments are {length} bytes long, and no kernel takes more than {MAX_ARGUMENTS}"
+        ));
+    }
     Ok(RenderedConfig { name, arguments: arguments.iter().flat_map(|entry| split_arguments(entry)).collect() })
 }
 
@@ -309,6 +325,38 @@ mod tests {
         assert_eq!(parsed(r#"{"metadata":{"name":""},"spec":{}}"#).unwrap(), (None, Vec::new()));
         assert!(parsed("{}").is_err());
         assert!(parsed("").is_err());
+    }
+
+    #[test]
+    fn arguments_that_no_kernel_takes_are_refused() {
+        let config = |count: usize| format!(r#"{{"spec":{{"kernelArguments":[{}"x"]}}}}"#, "\"a\",".repeat(count));
+        assert_eq!(rendered_config(config(2047).as_bytes()).unwrap().arguments.len(), 2048);
+        for count in [2048, 1_200_000] {
+            let why = rendered_config(config(count).as_bytes()).unwrap_err();
+            assert!(why.contains(&format!("its {} kernelArguments", count + 1)) && why.contains("4096"), "{why}");
+        }
+    }
+
+    #[test]
+    fn no_link_is_followed_inside_an_image() {
+        let tree = tempfile::tempdir().unwrap();
+        let root = Root::new(tree.path().to_owned());
+        let outside = root.join("outside/machine-config-daemon");
+        std::fs::create_dir_all(&outside).unwrap();
+        std::fs::write(outside.join("currentconfig"), r#"{"spec":{"kernelArguments":["x"]}}"#).unwrap();
+        let deployed = |name: &str| root.join("ostree/deploy/os/deploy").join(name).join("usr");
+        let link = |target: &Path, at: &Path| {
+            std::fs::create_dir_all(at.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(target, at).unwrap();
+        };
+        link(&outside.join("currentconfig"), &deployed("file.0").join("etc/machine-config-daemon/currentconfig"));
+        link(&outside, &deployed("directory.0").join("etc/machine-config-daemon"));
+        link(&root.join("outside"), &deployed("etc.0").join("etc"));
+        link(Path::new("/nonexistent"), &deployed("dangling.0").join("etc/machine-config-daemon/currentconfig"));
+        for name in ["file.0", "directory.0", "etc.0", "dangling.0"] {
+            let why = root.rendered_config("os", name).unwrap_err();
+            assert!(why.contains("is a symbolic link") && why.contains(name), "{why}");
+        }
     }
 
     #[test]
@@ -380,8 +428,9 @@ mod tests {
         put(&format!("{modules}/config"), "not copied");
         assert_eq!(root.boot_needed(), Some(20));
         assert_eq!(root.first_boot().unwrap().len(), 1);
-        assert_eq!(root.wanted_arguments("rhcos", "abc.0").unwrap(), ["x"]);
-        assert_eq!(root.wanted_arguments("..", "abc.0"), None);
+        assert_eq!(root.rendered_config("rhcos", "abc.0").unwrap().unwrap().arguments, ["x"]);
+        assert_eq!(root.rendered_config("..", "abc.0"), Ok(None));
+        assert_eq!(root.rendered_config("rhcos", "abc.1"), Ok(None));
         put("proc/sys/kernel/random/boot_id", "\u{1b}[2J");
         assert!(root.boot_id().is_err());
         put(FIRST_BOOT, "[]");

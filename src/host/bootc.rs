@@ -217,9 +217,13 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
     for deployment in deployments.iter_mut().filter(|deployment| deployment.booted || deployment.staged) {
         let directory = deployment.id.strip_prefix(&format!("{}-", deployment.osname)).unwrap_or_default();
         // Status tells no labels; the config that the image carries has the same name.
-        if let Some(config) = host.root.rendered_config(&deployment.osname, directory) {
-            deployment.rendered_config = config.name;
-            deployment.wanted_arguments = Some(config.arguments);
+        match host.root.rendered_config(&deployment.osname, directory) {
+            Ok(Some(config)) => {
+                deployment.rendered_config = config.name;
+                deployment.wanted_arguments = Some(config.arguments);
+            }
+            Ok(None) => {}
+            Err(why) => deployment.config_fault = Some(why),
         }
         if deployment.staged {
             deployment.arguments =

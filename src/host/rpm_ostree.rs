@@ -171,7 +171,10 @@ impl<'h> Client<'h> {
                 .ok_or_else(|| HostError::confused("rpm-ostree", "a deployment has no id, osname or checksum"))?;
             if parsed.booted || parsed.staged {
                 let directory = parsed.id.strip_prefix(&format!("{}-", parsed.osname)).unwrap_or_default();
-                parsed.wanted_arguments = self.host.root.wanted_arguments(&parsed.osname, directory);
+                match self.host.root.rendered_config(&parsed.osname, directory) {
+                    Ok(config) => parsed.wanted_arguments = config.map(|config| config.arguments),
+                    Err(why) => parsed.config_fault = Some(why),
+                }
             }
             if parsed.staged {
                 parsed.arguments = match self.boot_arguments(&os, &parsed.id).await {
@@ -528,6 +531,7 @@ pub(super) fn deployment(dict: &Dict) -> Option<Deployment> {
         layered: is_layered(dict),
         rendered_config: document("ostree.container.image-config").and_then(|json| rendered_config_label(&json)),
         wanted_arguments: None,
+        config_fault: None,
         arguments: None,
     })
 }

@@ -434,6 +434,8 @@ pub fn rendered_config_label(config: &str) -> Option<String> {
 struct ImageConfig {
     architecture: String,
     #[serde(default)]
+    created: Option<String>,
+    #[serde(default)]
     config: Option<RunConfig>,
 }
 

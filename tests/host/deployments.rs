@@ -151,15 +151,18 @@ async fn wanted_arguments_may_be_missing_huge_or_no_json() {
     let booted = lab.machine.booted().unwrap();
     let path = lab.machine.sysroot().tree(&booted).join("usr/etc/machine-config-daemon/currentconfig");
     let wanted = async || lab.read().await.booted().unwrap().wanted_arguments.clone();
+    let fault = async || lab.read().await.booted().unwrap().config_fault.clone().unwrap_or_default();
     assert_eq!(wanted().await, Some(Vec::new()));
     std::fs::write(&path, r#"{"spec":{"kernelArguments":["a=b c","d"]}}"#).unwrap();
     assert_eq!(wanted().await.unwrap(), ["a=b", "c", "d"]);
     std::fs::write(&path, "no json").unwrap();
     assert_eq!(wanted().await, None);
+    assert!(fault().await.contains("currentconfig of"), "{}", fault().await);
     std::fs::write(&path, format!(r#"{{"spec":{{"x":"{}"}}}}"#, "x".repeat(17 << 20))).unwrap();
     assert_eq!(wanted().await, None);
+    assert!(fault().await.contains("longer than"), "{}", fault().await);
     std::fs::remove_file(&path).unwrap();
-    assert_eq!(wanted().await, None);
+    assert_eq!((wanted().await, fault().await), (None, String::new()));
     // Opening a pipe would wait for a writer.
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
     assert_eq!(wanted().await, None);
