@@ -36,7 +36,7 @@ const UNIT: &[(&str, &str, &str)] = &[
     ("Service", "AmbientCapabilities", ""),
     ("Service", "NoNewPrivileges", "yes"),
     ("Service", "LimitCORE", "0"),
-    ("Service", "MemoryMax", "512M"),
+    ("Service", "MemoryMax", "536870912"),
     ("Service", "TasksMax", "1024"),
     ("Service", "OOMPolicy", "continue"),
     ("Service", "UMask", "0077"),

@@ -138,9 +138,10 @@ fn configuration(text: &str, asked: &Question) -> Option<String> {
     let local = if let Some(rest) = text.strip_prefix(TWICE).or_else(|| text.strip_prefix(LOADING)) {
         // What follows is a dump of everything in the file.
         rest.split_once(": sysregistriesv2.").map_or(rest, |(rest, _)| rest)
-    } else if text.starts_with(&format!("parsing {registries_d}/")) || is_blocked(text) {
-        text
-    } else if text.starts_with(&format!("open {registries_d}")) && !is_scarcity(text) {
+    } else if text.starts_with(&format!("parsing {registries_d}/"))
+        || is_blocked(text)
+        || text.starts_with(&format!("open {registries_d}")) && !is_scarcity(text)
+    {
         text
     } else {
         return None;
@@ -267,8 +268,8 @@ fn attempts<'a>(text: &'a str, image: &'a PinnedImage) -> Vec<Attempt<'a>> {
 /// The class by what answered: the source if it did, else the last mirror that did.
 fn answered(method: &str, text: &str, why: String, asked: &Question) -> RegistryError {
     let attempts = attempts(text, &asked.image);
-    let answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
-    let speaking = answers.filter(|(_, answer)| !matches!(answer, Answer::None | Answer::Blocked)).next_back();
+    let mut answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
+    let speaking = answers.rfind(|(_, answer)| !matches!(answer, Answer::None | Answer::Blocked));
     let image = asked.image.clone();
     let Some((attempt, answer)) = speaking else { return RegistryError::Unreachable { image, why } };
     let place = format!("{} {}", if attempt.mirror { "the mirror" } else { "the registry" }, attempt.place);
@@ -278,8 +279,8 @@ fn answered(method: &str, text: &str, why: String, asked: &Question) -> Registry
         Answer::Missing => RegistryError::ManifestMissing { image, place },
         Answer::Denied | Answer::SignatureDenied => {
             let what = if answer == Answer::SignatureDenied { "the signature of " } else { "" };
-            let credentials = credentials(asked.auth.as_ref(), attempt.place);
-            RegistryError::Denied { image, what, place, credentials, why }
+            let why = format!("{}: {why}", credentials(asked.auth.as_ref(), attempt.place));
+            RegistryError::Denied { image, what, place, why }
         }
         _ => RegistryError::Untrusted { image, place, why },
     }

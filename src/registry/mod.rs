@@ -195,7 +195,7 @@ pub enum RegistryError {
         place: String,
     },
     /// Credentials.
-    #[error("{place} refuses to serve {what}{image} {credentials}: {why}; check the pull secret")]
+    #[error("{place} refuses to serve {what}{image} {why}; check the pull secret")]
     Denied {
         /// The image.
         image: PinnedImage,
@@ -203,9 +203,7 @@ pub enum RegistryError {
         what: &'static str,
         /// Who refuses.
         place: String,
-        /// With which credentials it was asked.
-        credentials: String,
-        /// The engine's words.
+        /// With which credentials it was asked, and the engine's words.
         why: String,
     },
     /// The registry's certificate.
@@ -489,7 +487,7 @@ mod tests {
             ),
             (RegistryError::ManifestMissing { image: image(), place: why() }, Reason::ManifestMissing, true),
             (
-                RegistryError::Denied { image: image(), what: "", place: why(), credentials: why(), why: why() },
+                RegistryError::Denied { image: image(), what: "", place: why(), why: why() },
                 Reason::RegistryDenied,
                 true,
             ),
