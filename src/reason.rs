@@ -35,6 +35,8 @@ reasons! {
     ShuttingDown,
     /// The API server cannot be reached or does not answer sense.
     ClusterUnreachable,
+    /// The API server answers with a certificate that is not trusted.
+    ClusterUntrusted,
     /// The API server refuses the node's credentials, or forbids the request.
     ClusterForbidden,
     /// The Node object does not exist.

@@ -1,8 +1,10 @@
 //! The kubelet's kubeconfig and certificate: where the API server is, and who we are. Pure but for the readers.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use openssl::asn1::Asn1Time;
 use openssl::nid::Nid;
 use openssl::pkey::PKey;
 use openssl::x509::{X509, X509Ref};
@@ -32,6 +34,8 @@ pub(super) struct Access {
     pub ca: Vec<u8>,
     /// Who we are.
     pub credentials: Credentials,
+    /// Where our certificate is: the field, and the file it names if it does not hold the certificate itself.
+    pub certificate: Option<String>,
     /// From the certificate's CN where that is a node's: hostname and node name differ on some platforms.
     pub node: String,
 }
@@ -153,6 +157,7 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     }
 
     let certificate = files.either("client-certificate", &user.client_certificate_data, &user.client_certificate)?;
+    let place = certificate.as_ref().map(|(_, label)| label.clone());
     let (credentials, own) = match certificate {
         Some((pem, label)) => {
             let (chain, public, name) = identity(&pem).map_err(|why| format!("{label}: {why}"))?;
@@ -179,7 +184,19 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     if !is_dns_name(node) {
         return Err(format!("`{}` is no name of a node", printable(node, 100)));
     }
-    Ok(Access { server, host, proxy, ca, credentials, node: node.to_owned() })
+    Ok(Access { server, host, proxy, ca, credentials, certificate: place, node: node.to_owned() })
+}
+
+impl Access {
+    /// That our certificate has expired, and since when, if this node's clock says so.
+    pub(super) fn expired(&self) -> Option<String> {
+        let Credentials::Certificate { chain, .. } = &self.credentials else { return None };
+        let certificate = X509::from_pem(chain).ok()?;
+        let now = Asn1Time::days_from_now(0).ok()?;
+        let expired = certificate.not_after().compare(&now).ok()? == Ordering::Less;
+        let place = self.certificate.as_deref().unwrap_or_default();
+        expired.then(|| format!("{place} has been expired since {}", certificate.not_after()))
+    }
 }
 
 /// An empty value stands for none, as for every client.
@@ -209,9 +226,16 @@ fn server(cluster: &Cluster) -> Result<(String, Option<String>), String> {
 
 /// The proxy itself is spoken to in the clear: what goes through it is TLS from end to end.
 fn proxy(text: &str) -> Result<Url, String> {
-    let url = Url::parse(text).map_err(|e| format!("proxy-url: {e}; it must be http://host:port"))?;
+    const ESCAPE: &str = "write `%` as %25, `#` as %23, `/` as %2F and `?` as %3F in user and password";
+    let url = Url::parse(text).map_err(|e| format!("proxy-url: {e}; it must be http://host:port, and {ESCAPE}"))?;
     if url.scheme() != "http" || url.host_str().is_none() {
         return Err("proxy-url: only http://host:port is supported, with or without user:password@".to_owned());
+    }
+    // What follows one of these would be lost in silence, or be sent as another password.
+    let is_escaped = |part: &str| part.get(..2).is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
+    let raw = text.split('%').skip(1).any(|part| !is_escaped(part));
+    if raw || url.fragment().is_some() || url.query().is_some() || !matches!(url.path(), "" | "/") {
+        return Err(format!("proxy-url: is more or less than http://user:password@host:port; {ESCAPE}"));
     }
     Ok(url)
 }

@@ -77,6 +77,15 @@ pub enum ClusterError {
     /// No connection, or it broke.
     #[error("the API server cannot be reached: {0}")]
     Connection(String),
+    /// It was reached, and its certificate is not accepted.
+    #[error("the API server was reached and its certificate is not trusted: {0}")]
+    Untrusted(String),
+    /// 401, and our certificate has expired.
+    #[error(
+        "the API server refuses the kubelet's certificate: {0}; the kubelet renews it, so see `oc get csr`, the \
+         kubelet's log and this node's clock"
+    )]
+    CertificateExpired(String),
     /// 401, also after the credentials were read anew.
     #[error("the API server refuses the kubelet's certificate; see `oc get csr` and the kubelet's log")]
     Unauthorized,
@@ -131,9 +140,10 @@ impl ClusterError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Kubeconfig { .. } => Reason::KubeconfigInvalid,
-            Self::Unauthorized | Self::Forbidden(_) => Reason::ClusterForbidden,
+            Self::Unauthorized | Self::CertificateExpired(_) | Self::Forbidden(_) => Reason::ClusterForbidden,
             Self::NotFound(_) => Reason::NodeNotFound,
             Self::TooLarge => Reason::NodeTooLarge,
+            Self::Untrusted(_) => Reason::ClusterUntrusted,
             Self::Connection(_) | Self::Refused(_) | Self::Expired | Self::Busy { .. } | Self::Confused { .. } => {
                 Reason::ClusterUnreachable
             }
@@ -305,6 +315,11 @@ impl Api {
             self.forget();
             answer = once().await;
         }
+        if matches!(answer, Err(ClusterError::Unauthorized))
+            && let Some(expired) = self.session().ok().and_then(|session| session.access.expired())
+        {
+            answer = Err(ClusterError::CertificateExpired(expired));
+        }
         if answer.is_err() {
             self.forget();
         }
@@ -448,7 +463,26 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn connection(error: &reqwest::Error) -> ClusterError {
-    ClusterError::Connection(chain(error))
+    let why = chain(error);
+    match distrust(&why) {
+        Some(hint) => ClusterError::Untrusted(format!("{hint} ({why})")),
+        None => ClusterError::Connection(why),
+    }
+}
+
+/// What is wrong with the server's certificate, by OpenSSL's words for it, of which the server chooses none.
+fn distrust(why: &str) -> Option<&'static str> {
+    let (_, reason) = why.split_once("certificate verify failed")?;
+    let has = |words: &str| reason.contains(words);
+    Some(if has("not yet valid") {
+        "it is not valid yet, so this node's clock is behind, or the server's was ahead"
+    } else if has("expired") {
+        "it has expired, or this node's clock is ahead; renew the API server's certificate"
+    } else if has("mismatch") {
+        "it is for another name than the kubeconfig's server; correct server or tls-server-name there"
+    } else {
+        "it is by another CA than the kubeconfig's certificate-authority; right after a rotation the kubelet's file follows"
+    })
 }
 
 /// The body of a good answer; an error for every other.
