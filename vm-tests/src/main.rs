@@ -73,12 +73,12 @@ struct Sources {
 }
 
 impl Sources {
-    async fn stock(self) -> Result<Stock> {
+    fn stock(self) -> Result<Stock> {
         let option = |name: &str, value: Option<String>| value.map(|value| [name.to_owned(), value]);
         let image_options =
             [option("--overlay", self.overlay), option("--packages", self.packages)].into_iter().flatten().flatten();
         Ok(Stock {
-            emulator: Emulator::find(self.qemu.as_deref()).await?,
+            emulator: Emulator::find(self.qemu.as_deref())?,
             builder: self.builder,
             backend: self.backend,
             image_options: image_options.collect(),
@@ -137,7 +137,7 @@ fn list() {
 }
 
 async fn show(sources: Sources) -> Result<bool> {
-    demo::tell(&sources.stock().await?).await.map(|()| true)
+    demo::tell(&sources.stock()?).await.map(|()| true)
 }
 
 /// Those that are asked for, and 00 first whatever is asked for.
@@ -166,7 +166,7 @@ fn is_called(scenario: &Scenario, wanted: &str) -> bool {
 async fn run_scenarios(run: Wanted) -> Result<bool> {
     let chosen = chosen(&run)?;
     let keep = run.keep;
-    let stock = run.sources.stock().await?;
+    let stock = run.sources.stock()?;
     let (began, mut failed, mut shared) = (Instant::now(), Vec::new(), None);
     for scenario in &chosen {
         let name = format!("{:02}-{}", scenario.number, scenario.name);

@@ -7,15 +7,17 @@ use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use openssl::base64::{decode_block, encode_block};
 use support::tools;
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
+use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use crate::disk::Disk;
@@ -34,8 +36,10 @@ const BOOTS: u32 = 3;
 const START: Duration = Duration::from_secs(10);
 /// Between two looks for a socket.
 const LOOK: Duration = Duration::from_millis(20);
-/// For firmware to find out that there is nothing to boot; with KVM it takes less than a second.
-const FIRMWARE: Duration = Duration::from_secs(3);
+/// For the guest's kernel to say its first line under KVM. Where KVM works, it takes a fraction of a second.
+const FIRST_LINE: Duration = Duration::from_secs(3);
+/// What the kernel's first line contains.
+const KERNEL: &[u8] = b"Linux version ";
 const MEMORY_MIB: u32 = 1024;
 
 /// The emulator and how it is started.
@@ -43,46 +47,61 @@ const MEMORY_MIB: u32 = 1024;
 pub struct Emulator {
     program: PathBuf,
     firmware: Vec<PathBuf>,
-    kvm: bool,
+    /// Unknown before there is a kernel to try it with.
+    kvm: Arc<OnceCell<bool>>,
 }
 
 impl Emulator {
     /// The one at `tree`, if it was put there, or else the system's.
-    pub async fn find(tree: Option<&Path>) -> Result<Self> {
-        let mut emulator = match tree {
-            Some(tree) => Self {
-                program: tree.join("qemu"),
-                firmware: ["qemu", "seabios"].map(|name| tree.join("root/usr/share").join(name)).to_vec(),
-                kvm: false,
-            },
-            None => Self {
-                program: tools::on_path("qemu-system-x86_64").context("no qemu-system-x86_64 on PATH")?,
-                firmware: Vec::new(),
-                kvm: false,
-            },
+    pub fn find(tree: Option<&Path>) -> Result<Self> {
+        let (program, firmware) = match tree {
+            Some(tree) => {
+                (tree.join("qemu"), ["qemu", "seabios"].map(|name| tree.join("root/usr/share").join(name)).to_vec())
+            }
+            None => (tools::on_path("qemu-system-x86_64").context("no qemu-system-x86_64 on PATH")?, Vec::new()),
         };
-        emulator.kvm = emulator.has_kvm().await;
-        Ok(emulator)
+        Ok(Self { program, firmware, kvm: Arc::default() })
     }
 
     /// What it is called in a report.
     #[must_use]
     pub fn describe(&self) -> &'static str {
-        if self.kvm { "KVM" } else { "TCG" }
+        match self.kvm.get() {
+            Some(true) => "KVM",
+            Some(false) => "TCG",
+            None => "nothing booted",
+        }
     }
 
-    /// Whether KVM works, not only whether there is a device of that name: firmware that finds nothing to boot restarts,
-    /// which ends the process.
-    async fn has_kvm(&self) -> bool {
+    /// Whether KVM boots this kernel. A device of that name is not enough, nor is firmware: on some hosts firmware runs
+    /// under KVM and a kernel does not.
+    async fn has_kvm(&self, kernel: &Path) -> bool {
+        *self.kvm.get_or_init(|| self.boots_with_kvm(kernel)).await
+    }
+
+    async fn boots_with_kvm(&self, kernel: &Path) -> bool {
         if File::options().read(true).write(true).open("/dev/kvm").is_err() {
             return false;
         }
         let mut command = self.command();
         command.args(["-accel", "kvm", "-cpu", "host", "-machine", "pc", "-nodefaults", "-no-user-config"]);
-        command.args(["-display", "none", "-no-reboot", "-boot", "reboot-timeout=1"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-        let Ok(mut child) = command.spawn() else { return false };
-        matches!(timeout(FIRMWARE, child.wait()).await, Ok(Ok(status)) if status.success())
+        command.args(["-display", "none", "-no-reboot", "-m", "512", "-serial", "stdio", "-kernel"]).arg(kernel);
+        command.args(["-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+        let Ok(mut qemu) = command.spawn() else { return false };
+        let Some(mut serial) = qemu.stdout.take() else { return false };
+        let is_said = async {
+            let mut said = Vec::new();
+            while serial.read_buf(&mut said).await.is_ok_and(|bytes| bytes > 0) {
+                if said.windows(KERNEL.len()).any(|part| part == KERNEL) {
+                    return true;
+                }
+            }
+            false
+        };
+        let boots = timeout(FIRST_LINE, is_said).await.unwrap_or(false);
+        let _ = qemu.kill().await;
+        boots
     }
 
     fn command(&self) -> Command {
@@ -220,7 +239,7 @@ impl Vm {
         let (command, journal) = (socket("command"), socket("journal"));
 
         let mut qemu = self.emulator.command();
-        match self.emulator.kvm {
+        match self.emulator.has_kvm(&kernel).await {
             true => qemu.args(["-accel", "kvm", "-cpu", "host"]),
             // Without cx16 because QEMU 7.2 emulates it wrongly between threads: the guest's kernel dies of it.
             false => qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-cx16"]),

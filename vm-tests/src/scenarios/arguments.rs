@@ -1,0 +1,81 @@
+//! Kernel arguments of rendered configs, as the kernel sees them after a real boot.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+
+use crate::disk::as_boot_loaders_pass;
+use crate::lab::Lab;
+use crate::oci::Extra;
+
+/// Where an image carries its rendered config.
+const CURRENT_CONFIG: &str = "etc/machine-config-daemon/currentconfig";
+/// Quoted, repeated, and in an order that counts: `hugepages` belongs to the `hugepagesz` before it, the last `console`
+/// becomes /dev/console.
+const FIRST: [&str; 6] = [
+    "cgroup_no_v1=\"all\"",
+    "psi=0",
+    "console=tty0 console=ttyS0",
+    "hugepagesz=1G hugepages=0",
+    "hugepagesz=2M",
+    "hugepages=4",
+];
+/// Another number of pages of the first size, as many of the second, and the consoles the other way round.
+const SECOND: [&str; 6] = [
+    "cgroup_no_v1=\"all\"",
+    "psi=0",
+    "console=ttyS0 console=tty0",
+    "hugepagesz=1G hugepages=1",
+    "hugepagesz=2M",
+    "hugepages=4",
+];
+/// As many pages of both sizes: one argument twice.
+const THIRD: [&str; 6] = [
+    "cgroup_no_v1=\"all\"",
+    "psi=0",
+    "console=ttyS0 console=tty0",
+    "hugepagesz=1G hugepages=4",
+    "hugepagesz=2M",
+    "hugepages=4",
+];
+
+/// Three configs in a row: after each update the command line has the platform's own arguments and those of the new
+/// config in their order, nothing is left of the old config, and the node is Done.
+pub async fn in_order(lab: &mut Lab) -> Result<()> {
+    let platform = command_line(lab).await?;
+    for (number, config) in (1..).zip([&FIRST, &SECOND, &THIRD]) {
+        let version = lab.version() + 1;
+        let rendered = json!({
+            "kind": "MachineConfig",
+            "metadata": { "name": format!("rendered-worker-{version}") },
+            "spec": { "kernelArguments": config },
+        });
+        let image = lab.signed_with(Extra::default().file(CURRENT_CONFIG, 0o644, rendered.to_string())).await?;
+        lab.update(&image, version).await.with_context(|| format!("config {number}"))?;
+
+        let wanted = words(&as_boot_loaders_pass(&config.join(" ")));
+        let is = command_line(lab).await?;
+        let name = |argument: &str| argument.split('=').next().unwrap_or_default().to_owned();
+        let names: Vec<String> = wanted.iter().map(|argument| name(argument)).collect();
+        let of_config: Vec<_> = is.iter().filter(|argument| names.contains(&name(argument))).cloned().collect();
+        ensure!(of_config.ends_with(&wanted), "config {number} demands {wanted:?}; the command line is {is:?}");
+        let (mut all, mut both) = (is.clone(), [platform.clone(), wanted].concat());
+        all.sort();
+        both.sort();
+        ensure!(all == both, "with config {number}, platform and config demand {both:?}; the command line has {all:?}");
+        let pages = lab.vm.run("cat /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").await?;
+        ensure!(pages.trim() == "4", "config {number} demands 4 pages of 2 MiB; the kernel has {}", pages.trim());
+        let (code, status) = lab.vm.status("rebase-agent status").await?;
+        ensure!(code == 0, "`rebase-agent status` of a node that is Done: status {code}, {status}");
+        lab.say(&format!("config {number}: {}", is.join(" ")));
+    }
+    Ok(())
+}
+
+/// Without what the boot loader and libostree add.
+async fn command_line(lab: &mut Lab) -> Result<Vec<String>> {
+    Ok(words(&lab.vm.run("cat /proc/cmdline").await?))
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().filter(|word| !word.starts_with("ostree=")).map(str::to_owned).collect()
+}
