@@ -1,9 +1,10 @@
 //! One guest and the cluster around it: API server, controllers and registry on the host's loopback, which the guest
 //! sees as another machine.
 
+use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -51,6 +52,8 @@ pub struct Stock {
     pub image_options: Vec<String>,
     /// Keys and names.
     pub keys: PathBuf,
+    /// Keeps the registry's port for as long as there are labs.
+    pub _port: Arc<UdpSocket>,
     /// Where labs keep what they leave.
     pub runs: PathBuf,
     /// The emulator.
@@ -71,18 +74,24 @@ pub enum Kind {
 impl Stock {
     /// The directory of the image, which is built if it was not.
     pub async fn image(&self, kind: Kind) -> Result<PathBuf> {
+        let builds = self.builds(kind).spawn().with_context(|| format!("running {}", self.builder.display()))?;
+        let output = builds.wait_with_output().await?;
+        ensure!(output.status.success(), "the image {kind:?} was not built");
+        Ok(String::from_utf8(output.stdout)?.trim().into())
+    }
+
+    /// The command that builds it and prints where it is.
+    #[must_use]
+    pub fn builds(&self, kind: Kind) -> tokio::process::Command {
         let kind = match kind {
             Kind::Plain => "plain",
             Kind::Selinux => "selinux",
             Kind::Faults => "faults",
         };
         let mut command = tokio::process::Command::new(&self.builder);
-        command.args(["--build-image", kind, "--backend", self.backend.name()]);
+        command.args(["--build-image", kind, "--backend", self.backend.name(), "--keys"]).arg(&self.keys);
         command.args(&self.image_options).stdout(Stdio::piped());
-        let builds = command.spawn().with_context(|| format!("running {}", self.builder.display()))?;
-        let output = builds.wait_with_output().await?;
-        ensure!(output.status.success(), "the image `{kind}` was not built");
-        Ok(String::from_utf8(output.stdout)?.trim().into())
+        command
     }
 }
 

@@ -13,6 +13,7 @@ mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -79,6 +80,7 @@ impl Sources {
             [option("--overlay", self.overlay), option("--packages", self.packages)].into_iter().flatten().flatten();
         Ok(Stock {
             emulator: Emulator::find(self.qemu.as_deref())?,
+            _port: Arc::new(Trust::reserve(&self.keys)?),
             builder: self.builder,
             backend: self.backend,
             image_options: image_options.collect(),

@@ -2,6 +2,7 @@
 //! name as an operating system does, so they are older than every run.
 
 use std::fs;
+use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -40,14 +41,22 @@ impl Trust {
         Ok(Self {
             signer: Signer::from_pem(&read("private/signer.pem")?)?,
             pki: Pki::from_pem(&read("private/ca.pem")?, &read("private/ca.key")?)?,
-            port: read("private/port")?.trim().parse().context("private/port")?,
+            port: read_port(dir)?,
         })
     }
 
-    /// Makes keys and, for the image, `etc/` and `reference`; does nothing if that was done.
+    /// Makes keys and, for the image, `etc/` and `reference`. Does nothing if that was done and the registry's port is
+    /// free: the image contains the port, so another one takes another image.
     pub fn make(dir: &Path) -> Result<()> {
         if dir.join("reference").exists() {
-            return Ok(());
+            let port = read_port(dir)?;
+            if reserve(port).is_ok() && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                return Ok(());
+            }
+        }
+        match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("the old keys"),
+            _ => {}
         }
         let trust = Self { signer: Signer::generate(KeyKind::P256), pki: Pki::new(), port: tools::free_port() };
         let write = |name: &str, text: &str| {
@@ -71,6 +80,11 @@ impl Trust {
         write("reference", &format!("{host}/{REPOSITORY}"))
     }
 
+    /// Keeps the registry's port for this run, also while the registry is stopped, until the socket is dropped.
+    pub fn reserve(dir: &Path) -> Result<UdpSocket> {
+        reserve(read_port(dir)?)
+    }
+
     /// `10.0.2.2:PORT`, with which references to images begin.
     #[must_use]
     pub fn registry_in_guest(&self) -> String {
@@ -89,4 +103,17 @@ impl Trust {
     pub fn pull_secret(&self) -> String {
         Credentials::PULLER.auth_file(&self.registry_in_guest()).to_string()
     }
+}
+
+fn read_port(dir: &Path) -> Result<u16> {
+    let path = dir.join("private/port");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    text.trim().parse().with_context(|| format!("{} is no port", path.display()))
+}
+
+/// Takes the UDP port of that number, which nothing else uses: runs of all checkouts on this machine heed it.
+fn reserve(port: u16) -> Result<UdpSocket> {
+    UdpSocket::bind(("127.0.0.1", port)).with_context(|| {
+        format!("port {port} of 127.0.0.1, which the image names, belongs to another run: run it again")
+    })
 }
