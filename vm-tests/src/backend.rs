@@ -55,11 +55,12 @@ impl Backend {
         }
     }
 
-    /// What its journal says when it has done what it was asked for, as a pattern.
+    /// What its journal says when it has done what it was asked for, as a pattern. rpm-ostree names the object, too
+    /// (rpmostreed-transaction.cxx: `Txn %s on %s successful`).
     #[must_use]
     pub fn ended_well(self) -> &'static str {
         match self {
-            Self::RpmOstree => "Txn Rebase successful",
+            Self::RpmOstree => "^Txn Rebase (on [^ ]+ )?successful$",
             Self::Bootc => "^Finished .*Stage",
         }
     }

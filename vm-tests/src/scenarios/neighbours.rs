@@ -18,6 +18,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(180);
 const LIFE: i64 = 5;
 /// Large enough to be in the middle of it.
 const PAYLOAD: usize = 48 << 20;
+/// For a pull of the payload, beyond everything else: 256 KiB/s, which a busy machine without KVM still makes.
+const PULL: Duration = Duration::from_secs(PAYLOAD as u64 / (256 << 10));
 /// More than a verification takes.
 const FETCHED: u64 = 4 << 20;
 
@@ -40,13 +42,13 @@ pub async fn registry_gone(lab: &mut Lab) -> Result<()> {
     lab.registry.stop();
     lab.vm
         .journal
-        .wait(mark, WORK, "the agent tells that the registry is away", |entry| {
+        .wait(mark, WORK + PULL, "the agent tells that the registry is away", |entry| {
             entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some(reason)
         })
         .await?;
     ensure!(!lab.is_staged().await?, "half an image is staged");
     lab.registry.restart().await?;
-    lab.reboot_of_its_own(UPDATE).await?;
+    lab.reboot_of_its_own(UPDATE + PULL).await?;
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
 }
@@ -159,7 +161,8 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     for (key, value) in [("desiredConfig", format!("rendered-worker-{version}")), ("desiredImage", second.pullspec())] {
         lab.annotate(&format!("{PREFIX}{key}"), Some(&value))?;
     }
-    lab.reboot_of_its_own(UPDATE).await?;
+    // The first pull may come to its end before it is cancelled.
+    lab.reboot_of_its_own(UPDATE + PULL).await?;
     ensure!(lab.booted_digest().await? == second.digest, "the obsolete image boots");
     let staged = |entry: &Entry| entry.has_id(STAGED) && entry.message().contains(&first.digest);
     ensure!(lab.vm.journal.since(mark, staged).is_empty(), "the first image was staged before the target changed");
