@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -41,7 +42,12 @@ fn tool(backend: Backend) -> Tool {
     }
 }
 
-/// What the agent has staged by is the host tool that the overlay brings.
+/// A library that the programs need, and one of as many letters that does not exist.
+const LIBRARY: [&str; 2] = ["libostree-1.so.1", "libabsent-1.so.1"];
+/// The package in which Debian would have that one.
+const PACKAGE: &str = "libabsent-1-1";
+
+/// What the agent has staged by is the host tool that the overlay brings. An overlay that lacks a library is refused.
 pub async fn is_used(stock: &Stock) -> Result<()> {
     if stock.image_options.iter().any(|option| option == "--overlay") {
         println!("{:>14}  skipped: this run has an overlay of its own", "");
@@ -60,7 +66,26 @@ pub async fn is_used(stock: &Stock) -> Result<()> {
             return Err(error).with_context(|| format!("console, journal and disk are in {}", kept.display()));
         }
     }
+    is_refused_without_library(&with_overlay, &tree).await?;
     fs::remove_dir_all(&tree).context("removing the overlay")
+}
+
+/// The build says which program lacks which library, and of which package it could be.
+async fn is_refused_without_library(stock: &Stock, tree: &Path) -> Result<()> {
+    let program = tree.join(BEHIND.trim_start_matches('/'));
+    let mut bytes = fs::read(&program)?;
+    let [there, absent] = LIBRARY.map(str::as_bytes);
+    let places = bytes.windows(there.len()).position(|part| part == there);
+    let place = places.with_context(|| format!("{BEHIND} does not need {}", LIBRARY[0]))?;
+    bytes.splice(place..place + there.len(), absent.iter().copied());
+    fs::write(&program, bytes)?;
+    let output = stock.builds(Kind::Plain).stderr(Stdio::piped()).output().await?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success(), "an image was built with a program that lacks a library");
+    for part in [BEHIND, LIBRARY[1], PACKAGE] {
+        ensure!(said.contains(part), "the build does not name {part}: {said}");
+    }
+    Ok(())
 }
 
 async fn is_started(tool: &Tool, lab: &mut Lab) -> Result<()> {
