@@ -115,6 +115,25 @@ fn parse(text: &str) -> Result<Entry> {
     })
 }
 
+/// What the kernel gets of a boot loader entry's `options`. GRUB and zipl take quotes away, and put some around a whole
+/// argument with a space in it.
+#[must_use]
+pub fn as_boot_loaders_pass(options: &str) -> String {
+    let (mut arguments, mut argument, mut is_quoted) = (Vec::new(), String::new(), false);
+    for character in options.chars().chain([' ']) {
+        match character {
+            '"' => is_quoted = !is_quoted,
+            ' ' if !is_quoted => match std::mem::take(&mut argument) {
+                empty if empty.is_empty() => {}
+                spaced if spaced.contains(' ') => arguments.push(format!("\"{spaced}\"")),
+                plain => arguments.push(plain),
+            },
+            other => argument.push(other),
+        }
+    }
+    arguments.join(" ")
+}
+
 /// Debian keeps them where users do not look.
 fn program(name: &str) -> Result<PathBuf> {
     tools::on_path(name)
@@ -142,5 +161,16 @@ mod tests {
         assert_eq!((entry.version, entry.linux.as_str()), (2, "/ostree/default-ab/vmlinuz-6.12"));
         assert!(entry.options.starts_with("root=/dev/vda rw ostree="));
         assert!(parse("title x\nversion 1\n").is_err());
+    }
+
+    #[test]
+    fn boot_loaders_take_quotes_away_or_move_them() {
+        for (options, passed) in [
+            ("ro cgroup_no_v1=\"all\"  psi=0", "ro cgroup_no_v1=all psi=0"),
+            ("bar=\"hello world\" x", "\"bar=hello world\" x"),
+            ("", ""),
+        ] {
+            assert_eq!(as_boot_loaders_pass(options), passed);
+        }
     }
 }

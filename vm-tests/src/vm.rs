@@ -20,7 +20,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, as_boot_loaders_pass};
 use crate::journal::Journal;
 
 /// From power to taking commands. Quiet, it takes 15 s.
@@ -257,7 +257,7 @@ impl Vm {
             .arg("-initrd")
             .arg(&initrd)
             .arg("-append")
-            .arg(&entry.options);
+            .arg(as_boot_loaders_pass(&entry.options));
         for path in &self.credentials {
             qemu.arg("-smbios").arg(format!("type=11,path={}", path.display()));
         }

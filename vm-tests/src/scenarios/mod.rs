@@ -9,6 +9,7 @@ use anyhow::Result;
 use crate::backend::Backend;
 use crate::lab::{Kind, Lab, Stock};
 
+mod arguments;
 mod bootc;
 mod faults;
 mod guest;
@@ -175,6 +176,24 @@ pub const ALL: &[Scenario] = &[
     scenario(24, "power-back", "the power goes when the attempt to go back is on record", |lab| {
         Box::pin(power::on_the_way_back(lab))
     }),
+    scenario(25, "staged-refused", "the policy rejects what is staged: no reboot boots it, or it is told", |lab| {
+        Box::pin(refusal::staged_then_refused(lab))
+    }),
+    scenario(26, "policy-replaced", "the policy changes between staging and reboot, its time does not", |lab| {
+        Box::pin(refusal::policy_replaced_while_held(lab))
+    }),
+    scenario(27, "kernel-arguments", "quoted and ordered kernel arguments reach the kernel as configured", |lab| {
+        Box::pin(arguments::in_order(lab))
+    })
+    .own(Kind::Plain)
+    .only(Backend::RpmOstree),
+    scenario(28, "no-arguments", "somebody stages something else by hand, without kernel arguments", |lab| {
+        Box::pin(neighbours::staged_without_arguments(lab))
+    }),
+    scenario(29, "locked", "the desired image was staged by hand and its finalization is locked", |lab| {
+        Box::pin(neighbours::staged_locked(lab))
+    })
+    .only(Backend::RpmOstree),
     scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))
         .own(Kind::Plain)
         .on_demand(),

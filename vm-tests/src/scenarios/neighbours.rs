@@ -105,14 +105,17 @@ pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
+/// A commit of a person's own on the branch `human`.
+const COMMIT: &str = "set -e
+    booted=$(ostree admin status | sed -n 's/^\\* default \\([0-9a-f]\\{64\\}\\).*/\\1/p')
+    unshare --mount sh -ec \"mount -o remount,rw /sysroot
+        ostree commit --repo=/ostree/repo --branch=human --bootable --tree=ref=${booted:?nothing is booted}\"";
+/// Stages it, which leaves no kernel arguments in libostree's note.
+const STAGE: &str = "ostree admin deploy --stage --os=default human";
+
 /// Somebody stages something else by hand: dropped once, told about and waited out when done again. What cannot be
 /// dropped is staged over.
 pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
-    const COMMIT: &str = "set -e
-        booted=$(ostree admin status | sed -n 's/^\\* default \\([0-9a-f]\\{64\\}\\).*/\\1/p')
-        unshare --mount sh -ec \"mount -o remount,rw /sysroot
-            ostree commit --repo=/ostree/repo --branch=human --bootable --tree=ref=${booted:?nothing is booted}\"";
-    const STAGE: &str = "ostree admin deploy --stage --os=default human";
     lab.vm.run(COMMIT).await.context("a commit of one's own")?;
     let boot = lab.vm.boot_id().to_owned();
     let once = lab.vm.journal.mark();
@@ -146,6 +149,45 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
     let image = lab.settled();
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
+}
+
+/// What somebody staged by hand has no kernel arguments of its own: the host stays readable, and an update goes its way.
+pub async fn staged_without_arguments(lab: &mut Lab) -> Result<()> {
+    lab.vm.run(COMMIT).await.context("a commit of one's own")?;
+    let mark = lab.vm.journal.mark();
+    lab.vm.run(STAGE).await?;
+    lab.vm.run("! grep -qa kargs /run/ostree/staged-deployment").await.context("the note names kernel arguments")?;
+    let image = lab.signed().await?;
+    let version = lab.version();
+    lab.update(&image, version).await?;
+    let unreadable = |entry: &Entry| {
+        entry.is_agents()
+            && entry
+                .field("REBASE_AGENT_REASON")
+                .is_some_and(|reason| matches!(reason, "HostUnreachable" | "HostConfused"))
+    };
+    let unreadable = lab.vm.journal.since(mark, unreadable);
+    ensure!(unreadable.is_empty(), "the host could not be read: {:?}", unreadable.first().map(Entry::message));
+    let dropped = |entry: &Entry| entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("9");
+    let dropped = !lab.vm.journal.since(mark, dropped).is_empty();
+    ensure!(dropped || !lab.backend.drops_staged(), "the agent does not tell that it drops what was staged by hand");
+    Ok(())
+}
+
+/// The desired image was staged by hand and its finalization is locked, so that no reboot would boot it: it is staged
+/// again, unlocked, before anybody is drained.
+pub async fn staged_locked(lab: &mut Lab) -> Result<()> {
+    const LOCK: &str = "unshare --mount sh -ec 'mount -o remount,rw /sysroot; ostree admin lock-finalization'";
+    let image = lab.signed().await?;
+    let version = lab.version();
+    lab.vm.run("systemctl stop rebase-agent.service").await?;
+    let by_hand = lab.backend.pull(&image.pullspec());
+    lab.vm.run(&by_hand).await.context("staging by hand")?;
+    lab.vm.run(LOCK).await.context("locking")?;
+    let is_locked = "test -e /run/ostree/staged-deployment-locked || grep -qa locked /run/ostree/staged-deployment";
+    lab.vm.run(is_locked).await.context("libostree knows of no lock")?;
+    lab.vm.run("systemctl start rebase-agent.service").await?;
+    lab.update(&image, version).await
 }
 
 /// The target changes while the first one is pulled: only the second one is ever booted.

@@ -1,13 +1,20 @@
 //! Images that must not run, and keys that change.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 use support::image::Pushed;
+use support::mcc::annotation;
+use support::policy::{Policy, Requirement};
 use support::sign::{KeyKind, Signer};
 
 use crate::journal::Entry;
-use crate::lab::{Lab, WORK};
+use crate::lab::{ATTEMPT, HOLD, Lab, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::trust::KEY_IN_GUEST;
+use crate::vm::{BOOT, SHUTDOWN};
+
+/// How the names of the agent's own annotations begin.
+const AGENT: &str = "rebase-agent.openshift.io/";
 
 /// Refused by the agent and by the pull itself; nothing staged, nobody drained, no reboot.
 pub async fn unsigned(lab: &mut Lab) -> Result<()> {
@@ -61,6 +68,117 @@ pub async fn key_rotation(lab: &mut Lab) -> Result<()> {
     let image = lab.signed().await?;
     let version = lab.version();
     lab.update(&image, version).await.context("an image with the new key's signature")
+}
+
+/// The policy rejects an image that is staged already: it is dropped, so that no reboot by anybody boots it. Where it
+/// cannot be dropped, the journal warns and the Node shows it, before the reboot and after it.
+pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
+    let old = lab.booted_digest().await?;
+    let image = staged_and_held(lab).await?;
+    let mark = lab.vm.journal.mark();
+    reject(lab, "").await?;
+    lab.wait_reason("Degraded", "PolicyRejects", UPDATE).await?;
+    refusal_reached_the_disk(lab, mark).await?;
+
+    // As an admin, or a power button, asks for it.
+    let mark = lab.vm.journal.mark();
+    // The answer may be lost with the guest.
+    let _ = lab.vm.status("systemctl --no-block reboot").await;
+    lab.reboot_of_its_own(SHUTDOWN).await?;
+    if lab.backend.drops_staged() {
+        ensure!(lab.booted_digest().await? == old, "the refused image boots");
+        lab.wait_reason("Degraded", "PolicyRejects", BOOT + WORK).await?;
+        ensure!(!lab.is_staged().await?, "the refused image is staged again");
+        return allow_and_arrive(lab, &image).await;
+    }
+    ensure!(lab.booted_digest().await? == image.digest, "what bootc staged does not boot");
+    warned(lab, mark, "runs").await?;
+    accept(lab).await?;
+    lab.annotate(HOLD, None)?;
+    lab.wait_done(&image).await?;
+    lab.arrived(&image).await
+}
+
+/// The policy is replaced while the reboot is held, with the modification time of the old one. Nothing is verified by
+/// the old policy any more when the hold goes.
+pub async fn policy_replaced_while_held(lab: &mut Lab) -> Result<()> {
+    let image = staged_and_held(lab).await?;
+    let (boot, drains, mark) = (lab.vm.boot_id().to_owned(), lab.drains.drains(), lab.vm.journal.mark());
+    reject(lab, "touch --reference=policy.json policy.json.new").await?;
+    lab.annotate(HOLD, None)?;
+    let is_decided = |node: &Value| {
+        annotation(node, "state") == Some("Degraded") || !node["metadata"]["annotations"][ATTEMPT].is_null()
+    };
+    let node = lab.wait("an attempt or a refusal", UPDATE, is_decided).await?;
+    ensure!(node["metadata"]["annotations"][ATTEMPT].is_null(), "an attempt to boot what the new policy rejects");
+    lab.wait_reason("Degraded", "PolicyRejects", WORK).await?;
+    refusal_reached_the_disk(lab, mark).await?;
+    ensure!(lab.vm.boot_id() == boot && lab.vm.is_on(), "a reboot");
+    ensure!(lab.drains.drains() == drains, "a drain for what the new policy rejects");
+    allow_and_arrive(lab, &image).await
+}
+
+/// A new target that is staged and not to be rebooted into yet.
+async fn staged_and_held(lab: &mut Lab) -> Result<Pushed> {
+    lab.annotate(HOLD, Some("until the policy has changed"))?;
+    let image = lab.signed().await?;
+    lab.target(&image);
+    lab.wait_reason("Working", "Held", UPDATE).await?;
+    ensure!(lab.is_staged().await?, "held with nothing staged");
+    Ok(image)
+}
+
+/// What is refused is not staged any more; what cannot be dropped is told.
+async fn refusal_reached_the_disk(lab: &mut Lab, mark: usize) -> Result<()> {
+    if lab.backend.drops_staged() {
+        const GONE: &str = "test ! -e /run/ostree/staged-deployment";
+        return lab.wait_guest("the refused image is dropped", WORK, GONE).await;
+    }
+    ensure!(lab.is_staged().await?, "bootc cannot drop what is staged, and it is gone");
+    warned(lab, mark, "staged").await
+}
+
+/// The agent's warning in the journal, and the same word on the Node.
+async fn warned(lab: &Lab, mark: usize, word: &str) -> Result<()> {
+    let is_it = |entry: &Entry| {
+        let is_warning = matches!(entry.field("PRIORITY"), Some("4" | "3"));
+        entry.is_agents() && is_warning && entry.message().contains(word)
+    };
+    lab.vm.journal.wait(mark, BOOT + WORK, &format!("a warning with `{word}`"), is_it).await?;
+    let shows = |node: &Value| {
+        let annotations = node["metadata"]["annotations"].as_object();
+        let agents = |key: &str| key.starts_with(AGENT) || key.ends_with("/reason");
+        annotations.is_some_and(|all| {
+            all.iter().any(|(key, value)| agents(key) && value.as_str().is_some_and(|value| value.contains(word)))
+        })
+    };
+    lab.wait(&format!("a Node that shows `{word}`"), WORK, shows).await.map(drop)
+}
+
+/// Nothing of the registry is accepted from now on. `prepare` runs before the new policy takes the old one's place.
+async fn reject(lab: &mut Lab, prepare: &str) -> Result<()> {
+    let host = lab.trust.registry_in_guest();
+    let policy = Policy::accept_by_default().scope(&host, [Requirement::reject()]).to_json().to_string();
+    let policy = openssl::base64::encode_block(policy.as_bytes());
+    let script = format!(
+        "set -e; cd /etc/containers; cp -p policy.json policy.json.before; base64 -d >policy.json.new <<<{policy}
+         chmod --reference=policy.json policy.json.new; {prepare}
+         mv policy.json.new policy.json"
+    );
+    lab.vm.run(&script).await.map(drop)
+}
+
+async fn accept(lab: &mut Lab) -> Result<()> {
+    lab.vm.run("mv /etc/containers/policy.json.before /etc/containers/policy.json").await.map(drop)
+}
+
+/// The way out of the refusal: the policy accepts the image again.
+async fn allow_and_arrive(lab: &mut Lab, image: &Pushed) -> Result<()> {
+    accept(lab).await?;
+    lab.annotate(HOLD, None)?;
+    lab.reboot_of_its_own(UPDATE + WORK).await?;
+    lab.wait_done(image).await?;
+    lab.arrived(image).await
 }
 
 /// By anybody with root: its status and what was said.
