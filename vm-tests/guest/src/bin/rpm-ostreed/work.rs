@@ -142,20 +142,20 @@ async fn run(
 async fn rebase(sysroot: &SysrootLock, reference: &str, said: &mpsc::UnboundedSender<Said>) -> Result<()> {
     let say = |said_now: Said| drop(said.send(said_now));
     let imgref = OstreeImageReference::try_from(reference)?;
-    let merge = merge_deployment(sysroot)?;
-    if origin_reference(&merge).is_some_and(|old| old == imgref.to_string()) {
+    let first = first_deployment(sysroot)?;
+    if origin_reference(&first).is_some_and(|old| old == imgref.to_string()) {
         bail!("Old and new refs are equal: {imgref}");
     }
     let image = import(sysroot, &imgref, say).await?;
     say(Said::TaskBegin("Staging deployment".to_owned()));
-    stage(sysroot, &image.merge_commit, &origin(&imgref), &merge, &arguments(&merge))?;
+    stage(sysroot, &image.merge_commit, &origin(&imgref), &booted(sysroot)?, &arguments(&first))?;
     say(Said::TaskEnd("Staging deployment".to_owned()));
     tidy(sysroot)
 }
 
 fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
     let has = |kind: &str| kinds.iter().any(|wanted| wanted == kind);
-    let booted = sysroot.booted_deployment().context("Not booted into a deployment")?;
+    let booted = booted(sysroot)?;
     let all = sysroot.deployments();
     let place = all.iter().position(|one| one.equal(&booted)).context("The booted deployment is not listed")?;
     let mut kept = Vec::new();
@@ -186,9 +186,9 @@ fn final_arguments(existing: &str, changes: [&[String]; 3], last: Option<&str>) 
 }
 
 fn kernel_arguments(sysroot: &SysrootLock, arguments: &[String]) -> Result<()> {
-    let merge = merge_deployment(sysroot)?;
-    let origin = merge.origin().context("The deployment has no origin")?;
-    stage(sysroot, &merge.csum(), &origin, &merge, arguments)?;
+    let first = first_deployment(sysroot)?;
+    let origin = first.origin().context("The deployment has no origin")?;
+    stage(sysroot, &first.csum(), &origin, &booted(sysroot)?, arguments)?;
     tidy(sysroot)
 }
 
@@ -197,7 +197,7 @@ fn rollback(sysroot: &SysrootLock) -> Result<()> {
     if all.first().is_some_and(ostree::Deployment::is_staged) {
         bail!("Staged deployment (remove with cleanup -p)");
     }
-    let booted = sysroot.booted_deployment().context("Not booted into a deployment")?;
+    let booted = booted(sysroot)?;
     let place = all.iter().position(|one| one.equal(&booted)).context("The booted deployment is not listed")?;
     // The one after the booted one, or the booted one if it is not first.
     let chosen = if place > 0 { place } else { 1 };
@@ -210,9 +210,14 @@ fn rollback(sysroot: &SysrootLock) -> Result<()> {
     Ok(())
 }
 
-/// The first in boot order: a staged one, too.
-fn merge_deployment(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
+/// The first in boot order, which may be staged: origin and kernel arguments come from it.
+fn first_deployment(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
     sysroot.deployments().into_iter().next().context("Nothing is deployed")
+}
+
+/// What runs: /etc comes from it. From a staged deployment, which staging replaces, nothing could be finalized.
+fn booted(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
+    sysroot.booted_deployment().context("Not booted into a deployment")
 }
 
 fn describe(
