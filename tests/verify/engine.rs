@@ -95,12 +95,16 @@ async fn dropped_verifications_leave_at_most_one_engine() {
     const RETARGETS: usize = 77;
     let node = Node::new().await;
     let image = reference::parse(&node.signed().await.pullspec()).unwrap();
-    let engine = Engine::new(settings(&node, node.engine("stuck", &claims("1.18.0", "exec sleep 300")), 120));
+    let count = node.path("count");
+    let body = claims("1.18.0", &format!("echo >> {}\nsleep 300", count.display()));
+    let engine = Engine::new(settings(&node, node.engine("stuck", &body), 120));
+    let begun = || fs::read_to_string(&count).unwrap_or_default().len();
     let (started, mut most) = (Instant::now(), 0);
-    for _ in 0..RETARGETS {
+    for retarget in 1..=RETARGETS {
+        // Dropped only once its own engine runs; the one before may still be ending.
         tokio::select! {
             result = verify(&engine, &image) => panic!("{result:?}"),
-            () = async { while node.engines().is_empty() { tokio::time::sleep(Duration::from_millis(5)).await } } => {}
+            () = async { while begun() < retarget { tokio::time::sleep(Duration::from_millis(5)).await } } => {}
         }
         most = most.max(node.engines().len());
     }
