@@ -48,7 +48,7 @@ pub async fn perform(
             return verify(&neighbours.engine, &image).await.map(Some).map_err(|error| Fault::from(&error));
         }
         Action::Stage { image } => host.stage(&proven(proof, &image)?, &mut cancel, progress).await,
-        Action::DropStaged { checksum } => host.drop_staged(&checksum, &mut cancel).await,
+        Action::DropStaged { checksum } => host.drop_pending(&checksum, &mut cancel).await,
         Action::CancelTransaction => host.cancel_transaction().await,
         Action::SetKernelArguments { image, append, delete } => {
             host.set_kernel_arguments(&proven(proof, &image)?, &append, &delete, &mut cancel).await

@@ -657,7 +657,8 @@ impl Agent {
         let status = model::printable(&format!("{}: {}{progress}", last.reason, last.message), STATUS);
         let status = format!("{status}{CONFINEMENT}{}", self.settings.confinement.sentence());
         if status != self.status {
-            self.systemd.send(Notice::Status(status.clone()));
+            // systemd takes a message apart as it does command lines, and takes single backslashes out.
+            self.systemd.send(Notice::Status(status.replace('\\', r"\\")));
             self.status = status;
         }
     }

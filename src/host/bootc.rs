@@ -6,7 +6,6 @@
 //! not asked while a switch runs. `bootc rollback` is never called at all: it discards what is staged and turns the
 //! boot order around, and the next call turns it back.
 
-mod staged;
 mod status;
 mod unit;
 
@@ -16,8 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use super::boot::read_bounded;
-use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, is_image, systemd};
+use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, is_image, is_staged, staged, systemd};
 use crate::model::{Backend, Deployment, HostFacts, PinnedImage, Reason, Transaction, UnitState, printable};
 use crate::registry::Verified;
 
@@ -31,18 +29,13 @@ const STATUS: &str = "`bootc status`";
 const SWITCH: &str = "`bootc switch`";
 /// Largest status read, in bytes: a deployment takes about one kilobyte.
 const MAX_STATUS: u64 = 1 << 20;
-/// libostree's note on what is staged.
-const STAGED: &str = "run/ostree/staged-deployment";
-/// Largest such note read, in bytes.
-const MAX_STAGED: u64 = 1 << 20;
-
 /// In place of a job's result.
 const UNTOLD: &str = "an unknown result";
 /// How often a lock that is held is looked at again; nobody tells of its end.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
 #[cfg(fuzzing)]
-pub(super) use {staged::arguments as staged_arguments, status::parse as parse_status, unit::image as image_of_unit};
+pub(super) use {status::parse as parse_status, unit::image as image_of_unit};
 
 /// Reads deployments and what the sysroot is locked for.
 pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
@@ -67,6 +60,7 @@ pub(super) async fn stage(
 ) -> Result<(), HostError> {
     const WHAT: &str = "staging the image";
     let is_it = |deployment: &Deployment| is_image(deployment, image.get(), Some(image.facts()));
+    let is_ready = |deployment: &Deployment| is_staged(deployment, image.get(), Some(image.facts()));
     let unit = unit::of(image)?;
     match transaction(host).await? {
         // Starting it once more joins the job that runs.
@@ -81,7 +75,7 @@ pub(super) async fn stage(
                 let why = "packages are layered on this host, and a switch would silently drop them".to_owned();
                 return Err(HostError::Transaction { what: WHAT, reason: Reason::LayeredPackages, why });
             }
-            if before.first().is_some_and(|first| is_it(first) && (first.staged || first.booted)) {
+            if before.first().is_some_and(|first| is_it(first) && (first.booted || is_ready(first))) {
                 return Ok(());
             }
         }
@@ -104,8 +98,15 @@ pub(super) async fn stage(
         return Ok(());
     }
     let after = status(host).await;
-    let staged =
-        after.as_ref().is_ok_and(|after| after.iter().any(|deployment| deployment.staged && is_it(deployment)));
+    let found = after.as_ref().ok().and_then(|after| after.iter().find(|d| d.staged && is_it(d)));
+    let staged = found.is_some_and(|found| !found.locked);
+    // To bootc the image is already what is to run, and a switch changes nothing.
+    if found.is_some_and(|found| found.locked) {
+        let why = "the image was staged for download only and stays out of the next boot; `bootc upgrade \
+                   --from-downloaded` unlocks it"
+            .to_owned();
+        return Err(HostError::NoEffect { what: SWITCH, why });
+    }
     match result.as_str() {
         "done" | UNTOLD if staged => Ok(()),
         "done" => {
@@ -226,8 +227,9 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
             Err(why) => deployment.config_fault = Some(why),
         }
         if deployment.staged {
-            deployment.arguments =
-                read_bounded(&host.root.join(STAGED), MAX_STAGED).ok().and_then(|bytes| staged::arguments(&bytes));
+            let note = staged::read(&host.root, &deployment.id).unwrap_or_default();
+            deployment.arguments = note.arguments;
+            deployment.locked |= note.locked;
         }
     }
     host.see_deployments(&deployments);

@@ -11,6 +11,7 @@ mod bootc;
 pub mod leftovers;
 mod login;
 mod rpm_ostree;
+mod staged;
 mod systemd;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -214,6 +215,7 @@ impl HostError {
                 | Self::NotBootc
                 | Self::NameTooLong { .. }
                 | Self::KernelArguments(_)
+                | Self::Transaction { reason: Reason::ImageInvalid, .. }
         )
     }
 
@@ -387,16 +389,17 @@ impl Host {
         }
     }
 
-    /// Removes the staged deployment if it still is `checksum`. The rules do not ask a backend that cannot.
+    /// Removes what boots next, staged or first in boot order, if it still is `checksum` and does not run. The rules do
+    /// not ask a backend that cannot.
     ///
     /// # Errors
     /// See [`HostError`].
-    pub async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+    pub async fn drop_pending(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::drop_staged(self, checksum, cancel).await,
+            Backend::RpmOstree => rpm_ostree::drop_pending(self, checksum, cancel).await,
             Backend::Bootc => {
                 let why = "bootc only stages something else over it".to_owned();
-                Err(HostError::NoEffect { what: "dropping the staged deployment", why })
+                Err(HostError::NoEffect { what: "dropping the pending deployment", why })
             }
         }
     }
@@ -589,7 +592,7 @@ fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{HostError, Progress, bootc, rpm_ostree};
+    use super::{HostError, Progress, bootc, rpm_ostree, staged};
     use crate::model::{Deployment, PinnedImage};
 
     #[must_use]
@@ -608,7 +611,7 @@ pub mod fuzzing {
 
     #[must_use]
     pub fn staged_arguments(note: &[u8]) -> Option<Vec<String>> {
-        bootc::staged_arguments(note)
+        staged::parse(note)?.arguments
     }
 
     #[must_use]

@@ -11,8 +11,10 @@ use tokio::time::{Instant, sleep_until};
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Variant};
 
-use super::boot::split_arguments;
-use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image};
+use super::{
+    Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image, is_staged,
+    staged,
+};
 use crate::kernel_arguments::{apply, join};
 use crate::model::{Backend, Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
 use crate::registry::{Verified, reference, rendered_config_label, without_queries};
@@ -71,10 +73,10 @@ pub(super) async fn stage(
     outcome
 }
 
-/// Removes the staged deployment if it still is `checksum`.
-pub(super) async fn drop_staged(host: &Host, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+/// Removes what is before the booted deployment in boot order if the first of it still is `checksum`.
+pub(super) async fn drop_pending(host: &Host, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
     let client = Client::connect(host).await?;
-    let outcome = client.drop_staged(checksum, cancel).await;
+    let outcome = client.drop_pending(checksum, cancel).await;
     client.close().await;
     outcome
 }
@@ -141,14 +143,15 @@ impl<'h> Client<'h> {
     async fn snapshot(&self) -> Result<Snapshot, HostError> {
         let mut looks = 1;
         loop {
-            match self.look().await {
-                Err(HostError::Call { .. }) if looks < LOOKS => looks += 1,
+            match self.look(looks == LOOKS).await {
+                Err(HostError::Call { .. } | HostError::Vanished(_)) if looks < LOOKS => looks += 1,
                 seen => return seen,
             }
         }
     }
 
-    async fn look(&self) -> Result<Snapshot, HostError> {
+    /// The `last` look takes a staged deployment without a note as it is.
+    async fn look(&self, last: bool) -> Result<Snapshot, HostError> {
         // Mandatory after bootc or `ostree admin` acted; properties do not follow by themselves.
         let _: () =
             self.sysroot.call("Reload", &()).await.map_err(|error| self.failed("rpm-ostree's Reload", &error))?;
@@ -177,12 +180,14 @@ impl<'h> Client<'h> {
                 }
             }
             if parsed.staged {
-                parsed.arguments = match self.boot_arguments(&os, &parsed.id).await {
-                    Ok(arguments) => Some(split_arguments(&arguments)),
-                    // What somebody staged by hand may tell none, and must not hide the host for that.
-                    Err(HostError::Confused { .. }) => None,
-                    Err(error) => return Err(error),
+                // Not from the daemon: its GetDeploymentBootConfig aborts it where there are no arguments, and its
+                // `finalization-locked` only knows the lock of an older libostree.
+                let note = match staged::read(&self.host.root, &parsed.id) {
+                    // Staged, dropped or finalized since the daemon was asked.
+                    None if !last => return Err(HostError::Vanished("reading the deployments")),
+                    note => note.unwrap_or_default(),
                 };
+                (parsed.arguments, parsed.locked) = (note.arguments, parsed.locked || note.locked);
             }
             deployments.push(parsed);
         }
@@ -199,17 +204,6 @@ impl<'h> Client<'h> {
         Ok(Snapshot { facts: HostFacts { backend: Backend::RpmOstree, deployments, transaction }, os, address })
     }
 
-    async fn boot_arguments(&self, os: &OwnedObjectPath, id: &str) -> Result<String, HostError> {
-        const WHAT: &str = "rpm-ostree's GetDeploymentBootConfig";
-        let config: Dict = self
-            .object(os.as_str(), OS)
-            .await?
-            .call("GetDeploymentBootConfig", &(id, true))
-            .await
-            .map_err(|error| self.failed(WHAT, &error))?;
-        property(&config, "options").ok_or_else(|| HostError::confused(WHAT, "there are no `options`"))
-    }
-
     async fn stage(
         &self,
         image: &Verified<PinnedImage>,
@@ -218,22 +212,23 @@ impl<'h> Client<'h> {
     ) -> Result<(), HostError> {
         const WHAT: &str = "staging the image";
         let is_it = |deployment: &Deployment| is_image(deployment, image.get(), Some(image.facts()));
+        let is_ready = |facts: &HostFacts| {
+            facts.staged().is_some_and(|staged| is_staged(staged, image.get(), Some(image.facts())))
+        };
         let boots_next = |facts: &HostFacts| facts.deployments.first().filter(|first| is_it(first)).cloned();
         let mut before = self.snapshot().await?;
         match (&before.facts.transaction, &before.address) {
             (Some(active), Some(address)) if active.ours.as_ref() == Some(image.get().digest()) => {
                 let outcome = self.follow(WHAT, address, cancel, progress).await;
-                return self
-                    .judge(WHAT, outcome, |facts| facts.staged().is_some_and(is_it), "the image is not staged")
-                    .await;
+                return self.judge(WHAT, outcome, is_ready, "the image is not staged").await;
             }
             (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
             (None, _) => {}
         }
         // Sending the reference that is first in boot order already is an error: "Old and new refs are equal".
         match boots_next(&before.facts) {
-            Some(first) if first.staged || first.booted => return Ok(()),
-            // Finalized and fallen back from: it goes, to be staged and finalized anew.
+            Some(first) if first.booted || is_ready(&before.facts) => return Ok(()),
+            // Locked, with packages layered, or finalized and fallen back from: it is dropped and staged again.
             Some(_) => {
                 self.clean_up(WHAT, &before.os, cancel).await?;
                 before = self.snapshot().await?;
@@ -248,18 +243,18 @@ impl<'h> Client<'h> {
         ]);
         let body = (options, image.to_pull(), Vec::<String>::new());
         let outcome = self.transact(WHAT, &before.os, "Rebase", &body, cancel, progress).await;
-        self.judge(WHAT, outcome, |facts| facts.staged().is_some_and(is_it), "the image is not staged").await
+        self.judge(WHAT, outcome, is_ready, "the image is not staged").await
     }
 
-    async fn drop_staged(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
-        const WHAT: &str = "dropping the staged deployment";
-        let is_it = |facts: &HostFacts| facts.staged().is_some_and(|staged| staged.checksum == checksum);
+    async fn drop_pending(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+        const WHAT: &str = "dropping the pending deployment";
+        let is_it = |facts: &HostFacts| facts.deployments.first().is_some_and(|d| !d.booted && d.checksum == checksum);
         let before = self.snapshot().await?;
         if !is_it(&before.facts) {
             return Ok(());
         }
         let outcome = self.clean_up(WHAT, &before.os, cancel).await;
-        self.judge(WHAT, outcome, |facts| !is_it(facts), "it is still staged").await
+        self.judge(WHAT, outcome, |facts| !is_it(facts), "it is still first in boot order").await
     }
 
     async fn clean_up(&self, what: &'static str, os: &OwnedObjectPath, cancel: &mut Cancel) -> Result<(), HostError> {
@@ -280,9 +275,11 @@ impl<'h> Client<'h> {
         let before = self.snapshot().await?;
         let staged = before.facts.staged().filter(|staged| is_image(staged, image.get(), Some(image.facts())));
         let staged = staged.ok_or_else(|| no_effect("the image is not staged any more"))?;
-        // Given none, it boots with those of the deployment that it was made from.
-        let existing = staged.arguments.clone().or_else(|| self.host.root.boot_entry());
-        let existing = existing.ok_or_else(|| no_effect("the staged deployment does not tell its arguments"))?;
+        let Some(existing) = staged.arguments.clone() else {
+            // What the daemon would edit is not there; an image that it stages has arguments.
+            self.clean_up(WHAT, &before.os, cancel).await?;
+            return Err(no_effect("the deployment was staged without any; it was dropped, to be staged again"));
+        };
         let existing = without_target(existing);
         let wanted = apply(&existing, append, delete);
         let lines = join(&existing).zip(join(&wanted));
@@ -523,7 +520,7 @@ pub(super) fn deployment(dict: &Dict) -> Option<Deployment> {
         checksum: text("checksum")?,
         booted: flag("booted"),
         staged: flag("staged"),
-        locked: false,
+        locked: flag("finalization-locked"),
         pinned: flag("pinned"),
         version: text("version").map(|version| printable(&version, 100)),
         reference: text("container-image-reference").and_then(|text| reference::of_deployment(&text)),
@@ -548,51 +545,89 @@ fn is_layered(dict: &Dict) -> bool {
         || dict.keys().any(|key| (key.starts_with("requested-") || BASE.contains(&key.as_str())) && listed(key))
 }
 
-/// The end of a transaction. Its text is English prose and only a hint at the class. Pure.
+/// The end of a transaction. Its text is English prose and only a hint at the class. The daemon's own words come first;
+/// what follows [`PROXY`] is skopeo's, and behind its first words a registry's, which may say anything. Pure.
 fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostError> {
-    const PREFIXES: [&str; 6] = [
-        "Creating importer: ",
-        "Preparing import: ",
-        "Fetching manifest: ",
-        "failed to invoke method OpenImage: ",
-        "Failed to invoke skopeo proxy method OpenImage: ",
-        "remote error: ",
-    ];
     if success {
         return Ok(());
     }
-    let mut rest = text;
-    while let Some(stripped) = PREFIXES.iter().find_map(|prefix| rest.strip_prefix(prefix)) {
-        rest = stripped;
-    }
-    let starts = |anchors: &[&str]| anchors.iter().any(|anchor| rest.starts_with(anchor));
-    let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
-    let reason = if text.contains("Operation was cancelled") {
+    if text.ends_with("Operation was cancelled") {
         return Err(HostError::Cancelled(what));
-    } else if starts(&["A signature was required"]) {
-        Reason::SignatureMissing
-    } else if starts(&[
-        "Source image rejected",
-        "cryptographic signature verification",
-        "Signature for ",
-        "None of the",
+    }
+    let proxy = PROXY.iter().filter_map(|word| text.find(word)).min();
+    let (own, theirs) = text.split_at(proxy.unwrap_or(text.len()));
+    let own_has = |parts: &[&str]| parts.iter().any(|part| own.contains(part));
+    let reason = if own_has(&[
+        "No space left on device",
+        "would be exceeded",
+        "Insufficient free space for",
+        "quota exceeded",
     ]) {
-        Reason::SignatureRejected
-    } else if has(&["No space left on device", "would be exceeded", "Insufficient free space for", "quota exceeded"]) {
         Reason::DiskFull
-    } else if has(&["does not have ostree.bootable label"]) {
+    } else if own_has(&["does not have ostree.bootable label"]) {
         Reason::NotBootable
-    } else if has(&["manifest unknown", "name unknown"]) {
-        Reason::ManifestMissing
-    } else if has(&["unable to retrieve auth token", "unauthorized", "requested access to the resource is denied"]) {
-        Reason::RegistryDenied
-    } else if starts(&["pinging container registry", "reading manifest"]) {
-        Reason::RegistryUnreachable
+    } else if own_has(&["Unhandled layer type", "No ostree.final-diffid label"]) {
+        let why = "the host tool cannot import an image of this form: build it `FROM` a bootable base image with gzip or \
+                   zstd layers, and set it as the desired image";
+        let why = format!("{why} ({})", printable(&without_queries(text), 300));
+        return Err(HostError::Transaction { what, reason: Reason::ImageInvalid, why });
     } else {
-        Reason::StageFailed
+        of_proxy(theirs)
     };
     Err(HostError::Transaction { what, reason, why: printable(&without_queries(text), 500) })
 }
+
+/// Where the daemon's own words end.
+const PROXY: [&str; 4] =
+    ["proxy failure: ", "failed to invoke method ", "Failed to invoke skopeo proxy method ", "remote error: "];
+
+/// The class of what skopeo says, by its first words. Pure.
+fn of_proxy(text: &str) -> Reason {
+    let mut rest = text;
+    while let Some(stripped) = PROXY.iter().find_map(|word| rest.strip_prefix(word)) {
+        // A method's name is one word.
+        rest =
+            stripped.split_once(": ").filter(|(method, _)| METHODS.contains(method)).map_or(stripped, |(_, rest)| rest);
+    }
+    let starts = |text: &str, anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
+    // `reading manifest sha256:… in host/name: …`
+    let is_manifest = rest.starts_with("reading manifest ");
+    let answer = if is_manifest { rest.split_once(": ").map_or("", |(_, answer)| answer) } else { rest };
+    const DENIED: [&str; 4] =
+        ["unable to retrieve auth token", "unauthorized", "denied", "requested access to the resource is denied"];
+    if starts(rest, &["A signature was required"]) {
+        Reason::SignatureMissing
+    } else if starts(
+        rest,
+        &["Source image rejected", "cryptographic signature verification", "Signature for ", "None of the"],
+    ) {
+        Reason::SignatureRejected
+    } else if is_manifest && starts(answer, &["manifest unknown", "name unknown"]) {
+        Reason::ManifestMissing
+    } else if starts(answer, &DENIED) {
+        Reason::RegistryDenied
+    } else if is_manifest || starts(rest, &UNREACHABLE) {
+        Reason::RegistryUnreachable
+    } else {
+        Reason::StageFailed
+    }
+}
+
+/// The proxy's methods that a pull calls.
+const METHODS: [&str; 7] =
+    ["OpenImage", "OpenImageOptional", "GetManifest", "GetFullConfig", "GetBlob", "GetRawBlob", "FinishPipe"];
+/// How skopeo begins when the registry does not answer, or stops in the middle of a layer.
+const UNREACHABLE: [&str; 9] = [
+    "pinging container registry ",
+    "unexpected EOF",
+    "happened during read: ",
+    "reading blob ",
+    "fetching blob",
+    "Get \"",
+    "read tcp ",
+    "dial tcp ",
+    "(Mirrors also failed: ",
+];
 
 #[cfg(test)]
 mod tests {
@@ -679,6 +714,24 @@ mod tests {
             ("Operation was cancelled".to_owned(), Reason::Cancelled),
             ("Image x does not have ostree.bootable label".to_owned(), Reason::NotBootable),
             ("Old and new refs are equal: x".to_owned(), Reason::StageFailed),
+            (
+                "Importing: Parsing layer blob sha256:ab: proxy failure: failed to invoke method FinishPipe: \
+                 unexpected EOF (while reconnecting: Get \"https://q.io/v2/\": dial tcp 192.0.2.1:443: connect: \
+                 connection refused)"
+                    .to_owned(),
+                Reason::RegistryUnreachable,
+            ),
+            (format!("{twice}reading manifest sha256:ab in q.io:5000/o: manifest unknown"), Reason::ManifestMissing),
+            (format!("{twice}reading manifest sha256:ab in q.io:5000/o: denied: no"), Reason::RegistryDenied),
+            // A registry's words are no class.
+            (
+                format!("{twice}reading manifest sha256:ab in q.io/o: x: No space left on device"),
+                Reason::RegistryUnreachable,
+            ),
+            (format!("{twice}reading manifest v1 in q.io/o: x: manifest unknown"), Reason::RegistryUnreachable),
+            (format!("{twice}x: Operation was refused: unauthorized"), Reason::StageFailed),
+            ("Importing: Unhandled layer type: application/x".to_owned(), Reason::ImageInvalid),
+            ("Preparing import: No ostree.final-diffid label found".to_owned(), Reason::ImageInvalid),
             (String::new(), Reason::StageFailed),
         ] {
             assert_eq!(finished("staging", false, &text).unwrap_err().reason(), reason, "{text}");

@@ -128,6 +128,7 @@ mod tests {
                 cert_dir: None,
                 auth_files: Vec::new(),
                 scratch: None,
+                etc: path("etc"),
                 deadline: Duration::from_secs(1),
             };
             let image = reference::parse(&format!("quay.io/o/i@sha256:{}", "ab".repeat(32))).unwrap();

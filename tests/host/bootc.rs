@@ -358,7 +358,7 @@ async fn what_bootc_cannot_do_is_refused_by_name() {
     let error = lab.stage("long").await.unwrap_err();
     assert_eq!((error.reason(), error.retryable()), (Reason::ImageNameTooLong, false), "{error}");
     assert!(error.to_string().contains("255"), "{error}");
-    assert!(lab.host.drop_staged("0", &mut cancel).await.is_err());
+    assert!(lab.host.drop_pending("0", &mut cancel).await.is_err());
     assert_eq!(count(&seen, |event| matches!(event, Event::UnitStarted(_))), 0, "nobody was asked for any of it");
 }
 

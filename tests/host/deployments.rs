@@ -81,7 +81,7 @@ async fn an_index_is_recognized_by_its_instance() {
     assert_ne!(image.facts().instance, *image.get().digest());
     let mut staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.digest.as_ref(), Some(&image.facts().instance));
-    assert!(is_image(&staged, image.get(), None), "by its reference");
+    assert!(!is_image(&staged, image.get(), None), "its reference proves nothing before the index is verified");
     staged.reference = Some("quay.io/o/i:latest".to_owned());
     assert!(is_image(&staged, image.get(), Some(image.facts())), "by the instance");
     assert!(!is_image(&staged, image.get(), None), "an instance nobody verified says nothing");
@@ -166,4 +166,37 @@ async fn wanted_arguments_may_be_missing_huge_or_no_json() {
     // Opening a pipe would wait for a writer.
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
     assert_eq!(wanted().await, None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_staged_deployment_is_shown_and_staged_over() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().human_stage_locked(&lab.typed("2")).await.unwrap();
+    lab.idle().await;
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert!(staged.locked);
+    // The same image, locked, is not what was asked for.
+    lab.stage("2").await.unwrap();
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert_eq!((staged.digest.unwrap().as_str(), staged.locked), (lab.digest("2").as_str(), false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_first_in_boot_order_is_told_and_dropped() {
+    let lab = Lab::new().await;
+    let (_never, mut cancel) = crate::lab::never();
+    lab.stage("2").await.unwrap();
+    assert!(lab.machine.shut_down().await);
+    lab.machine.power_on().await.unwrap();
+    // By hand: `rpm-ostree rollback`.
+    lab.machine.sysroot().turn_boot_order().unwrap();
+    let facts = lab.read().await;
+    let first = facts.deployments[0].clone();
+    assert!(!first.booted && !first.staged && facts.deployments[1].booted);
+    assert_eq!(first.digest.unwrap().as_str(), lab.digest("1"));
+    lab.host.drop_pending(&first.checksum, &mut cancel).await.unwrap();
+    let facts = lab.read().await;
+    assert!(facts.deployments[0].booted && facts.deployments.len() == 1);
+    // What runs is never dropped.
+    lab.host.drop_pending(&facts.deployments[0].checksum, &mut cancel).await.unwrap();
 }

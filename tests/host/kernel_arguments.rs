@@ -60,17 +60,20 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
     set(&["x"], &[]).await.unwrap();
 }
 
-/// What somebody staged by hand may tell none; it is seen all the same, and can be dropped.
+/// `ostree admin deploy --stage` leaves the note without arguments. The host stays readable, and what cannot be edited
+/// is dropped to be staged again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_staged_deployment_without_options_hides_nothing() {
     let lab = Lab::new().await;
     lab.stage("3").await.unwrap();
-    lab.machine.rpm_ostreed().tells_no_options();
+    lab.machine.sysroot().forget_staged_arguments().unwrap();
     let staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.arguments, None);
     let (_never, mut cancel) = never();
-    lab.host.drop_staged(&staged.checksum, &mut cancel).await.unwrap();
+    let error = lab.host.set_kernel_arguments(lab.verified("3"), &list(&["x"]), &[], &mut cancel).await.unwrap_err();
+    assert!(error.to_string().contains("it was dropped, to be staged again"), "{error}");
     assert!(lab.read().await.staged().is_none());
+    assert!(lab.machine.rpm_ostreed().is_running());
 }
 
 /// Of two equal arguments the platform's comes first and stays where it is; spaces and quotes arrive as they are.

@@ -416,13 +416,13 @@ async fn only_the_deployment_that_was_meant_is_dropped() {
     let lab = Lab::new().await;
     let (_never, mut cancel) = never();
     lab.stage("2").await.unwrap();
-    lab.host.drop_staged("another checksum", &mut cancel).await.unwrap();
+    lab.host.drop_pending("another checksum", &mut cancel).await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("2")));
     let checksum = lab.read().await.staged().unwrap().checksum.clone();
     lab.machine.rpm_ostreed().no_change_next();
-    let error = lab.host.drop_staged(&checksum, &mut cancel).await.unwrap_err();
+    let error = lab.host.drop_pending(&checksum, &mut cancel).await.unwrap_err();
     assert!(matches!(error, HostError::NoEffect { .. }), "{error}");
-    lab.host.drop_staged(&checksum, &mut cancel).await.unwrap();
+    lab.host.drop_pending(&checksum, &mut cancel).await.unwrap();
     assert_eq!(lab.staged(), None);
-    lab.host.drop_staged(&checksum, &mut cancel).await.unwrap();
+    lab.host.drop_pending(&checksum, &mut cancel).await.unwrap();
 }

@@ -34,8 +34,6 @@ pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError>
     let booted =
         deployment(booted).ok_or_else(|| HostError::confused(WHAT, "the booted deployment has no ostree checksum"))?;
     let staged = match entry("/status/staged") {
-        // Locked: the finalizer leaves it out, so it is a download and not what boots next.
-        Some(staged) if flag(staged, "/downloadOnly") => None,
         Some(staged) => {
             Some(deployment(staged).ok_or_else(|| HostError::confused(WHAT, "what is staged has no ostree checksum"))?)
         }
@@ -63,6 +61,7 @@ fn deployment(entry: &Value) -> Option<Deployment> {
         id: format!("{osname}-{checksum}.{serial}"),
         osname: osname.to_owned(),
         checksum: checksum.to_owned(),
+        locked: flag(entry, "/downloadOnly"),
         pinned: flag(entry, "/pinned"),
         version: text(entry, "/image/version").map(|version| printable(version, 100)),
         reference: text(entry, "/image/image/image").filter(|_| from_registry).map(str::to_owned),
@@ -96,7 +95,13 @@ mod tests {
     /// Which are listed, and as what.
     fn shape(deployments: &[Deployment]) -> Vec<String> {
         let words = |d: &Deployment| {
-            let flags = [(d.staged, "staged"), (d.booted, "booted"), (d.pinned, "pinned"), (d.layered, "layered")];
+            let flags = [
+                (d.staged, "staged"),
+                (d.locked, "locked"),
+                (d.booted, "booted"),
+                (d.pinned, "pinned"),
+                (d.layered, "layered"),
+            ];
             let flags = flags.into_iter().filter(|(is, _)| *is).map(|(_, word)| word);
             [d.version.as_deref().unwrap_or("-")].into_iter().chain(flags).collect::<Vec<_>>().join(" ")
         };
@@ -110,7 +115,7 @@ mod tests {
             ("1.16-booted", &["9.6.1 booted", "9.6.0"]),
             ("1.16-staged", &["9.6.2 staged", "9.6.1 booted", "9.6.0"]),
             ("1.16-soft-reboot", &["9.6.2 staged", "9.6.1 booted"]),
-            ("1.16-download-only", &["9.6.1 booted"]),
+            ("1.16-download-only", &["9.6.2 staged locked", "9.6.1 booted"]),
             ("1.16-rollback-queued", &["9.6.0", "9.6.1 booted"]),
             ("1.16-pinned-and-others", &["9.6.1 booted pinned", "9.6.0", "9.5.0 pinned", "9.4.0"]),
             ("1.16-incompatible", &["- booted layered", "9.6.0"]),

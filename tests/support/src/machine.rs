@@ -630,6 +630,17 @@ async fn supervise(weak: Weak<Inner>) {
     }
 }
 
+/// As systemd was seen to take a message apart: a backslash goes, and what follows it stays.
+fn unescaped(text: &str) -> String {
+    let mut escaped = false;
+    text.chars()
+        .filter(|c| {
+            escaped = !escaped && *c == '\\';
+            !escaped
+        })
+        .collect()
+}
+
 /// Reads what the agent tells its service manager.
 async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
     let mut buffer = vec![0; 65_536];
@@ -645,6 +656,7 @@ async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
                     inner.options.events.emit(Event::AgentReady);
                 }
                 Some(("STATUS", status)) => {
+                    let status = &unescaped(status);
                     inner.systemd.update(AGENT, |unit| status.clone_into(&mut unit.status_text));
                     inner.options.events.emit(Event::AgentStatus(status.to_owned()));
                 }
@@ -809,10 +821,10 @@ mod tests {
         assert_eq!(machine.agent_pid(), None);
         let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
         let path = machine.inner.options.dir.join("notify.sock");
-        socket.send_to(b"READY=1\nSTATUS=watching", path).unwrap();
+        socket.send_to(b"READY=1\nSTATUS=watching a\\x40 b\\\\x40", path).unwrap();
         lab.see(|event| *event == Event::AgentReady).await;
-        lab.see(|event| *event == Event::AgentStatus("watching".to_owned())).await;
-        assert_eq!(machine.systemd().unit(AGENT).unwrap().status_text, "watching");
+        lab.see(|event| *event == Event::AgentStatus(r"watching ax40 b\x40".to_owned())).await;
+        assert_eq!(machine.systemd().unit(AGENT).unwrap().status_text, r"watching ax40 b\x40");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

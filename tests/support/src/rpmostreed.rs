@@ -36,6 +36,8 @@ const OS: &str = "org.projectatomic.rpmostree1.OS";
 const BUSY: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code26";
 const NOT_FOUND: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code1";
 const FAILED: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code0";
+/// A domain error of the daemon's own.
+const INVALID: &str = "org.projectatomic.rpmostreed.Error.Failed";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const UNIT: &str = "rpm-ostreed.service";
 
@@ -81,7 +83,6 @@ struct Faults {
     fail_all: Option<String>,
     start_delay: Duration,
     no_change: bool,
-    optionless: bool,
     hang: Option<String>,
     crash: Option<String>,
     lose_reply: bool,
@@ -218,11 +219,6 @@ impl RpmOstreed {
     /// The next started transaction succeeds without doing anything.
     pub fn no_change_next(&self) {
         self.inner.faults.lock().unwrap().no_change = true;
-    }
-
-    /// Boot configurations have no `options`, as of what `ostree admin deploy` staged without any.
-    pub fn tells_no_options(&self) {
-        self.inner.faults.lock().unwrap().optionless = true;
     }
 
     /// A running transaction stops at the first message that contains `text`, until [`RpmOstreed::release`].
@@ -393,10 +389,21 @@ impl RpmOstreed {
 
     /// Somebody types `rpm-ostree rebase`: a transaction of another client, waited for.
     pub async fn human_stage(&self, reference: &str) -> anyhow::Result<()> {
+        self.human_rebase(reference, false).await
+    }
+
+    /// The same with `--lock-finalization`.
+    pub async fn human_stage_locked(&self, reference: &str) -> anyhow::Result<()> {
+        self.human_rebase(reference, true).await
+    }
+
+    async fn human_rebase(&self, reference: &str, locked: bool) -> anyhow::Result<()> {
         self.start().await.map_err(anyhow::Error::msg)?;
         let connection = bus::connect(&self.inner.address).await?;
-        let options: HashMap<&str, OwnedVariant> =
-            HashMap::from([("initiating-command-line", variant(format!("rpm-ostree rebase {reference}")))]);
+        let options: HashMap<&str, OwnedVariant> = HashMap::from([
+            ("initiating-command-line", variant(format!("rpm-ostree rebase {reference}"))),
+            ("lock-finalization", variant(locked)),
+        ]);
         let none: Vec<&str> = Vec::new();
         let reply = connection
             .call_method(Some(NAME), self.inner.os_path(), Some(OS), "Rebase", &(options, reference, none))
@@ -807,21 +814,32 @@ impl Inner {
         Ok(())
     }
 
-    fn boot_config(&self, id: &str, pending: bool) -> Result<BTreeMap<String, OwnedVariant>, Failure> {
+    /// As the daemon has it: by index, and fatal where a staged deployment was staged without arguments.
+    async fn boot_config(self: &Arc<Self>, index: &str) -> Result<BTreeMap<String, OwnedVariant>, Failure> {
         let deployments = self.sysroot.load();
-        let found = match id {
-            "" if pending => deployments.first(),
-            "" => deployments.iter().find(|deployment| deployment.booted).or(deployments.first()),
-            id => deployments.iter().find(|deployment| deployment.id() == id),
+        if index.bytes().any(|byte| !byte.is_ascii_digit()) {
+            let text = format!("Invalid deployment index {index}, must be a number and >= 0");
+            return Err(Failure::new(INVALID, text));
+        }
+        let number: usize = if index.is_empty() { 0 } else { index.parse().unwrap_or(usize::MAX) };
+        let Some(deployment) = deployments.get(number) else {
+            let text = format!("Out of range deployment index {number}, expected < {}", deployments.len());
+            return Err(Failure::new(INVALID, text));
         };
-        let deployment = found.ok_or_else(|| Failure::new(FAILED, format!("Invalid deployment id {id}")))?;
+        if deployment.staged && !self.sysroot.notes_arguments() {
+            self.crash().await;
+            return Err(Failure::new(
+                "org.freedesktop.DBus.Error.NoReply",
+                "Message recipient disconnected".to_owned(),
+            ));
+        }
         let mut config = BTreeMap::from([
+            ("staged".to_owned(), variant(deployment.staged)),
             ("options".to_owned(), variant(deployment.options())),
-            ("title".to_owned(), variant(format!("{} {}", deployment.osname, deployment.checksum))),
-            ("linux".to_owned(), variant(format!("/ostree/{}/vmlinuz", deployment.checksum))),
         ]);
-        if self.faults.lock().unwrap().optionless {
-            config.remove("options");
+        if !deployment.staged {
+            config.insert("title".to_owned(), variant(format!("{} {}", deployment.osname, deployment.checksum)));
+            config.insert("linux".to_owned(), variant(format!("/ostree/{}/vmlinuz", deployment.checksum)));
         }
         Ok(config)
     }
@@ -898,8 +916,8 @@ impl Inner {
                 self.transaction(call, "upgrade", String::new(), title, Work::Upgrade).await
             }
             "GetDeploymentBootConfig" => {
-                let (id, pending): (String, bool) = body.deserialize()?;
-                let config = self.boot_config(&id, pending)?;
+                let (index, _pending): (String, bool) = body.deserialize()?;
+                let config = self.boot_config(&index).await?;
                 call.reply(&(config,))
             }
             _ => call.unknown(),
@@ -1352,6 +1370,10 @@ pub(crate) mod tests {
             client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &("", false)).await.unwrap();
         let (config,): (Dict,) = reply.body().deserialize().unwrap();
         assert!(lookup_str(&config, "options").unwrap().starts_with("rw quiet ostree=/ostree/boot.1/fedora-coreos/"));
+        let id = ("fedora-coreos-1.0", true);
+        let error =
+            client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &id).await.unwrap_err();
+        assert!(error.to_string().contains("Invalid deployment index fedora-coreos-1.0, must be"), "{error}");
     }
 
     #[tokio::test]

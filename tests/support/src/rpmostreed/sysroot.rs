@@ -426,19 +426,39 @@ impl Sysroot {
         let temporary = path.with_extension("tmp");
         fs::write(&temporary, serde_json::to_vec(&marker)?)?;
         fs::rename(temporary, path)?;
-        self.note_staged(&deployment)?;
+        self.note_staged(&deployment, locked, true)?;
         self.touch()?;
         deployment.staged = true;
         deployment.locked = locked;
         Ok(deployment)
     }
 
+    /// Whether the note on what is staged names arguments.
+    pub(crate) fn notes_arguments(&self) -> bool {
+        fs::read(self.staged_path()).is_ok_and(|note| note.windows(6).any(|window| window == b"kargs\0"))
+    }
+
+    /// The staged deployment was staged without arguments, as `ostree admin deploy --stage` does.
+    pub fn forget_staged_arguments(&self) -> anyhow::Result<()> {
+        let _disk = self.live_disk()?;
+        let staged = self.scan().into_iter().find(|deployment| deployment.staged).context("nothing is staged")?;
+        self.note_staged(&staged, staged.locked, false)
+    }
+
     /// A GVariant, as libostree writes it.
-    fn note_staged(&self, deployment: &Deployment) -> anyhow::Result<()> {
+    fn note_staged(&self, deployment: &Deployment, locked: bool, with_arguments: bool) -> anyhow::Result<()> {
         let note = VariantDict::new(None);
-        let target = (&deployment.osname, &deployment.checksum, deployment.serial);
-        note.insert("target", target);
-        note.insert("kargs", &deployment.kernel_arguments);
+        let target = VariantDict::new(None);
+        target.insert("name", deployment.key());
+        target.insert("osname", &deployment.osname);
+        target.insert("bootcsum", &deployment.checksum);
+        note.insert_value("target", &target.end());
+        if locked {
+            note.insert("locked", true);
+        }
+        if with_arguments {
+            note.insert("kargs", &deployment.kernel_arguments);
+        }
         fs::write(self.staged_path(), note.end().data())?;
         Ok(())
     }
@@ -584,6 +604,11 @@ impl Sysroot {
         }
         self.write_boot_order(&kept)?;
         Ok(true)
+    }
+
+    /// As `rpm-ostree rollback` does by hand.
+    pub fn turn_boot_order(&self) -> anyhow::Result<()> {
+        self.roll_back()
     }
 
     /// Makes the rollback deployment the first one, at once.

@@ -38,6 +38,15 @@ enum Failure {
     Code26(String),
 }
 
+/// The daemon's own errors.
+#[derive(Debug, DBusError)]
+#[zbus(prefix = "org.projectatomic.rpmostreed.Error")]
+enum Invalid {
+    #[zbus(error)]
+    ZBus(zbus::Error),
+    Failed(String),
+}
+
 /// The daemon.
 pub struct Daemon {
     state: Mutex<State>,
@@ -253,22 +262,30 @@ impl Os {
         self.0.transact("Rollback", Job::Rollback, &options, &header).await
     }
 
+    /// By index, whatever the original's XML calls it; and fatal where a deployment lacks a key.
     fn get_deployment_boot_config(
         &self,
-        id: &str,
+        index: &str,
         _is_pending: bool,
-    ) -> Result<HashMap<String, OwnedVariant>, Failure> {
+    ) -> Result<HashMap<String, OwnedVariant>, Invalid> {
         let state = self.0.state();
-        let deployment = match id {
-            "" => state.deployments.first(),
-            id => state.deployments.iter().find(|one| one.id == id),
-        };
-        let deployment = deployment.ok_or_else(|| Failure::Code1(format!("Deployment with id={id} not found")))?;
+        if index.bytes().any(|byte| !byte.is_ascii_digit()) {
+            return Err(Invalid::Failed(format!("Invalid deployment index {index}, must be a number and >= 0")));
+        }
+        let number = if index.is_empty() { 0 } else { index.parse().unwrap_or(usize::MAX) };
+        let deployment = state.deployments.get(number).ok_or_else(|| {
+            let count = state.deployments.len();
+            Invalid::Failed(format!("Out of range deployment index {number}, expected < {count}"))
+        })?;
+        if !deployment.boot.iter().any(|(key, _)| *key == "options") {
+            eprintln!("os_handle_get_deployment_boot_config: assertion failed: (value)");
+            std::process::abort();
+        }
         let value = |text: &String| OwnedVariant::try_from(zbus::Variant::from(text.clone()));
         deployment
             .boot
             .iter()
-            .map(|(key, text)| Ok(((*key).to_owned(), value(text).map_err(|e| Failure::Code0(e.to_string()))?)))
+            .map(|(key, text)| Ok(((*key).to_owned(), value(text).map_err(|e| Invalid::Failed(e.to_string()))?)))
             .collect()
     }
 }

@@ -40,7 +40,6 @@ pub enum Job {
 
 /// One entry of the boot order, as the bus shows it.
 pub struct Deployment {
-    pub id: String,
     pub osname: String,
     pub booted: bool,
     /// Keys of its boot loader entry.
@@ -238,7 +237,7 @@ fn describe(
         dict.insert(key.to_owned(), OwnedVariant::try_from(value)?);
         Ok(())
     };
-    set("id", id.clone().into())?;
+    set("id", id.into())?;
     set("osname", osname.clone().into())?;
     set("checksum", checksum.into())?;
     set("serial", serial.into())?;
@@ -264,5 +263,5 @@ fn describe(
     const OF_BOOT: [&str; 5] = ["title", "version", "linux", "initrd", "options"];
     let config = deployment.bootconfig();
     let boot = OF_BOOT.iter().filter_map(|key| Some((*key, config.as_ref()?.get(key)?.to_string()))).collect();
-    Ok(Deployment { id, osname, booted: is_booted, boot, dict })
+    Ok(Deployment { osname, booted: is_booted, boot, dict })
 }
