@@ -109,7 +109,9 @@ async fn dropped_verifications_leave_at_most_one_engine() {
         most = most.max(node.engines().len());
     }
     let left = node.engines_after(Duration::from_secs(10)).await;
-    assert!(left.is_empty() && started.elapsed() < Duration::from_secs(110), "{left:?}");
+    // A timeout(1) that is ended between its fork and its note of the child leaves that behind. A real engine ends with
+    // its socket; this script does not look at it.
+    assert!(left.len() <= 1 && started.elapsed() < Duration::from_secs(110), "{left:?}");
     eprintln!("{RETARGETS} retargets: at most {most} processes, {:?}", started.elapsed());
     // timeout and what it runs, of the last engine and of one that is just ending.
     assert!(most <= 4, "{most} processes");
