@@ -405,7 +405,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// After the change nothing is left to change, whatever was there; and nobody else's argument is touched.
+        /// After the change nothing is left to change, and no argument of others is touched.
         #[test]
         fn a_change_converges(
             booted in some_arguments(6),

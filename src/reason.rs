@@ -190,7 +190,7 @@ impl Reason {
         )
     }
 
-    /// Whether the node runs what is desired and nothing is left to do, whatever has to be said about it.
+    /// Whether the node runs what is desired and nothing is left to do, even where a warning remains.
     #[must_use]
     pub fn is_at_rest(self) -> bool {
         matches!(self, Self::Done | Self::RunsUntrusted | Self::RollbackQueued)
