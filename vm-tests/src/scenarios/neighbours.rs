@@ -12,8 +12,8 @@ use crate::lab::{HOLD, LOOK, Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::scenarios::power::STAGED;
 
-/// How often an agent that has nothing to do looks whether somebody staged something.
-const HOUSEKEEPING: Duration = Duration::from_secs(180);
+/// How often an agent that has nothing to do looks whether somebody staged something or changed the policy.
+pub(super) const HOUSEKEEPING: Duration = Duration::from_secs(180);
 /// How many seconds a certificate lives that is to expire.
 const LIFE: i64 = 5;
 /// Large enough to be in the middle of it.

@@ -10,6 +10,7 @@ use support::sign::{KeyKind, Signer};
 use crate::journal::Entry;
 use crate::lab::{ATTEMPT, HOLD, Lab, UPDATE, WORK};
 use crate::oci::Extra;
+use crate::scenarios::neighbours::HOUSEKEEPING;
 use crate::trust::KEY_IN_GUEST;
 use crate::vm::{BOOT, SHUTDOWN};
 
@@ -77,7 +78,8 @@ pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
     let image = staged_and_held(lab).await?;
     let mark = lab.vm.journal.mark();
     reject(lab, "").await?;
-    lab.wait_reason("Degraded", "PolicyRejects", UPDATE).await?;
+    // Nothing but its own look at the files tells the agent.
+    lab.wait_reason("Degraded", "PolicyRejects", HOUSEKEEPING + WORK).await?;
     refusal_reached_the_disk(lab, mark).await?;
 
     // As an admin, or a power button, asks for it.
