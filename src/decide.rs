@@ -257,8 +257,9 @@ impl<'a> Rules<'a> {
     fn keep_from_booting(&self, decision: Decision, rejected: &Deployment) -> Decision {
         let checksum = &rejected.checksum;
         if !self.host.backend.drops_staged() || self.memory.dropped.contains(checksum) {
+            let how = if rejected.staged { "is staged" } else { "is first in boot order" };
             let message = format!(
-                "{}. It boots next all the same; drop it with {}",
+                "{}. It {how} and boots next all the same; drop it with {}",
                 printable(decision.message.trim_end_matches('.'), MAX_REFUSAL),
                 self.host.backend.drop_by_hand()
             );
