@@ -14,9 +14,6 @@ use crate::scenarios::neighbours::HOUSEKEEPING;
 use crate::trust::KEY_IN_GUEST;
 use crate::vm::{BOOT, SHUTDOWN};
 
-/// How the names of the agent's own annotations begin.
-const AGENT: &str = "rebase-agent.openshift.io/";
-
 /// Refused by the agent and by the pull itself; nothing staged, nobody drained, no reboot.
 pub async fn unsigned(lab: &mut Lab) -> Result<()> {
     let before = Untouched::of(lab).await?;
@@ -94,7 +91,7 @@ pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
         return allow_and_arrive(lab, &image).await;
     }
     ensure!(lab.booted_digest().await? == image.digest, "what bootc staged does not boot");
-    warned(lab, mark, "runs").await?;
+    warned(lab, mark, "runs", "/untrusted", "PolicyRejects").await?;
     accept(lab).await?;
     lab.annotate(HOLD, None)?;
     lab.wait_done(&image).await?;
@@ -137,11 +134,11 @@ async fn refusal_reached_the_disk(lab: &mut Lab, mark: usize) -> Result<()> {
         return lab.wait_guest("the refused image is dropped", WORK, GONE).await;
     }
     ensure!(lab.is_staged().await?, "bootc cannot drop what is staged, and it is gone");
-    warned(lab, mark, "staged").await
+    warned(lab, mark, "staged", "/reason", "staged").await
 }
 
-/// The agent's warning in the journal, and the same word on the Node.
-async fn warned(lab: &Lab, mark: usize, word: &str) -> Result<()> {
+/// The agent's warning with `word` in the journal, and `shown` in the Node's annotation whose name ends with `key`.
+async fn warned(lab: &Lab, mark: usize, word: &str, key: &str, shown: &str) -> Result<()> {
     let is_it = |entry: &Entry| {
         let is_warning = matches!(entry.field("PRIORITY"), Some("4" | "3"));
         entry.is_agents() && is_warning && entry.message().contains(word)
@@ -149,12 +146,11 @@ async fn warned(lab: &Lab, mark: usize, word: &str) -> Result<()> {
     lab.vm.journal.wait(mark, BOOT + WORK, &format!("a warning with `{word}`"), is_it).await?;
     let shows = |node: &Value| {
         let annotations = node["metadata"]["annotations"].as_object();
-        let agents = |key: &str| key.starts_with(AGENT) || key.ends_with("/reason");
         annotations.is_some_and(|all| {
-            all.iter().any(|(key, value)| agents(key) && value.as_str().is_some_and(|value| value.contains(word)))
+            all.iter().any(|(name, value)| name.ends_with(key) && value.as_str().is_some_and(|v| v.contains(shown)))
         })
     };
-    lab.wait(&format!("a Node that shows `{word}`"), WORK, shows).await.map(drop)
+    lab.wait(&format!("a Node that shows `{shown}`"), WORK, shows).await.map(drop)
 }
 
 /// Nothing of the registry is accepted from now on. `prepare` runs before the new policy takes the old one's place.
