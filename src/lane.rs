@@ -4,12 +4,14 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Items that may wait.
 const QUEUE: usize = 256;
+/// How soon a flush tries again to enter a full queue.
+const FULL_POLL: Duration = Duration::from_millis(5);
 /// Stack of the thread, in bytes; it only writes datagrams.
 const STACK: usize = 256 << 10;
 
@@ -66,11 +68,18 @@ impl<T: Send + 'static> Lane<T> {
 
     /// Waits until all that was queued is written, at most `patience`.
     pub fn flush(&self, patience: Duration) {
+        let until = Instant::now() + patience;
         let (done, heard) = sync_channel(1);
-        if self.queue.try_send(Item::Flush(done)).is_ok() {
-            // Late is as good as never: the process ends.
-            let _ = heard.recv_timeout(patience);
+        let mut item = Item::Flush(done);
+        while let Err(refused) = self.queue.try_send(item) {
+            match refused {
+                TrySendError::Full(back) if Instant::now() < until => item = back,
+                _ => return,
+            }
+            thread::sleep(FULL_POLL);
         }
+        // Late is as good as never: the process ends.
+        let _ = heard.recv_timeout(until.saturating_duration_since(Instant::now()));
     }
 }
 
