@@ -24,8 +24,10 @@ use crate::model::{PinnedImage, printable};
 const ENFORCING_PROTOCOL: (u64, u64, u64) = (0, 2, 6);
 /// First skopeo whose proxy honours `--policy`; 1.13 speaks the protocol above and ignores the option.
 const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
-/// Between the engine's own end (SIGTERM at the deadline) and ours; then SIGKILL follows.
-const KILL_AFTER: Duration = Duration::from_secs(5);
+/// Between the limit of an engine's start and that of the whole verification.
+const START_MARGIN: Duration = Duration::from_millis(100);
+/// For an engine to end by itself once all is read; it is ended after that.
+const FINALIZE: Duration = Duration::from_secs(5);
 /// Largest auth file read, in bytes; a cluster's pull secret comes to a few kilobytes.
 const MAX_AUTH_FILE: u64 = 1 << 20;
 /// What the engine read under the verified digest.
@@ -105,8 +107,8 @@ impl Engine {
     }
 
     async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
-        // Later than the engine's last end, so that nothing is left running when this returns.
-        let limit = self.settings.deadline.saturating_add(KILL_AFTER.saturating_mul(2));
+        // Later than the limit of a start, which names the engine.
+        let limit = self.settings.deadline.saturating_add(START_MARGIN);
         match tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await {
             Ok(result) => result,
             Err(_) => Err(self.deadline(&asked.image)),
@@ -116,17 +118,16 @@ impl Engine {
     async fn fetch_unbounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
         let started = std::time::Instant::now();
         let image = &asked.image;
-        let classify = |error: ProxyError| {
-            // The limit of timeout(1) shows as whatever the proxy's end breaks first.
-            if started.elapsed() >= self.settings.deadline {
-                return self.deadline(image);
-            }
-            classify(error, asked)
-        };
-        self.check_version().await?;
+        let classify = |error: ProxyError| classify(error, asked);
+        // Until it has started, no registry can be what is slow.
+        let left = || self.settings.deadline.saturating_sub(started.elapsed());
+        let silent = |_| self.unfit("it does not start (deadline)");
+        tokio::time::timeout(left(), self.check_version()).await.map_err(silent)??;
         let bytes = sealed(policy).map_err(|error| self.broken("no sealed memory for the policy", &error))?;
         // No registry is involved yet.
-        let proxy = ImageProxy::new_with_config(self.config(&bytes, started.elapsed())).await.map_err(|error| {
+        let begun =
+            tokio::time::timeout(left(), ImageProxy::new_with_config(self.config(&bytes))).await.map_err(silent)?;
+        let proxy = begun.map_err(|error| {
             let text = error.to_string();
             let scarce = match &error {
                 ProxyError::SkopeoSpawnError(error) | ProxyError::Io(error) => is_scarce(error),
@@ -136,7 +137,7 @@ impl Engine {
             if scarce {
                 return self.scarce(ended);
             }
-            self.unfit(if started.elapsed() < self.settings.deadline { ended } else { format!("{ended} (deadline)") })
+            self.unfit(ended)
         })?;
         drop(bytes);
         let version = proxy.protocol_version();
@@ -146,19 +147,20 @@ impl Engine {
             );
         }
         let opened = proxy.open_image(&format!("docker://{image}")).await.map_err(classify)?;
-        // `finalize` panics while a request is under way, which it may be after a failure: then the socket's end, or
-        // the deadline, ends the engine.
+        // `finalize` panics while a request is under way, which it may be after a failure: then the end of the thread
+        // ends the engine.
         let fetched = read(&proxy, &opened).await.map_err(classify)?;
-        // A proxy that stays is ended by its deadline; what it read has been checked.
-        if let Err(error) = proxy.finalize().await {
-            tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300));
+        // What it read has been checked; one that stays is ended with its thread.
+        match tokio::time::timeout(FINALIZE, proxy.finalize()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300)),
+            Err(_) => tracing::debug!("the engine did not end by itself"),
         }
         Ok(fetched)
     }
 
-    fn config(&self, policy: &File, spent: Duration) -> ImageProxyConfig {
-        let mut command = self.command(spent);
-        command.arg(&self.settings.skopeo);
+    fn config(&self, policy: &File) -> ImageProxyConfig {
+        let mut command = self.command();
         command.arg("--policy").arg(format!("/proc/self/fd/{}", policy.as_raw_fd()));
         command.arg("--registries.d").arg(&self.settings.registries_d);
         let authfile = self.authfile().cloned();
@@ -174,16 +176,13 @@ impl Engine {
         self.settings.auth_files.iter().find(|path| path.exists())
     }
 
-    /// The kernel ends it with the thread that spawns; `timeout` bounds what the proxy itself does not. (setpriv(1) would
-    /// need a system call of @privileged.)
+    /// The kernel ends it, by SIGTERM, with the thread that spawns it. Not through timeout(1): a signal that meets that
+    /// between its fork and its note of the child leaves the child behind, without a deadline, and skopeo in the middle
+    /// of a request does not notice that its socket was closed.
     #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
-    fn command(&self, spent: Duration) -> Command {
-        let left = self.settings.deadline.saturating_sub(spent);
-        // Rounded up: an engine that ends before the deadline has another reason to.
-        let seconds = left.as_secs().saturating_add(u64::from(left.subsec_nanos() > 0)).max(1);
-        let mut command = Command::new("timeout");
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.settings.skopeo);
         command.lifecycle_bind_to_parent_thread();
-        command.arg("-k").arg(KILL_AFTER.as_secs().to_string()).arg(seconds.to_string());
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/nonexistent");
         if let Some(scratch) = &self.settings.scratch {
             command.env("TMPDIR", scratch);
@@ -221,15 +220,15 @@ impl Engine {
         if *checked() == Some(identity) {
             return Ok(());
         }
-        let mut command = self.command(Duration::ZERO);
-        command.arg(&self.settings.skopeo).arg("--version").stdin(std::process::Stdio::null());
+        let mut command = self.command();
+        command.arg("--version").stdin(std::process::Stdio::null());
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         // Started by this thread, so that it ends with it.
-        let child = command.spawn().map_err(|error| self.broken("timeout cannot be started", &error))?;
+        let child = command.spawn().map_err(|error| self.broken("it cannot be started", &error))?;
         let output = tokio::task::spawn_blocking(move || child.wait_with_output())
             .await
             .map_err(|error| self.unfit(error.to_string()))?
-            .map_err(|error| self.broken("timeout cannot be awaited", &error))?;
+            .map_err(|error| self.broken("it cannot be awaited", &error))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));

@@ -50,7 +50,6 @@ async fn an_engine_that_hangs_is_ended() {
     for (name, body, deadline, seconds) in [
         ("no-version", "exec sleep 300".to_owned(), "1", 1..=4),
         ("no-answer", claims("1.18.0", "exec sleep 300"), "1", 1..=4),
-        ("stubborn", claims("1.18.0", "trap '' TERM; sleep 300; sleep 300"), "1", 6..=10),
         ("slow", slow.to_owned(), "3", 3..=7),
     ] {
         tasks.spawn(async move {
@@ -89,6 +88,10 @@ async fn the_engine_dies_with_the_agent() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// Waits for ever in the one process that the script is, as skopeo does in the middle of a request, and looks at no
+/// socket.
+const WAIT: &str = "test -p $0.pipe || mkfifo $0.pipe\nread -r nothing <$0.pipe";
+
 /// A retarget drops a verification, and with it its engine, long before that one's deadline.
 #[tokio::test]
 async fn dropped_verifications_leave_at_most_one_engine() {
@@ -96,7 +99,7 @@ async fn dropped_verifications_leave_at_most_one_engine() {
     let node = Node::new().await;
     let image = reference::parse(&node.signed().await.pullspec()).unwrap();
     let count = node.path("count");
-    let body = claims("1.18.0", &format!("echo >> {}\nsleep 300", count.display()));
+    let body = claims("1.18.0", &format!("echo >> {}\n{WAIT}", count.display()));
     let engine = Engine::new(settings(&node, node.engine("stuck", &body), 120));
     let begun = || fs::read_to_string(&count).unwrap_or_default().len();
     let (started, mut most) = (Instant::now(), 0);
@@ -109,12 +112,10 @@ async fn dropped_verifications_leave_at_most_one_engine() {
         most = most.max(node.engines().len());
     }
     let left = node.engines_after(Duration::from_secs(10)).await;
-    // A timeout(1) that is ended between its fork and its note of the child leaves that behind. A real engine ends with
-    // its socket; this script does not look at it.
-    assert!(left.len() <= 1 && started.elapsed() < Duration::from_secs(110), "{left:?}");
+    assert!(left.is_empty() && started.elapsed() < Duration::from_secs(110), "{left:?}");
     eprintln!("{RETARGETS} retargets: at most {most} processes, {:?}", started.elapsed());
-    // timeout and what it runs, of the last engine and of one that is just ending.
-    assert!(most <= 4, "{most} processes");
+    // The last engine, and one that is just ending.
+    assert!(most <= 2, "{most} processes");
     while let Some(zombie) = dead_engine() {
         assert!(started.elapsed() < Duration::from_secs(115), "not reaped: {zombie}");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -126,7 +127,7 @@ fn dead_engine() -> Option<String> {
     let parent = format!(" Z {} ", std::process::id());
     let stats = fs::read_dir("/proc").unwrap().flatten();
     let mut stats = stats.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
-    stats.find(|stat| stat.contains("(timeout)") && stat.contains(&parent))
+    stats.find(|stat| stat.contains("(stuck)") && stat.contains(&parent))
 }
 
 /// Two callers share one engine.
