@@ -32,8 +32,15 @@ const UNCORDON_PATIENCE: u64 = 10 * MINUTE;
 const TRANSIENT_PATIENCE: u64 = 15 * MINUTE;
 /// Longest refusal, in characters, that still leaves room for how to drop the image by hand.
 const MAX_REFUSAL: usize = 800;
+/// Longest sentence about a wait, in characters, that still leaves room for what follows from it.
+const MAX_WAIT: usize = 700;
 /// Makes an uncordon differ from one that was acknowledged before; to the controller the rest is opaque.
 const AGAIN: &str = "-again";
+/// How long a node that is drained, or asked to be, merely waits: its workloads need it back.
+const OUT_OF_SERVICE_PATIENCE: u64 = 30 * MINUTE;
+/// How another image reaches a node that is stuck: MCC counts it as unavailable and never as failing.
+const RETARGET: &str = "set another image in the pool, and raise the pool's maxUnavailable until this node has it, \
+                        because MCC gives a stuck node another image only where a slot is free";
 /// How soon daemons without a signal to wait for are asked again while an update is under way.
 const SOON: u64 = 10 * SECOND;
 
@@ -134,12 +141,13 @@ impl<'a> Rules<'a> {
             Ok(wanted) => wanted,
             Err(decision) => return self.without_work(*decision),
         };
-        self.obsolete(&wanted).or_else(|| self.staged_by_other(&wanted)).unwrap_or_else(|| {
-            match self.host.booted().filter(|booted| self.runs(booted, &wanted)) {
-                Some(booted) => self.arrived(&wanted, booted),
-                None => self.travelling(&wanted),
-            }
-        })
+        if let Some(decision) = self.obsolete(&wanted).or_else(|| self.staged_by_other(&wanted)) {
+            return self.not_for_ever(decision);
+        }
+        match self.host.booted().filter(|booted| self.runs(booted, &wanted)) {
+            Some(booted) => self.arrived(&wanted, booted),
+            None => self.not_for_ever(self.refused_on_disk(self.travelling(&wanted), &wanted)),
+        }
     }
 
     // --- helpers --------------------------------------------------------------------------------------------------
@@ -240,6 +248,28 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// No wait keeps a drained node out of service for ever: in the end it is Degraded and given back, and drained again
+    /// once the wait is over. Rows 24 and 25 have limits of their own, the uptime floor ends by itself, and a hold is an
+    /// operator's wish.
+    fn not_for_ever(&self, decision: Decision) -> Decision {
+        let drain = self.node.desired_drain.as_ref().filter(|drain| drain.starts_with("drain-"));
+        let limited = matches!(decision.rule.as_str(), "24" | "25") || decision.state == Some(NodeState::Degraded);
+        let wished = matches!(decision.reason, Reason::Held | Reason::UptimeFloor);
+        let Some(drain) = drain.filter(|_| !limited && !wished) else { return decision };
+        let (clock, subject) = decision.clock.clone().unwrap_or_else(|| (Clock::OutOfService, drain.clone()));
+        let waited = self.waited(clock, &subject);
+        if waited < OUT_OF_SERVICE_PATIENCE {
+            let wake = decision.wake.unwrap_or(u64::MAX).min(OUT_OF_SERVICE_PATIENCE.saturating_sub(waited));
+            return decision.clock(clock, subject).wake(wake);
+        }
+        let message = format!(
+            "{}. The node has waited drained for over 30 min, so it is uncordoned, and drained again when it need not \
+             wait; see `journalctl -u rebase-agent`",
+            printable(decision.message.trim_end_matches('.'), MAX_WAIT)
+        );
+        self.rest(Decision { message, ..decision }.state(NodeState::Degraded).clock(clock, subject))
+    }
+
     /// The uncordon to ask for. The drain controller compares strings: one that it acknowledged before a drain that it
     /// may have begun would count as done already, and the node would stay cordoned.
     fn uncordon(&self, config: &str) -> String {
@@ -282,11 +312,11 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// [`Rules::keep_from_booting`] for a refusal of the desired image, if that is staged.
+    /// [`Rules::keep_from_booting`] for a refusal of the desired image, if that boots next.
     fn refused_on_disk(&self, decision: Decision, wanted: &Wanted<'_>) -> Decision {
-        let is_it = |staged: &&Deployment| self.is_wanted(staged, wanted) || is_named(staged, &wanted.image);
-        match self.host.staged().filter(|staged| !staged.locked).filter(is_it) {
-            Some(staged) if decision.reason.refuses_image() => self.keep_from_booting(decision, staged),
+        let is_it = |next: &&Deployment| self.is_wanted(next, wanted) || is_named(next, &wanted.image);
+        match self.host.next_boot().filter(|next| !next.booted).filter(is_it) {
+            Some(next) if decision.reason.refuses_image() => self.keep_from_booting(decision, next),
             _ => decision,
         }
     }
@@ -294,7 +324,8 @@ impl<'a> Rules<'a> {
     /// Rows 12 and 22 for an image whose rendered config cannot be used: its demands are not known, which is not none.
     fn config_fault(&self, name: &str, deployment: &Deployment) -> Option<Decision> {
         let why = printable(deployment.config_fault.as_deref()?, 400);
-        let message = format!("the image carries a rendered config that cannot be used, {why}; build it again");
+        let message =
+            format!("the image carries a rendered config that cannot be used, {why}; build it again and {RETARGET}");
         Some(self.refuse(name, Reason::ImageInvalid, message))
     }
 
@@ -327,7 +358,8 @@ impl<'a> Rules<'a> {
             (None, Some(_)) => {
                 let message = "the pool left layering, and going back to a non-layered OS needs files written on the \
                                node: hand it back to the Machine Config Daemon (see README, hand-back), or give the \
-                               pool a MachineOSConfig again";
+                               pool a MachineOSConfig again, and raise the pool's maxUnavailable until this node has its \
+                               image, because MCC gives a stuck node an image only where a slot is free";
                 let decision = rule("7", Reason::LayeringReverted, message).state(NodeState::Unreconcilable);
                 return Err(Box::new(self.rest(decision)));
             }
@@ -543,7 +575,16 @@ impl<'a> Rules<'a> {
         };
         Some(match self.failure(step, &subject) {
             None => decision.doing(action),
-            Some(failure) => self.when_due(by_hand(&printable(&failure.fault.message, 600)), failure, action),
+            Some(failure) => {
+                let mut decision = by_hand(&printable(&failure.fault.message, 600));
+                // A node that is Done stays Done when a person stages something on it.
+                if self.is_coherently_done() {
+                    decision = self.report_trust(decision, failure);
+                } else {
+                    decision = self.rest_if_refused(decision.state(self.failing_state(failure, TRANSIENT_PATIENCE)));
+                }
+                self.when_due(decision, failure, action)
+            }
         })
     }
 }

@@ -487,6 +487,7 @@ pub enum Clock {
     ConfigAhead,
     RebootAccepted,
     RestoreSpread,
+    OutOfService,
 }
 
 /// Since when, and for what.
@@ -510,6 +511,8 @@ pub struct Memory {
     pub clocks: BTreeMap<Clock, Since>,
     /// Staged checksums that were dropped once.
     pub dropped: Vec<String>,
+    /// The deployment that was dropped because its rendered config cannot be used. A digest never changes.
+    pub unusable: Option<Deployment>,
     /// The bootloader update unit has run for this image.
     pub bootloader_updated_for: Option<PinnedImage>,
     /// The retry annotation when it was last looked at, empty for none; `None` before the first look.
@@ -543,6 +546,7 @@ impl Memory {
         if before.is_some_and(|before| before != now) && !now.is_empty() {
             // No delay follows no failure; `first` stays, and with it what has been waited for.
             self.failures.values_mut().for_each(|failure| failure.count = 0);
+            self.unusable = None;
         }
     }
 
@@ -578,6 +582,16 @@ impl Memory {
             if answered || !drain.starts_with("uncordon-") {
                 self.clocks.remove(&Clock::Uncordon);
             }
+        }
+        let waits = |clock| decision.clock.as_ref().is_some_and(|(waits, _)| *waits == clock);
+        let read = observed.cluster.known().is_some() && observed.host.known().is_some();
+        if read && !waits(Clock::OutOfService) {
+            self.clocks.remove(&Clock::OutOfService);
+        }
+        if let Action::DropStaged { checksum } = &decision.action {
+            let staged = observed.host.known().and_then(HostFacts::staged);
+            let unusable = staged.filter(|staged| staged.checksum == *checksum && staged.config_fault.is_some());
+            self.unusable = unusable.cloned().or(self.unusable.take());
         }
         if matches!(decision.action, Action::Stage { .. }) {
             // What we stage ourselves may be dropped again; what it is staged over is dropped by that.

@@ -172,7 +172,7 @@ reasons! {
 }
 
 impl Reason {
-    /// Whether verification ended with a refusal of the image, rather than without an answer.
+    /// Whether the image itself is refused, rather than that no answer could be had.
     #[must_use]
     pub fn refuses_image(self) -> bool {
         matches!(
@@ -187,6 +187,7 @@ impl Reason {
                 | Self::ImageInvalid
                 | Self::WrongArchitecture
                 | Self::NotBootable
+                | Self::TooOld
         )
     }
 

@@ -216,12 +216,19 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     }
     // A refusal reaches the disk: what is refused and could boot next is dropped, or there is a reason why not.
     let boots_refused = refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && !s.locked);
+    let boots_refused = boots_refused && !booted;
     let waits = host.staged().is_some_and(|staged| {
         memory.dropped.contains(&staged.checksum)
             || memory.failures.get(&Step::DropStaged).is_some_and(|failure| failure.subject == staged.checksum)
     });
     if boots_refused && idle && host.transaction.is_none() && host.backend.drops_staged() && !waits {
         law(matches!(decision.action, Action::DropStaged { .. }), "what is refused does not boot next")?;
+    }
+    let drain = node.desired_drain.as_deref().unwrap_or_default();
+    let waits = decision.action == Action::Nothing && decision.state == Some(NodeState::Working);
+    let wished = matches!(decision.reason, Reason::Held | Reason::UptimeFloor | Reason::Rebooting);
+    if drain.starts_with("drain-") && waits && !wished && machine.kubelet == UnitState::Active {
+        law(decision.clock.is_some() || decision.wake.is_some(), "a drained node waits for no more than a time")?;
     }
     law(!boots_refused || host.backend.drops_staged() || message.contains("undeploy"), "bootc says what it cannot")?;
     law(decision.state != Some(NodeState::Done) || decision.action == Action::Settle, "Done is said by settling only")?;
@@ -285,7 +292,7 @@ fn deployment(tape: &mut Tape<'_>, letter: char) -> Deployment {
         layered: tape.flag(),
         rendered_config: tape.pick(&[Some("r2".into()), Some("r1".into()), None]),
         wanted_arguments: tape.pick(&[None, Some(arguments.clone()), Some(vec!["nosmt".into()])]),
-        config_fault: None,
+        config_fault: tape.pick(&[None, Some("is no JSON".into())]),
         arguments: tape.pick(&[Some(arguments.clone()), Some(vec!["quiet".into()]), Some(vec![]), None]),
     }
 }
@@ -408,6 +415,8 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         Clock::Uncordon,
         Clock::ConfigAhead,
         Clock::RebootAccepted,
+        Clock::OutOfService,
+        Clock::ForeignTransaction,
     ];
     for _ in 0..tape.even(&[0, 0, 1, 2]) {
         let subject =
@@ -434,7 +443,13 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         },
         running: tape.pick(&[None, Some(running)]),
     };
-    let limits = Limits { accept_config_ahead: tape.flag(), ..Limits::default() };
+    if tape.flag() {
+        let mut unusable = deployment(tape, 'b');
+        unusable.config_fault = Some("is no JSON".into());
+        memory.unusable = Some(unusable);
+    }
+    let minimum_created = tape.pick(&[None, Some(1)]);
+    let limits = Limits { accept_config_ahead: tape.flag(), minimum_created, ..Limits::default() };
     (observed, memory, limits, now)
 }
 
@@ -1031,7 +1046,9 @@ impl World {
                 stages
             }
             Event::HumanCleansUp => {
-                let cleans = self.host.staged().is_some_and(|staged| staged.checksum == "c");
+                let stays =
+                    |checksum: &str| !self.host.backend.drops_staged() && checksum != self.desired().to_string();
+                let cleans = self.host.staged().is_some_and(|s| s.checksum == "c" || stays(&s.checksum));
                 if cleans {
                     self.host.deployments.retain(|deployment| !deployment.staged);
                 }
@@ -1159,7 +1176,10 @@ impl World {
             reason if reason.is_at_rest() && last.action == Action::Nothing && self.verification_is_over() => None,
             Reason::Held => None,
             // Whoever staged by hand takes the way out that the message names.
-            Reason::StagedByOther if last.action == Action::Nothing && last.wake.is_none() => {
+            Reason::StagedByOther
+                if last.action == Action::Nothing
+                    && (last.wake.is_none() || self.failed_with(Step::Verify, Reason::SignatureRejected)) =>
+            {
                 Some(Event::HumanCleansUp)
             }
             // What failed by chance is tried again; everything else that is refused stays so.
@@ -1174,8 +1194,12 @@ impl World {
         let failed = |step| self.memory.failures.get(&step);
         let next = self.host.next_boot().filter(|next| !next.booted);
         let drops = failed(Step::DropStaged).is_some_and(|failure| next.is_some_and(|n| n.checksum == failure.subject));
-        let verifies = failed(Step::Verify).is_some_and(|f| f.fault.reason == Reason::RegistryUnreachable);
+        let verifies = self.failed_with(Step::Verify, Reason::RegistryUnreachable);
         last.wake.is_some() && (drops || verifies && last.reason.is_at_rest())
+    }
+
+    fn failed_with(&self, step: Step, reason: Reason) -> bool {
+        self.memory.failures.get(&step).is_some_and(|failure| failure.fault.reason == reason)
     }
 
     /// What runs was verified, or refused.

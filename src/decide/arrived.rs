@@ -2,7 +2,9 @@
 
 use super::{AGAIN, MINUTE, Rules, SECOND, SOON, UNCORDON_PATIENCE, Wanted, rule};
 use crate::kernel_arguments::{missing, not_in_effect};
-use crate::model::{Action, Clock, Decision, Deployment, NodeState, Reason, Step, UnitState, printable};
+use crate::model::{
+    Action, Clock, Decision, Deployment, Failure, Fault, NodeState, Reason, Step, UnitState, printable,
+};
 use crate::schedule::Backoff;
 
 /// How long the kubelet may take to become active.
@@ -95,17 +97,24 @@ impl Rules<'_> {
                 } else {
                     asleep(&format!("its signature is not verified: {reason}"))
                 };
-                let untrusted = reason.refuses_image().then(|| format!("{reason}: {}", failure.fault.message));
-                let untrusted = untrusted.map(|text| printable(&text, MAX_UNTRUSTED));
-                if untrusted.is_some() && self.node.untrusted != untrusted {
-                    return decision.doing(Action::ReportTrust { untrusted });
-                }
+                let decision = self.report_trust(decision, failure);
                 match self.due_in(failure, Backoff::REFUSAL) {
+                    _ if decision.action != Action::Nothing => decision,
                     0 => decision.doing(Action::Verify { image: wanted.image.clone() }),
                     due => decision.wake(due),
                 }
             }
         }
+    }
+
+    /// `decision`, but first the Node says that the image that runs is refused, as `failure` of its verification says.
+    pub(super) fn report_trust(&self, decision: Decision, failure: &Failure) -> Decision {
+        let Fault { reason, message, .. } = &failure.fault;
+        let untrusted = reason.refuses_image().then(|| printable(&format!("{reason}: {message}"), MAX_UNTRUSTED));
+        if untrusted.is_none() || self.node.untrusted == untrusted {
+            return decision;
+        }
+        decision.doing(Action::ReportTrust { untrusted })
     }
 
     /// Rows 11 and 18: MCC reuses an image for a change of files only, which an agent that writes none cannot apply.

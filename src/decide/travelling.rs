@@ -1,6 +1,7 @@
 //! Rows 16 to 25: on the way to the desired image. Pure.
 
-use super::{MINUTE, Rules, SOON, TRANSIENT_PATIENCE, Wanted, rule};
+use super::{MINUTE, RETARGET, Rules, SOON, TRANSIENT_PATIENCE, Wanted, rule};
+use crate::host::is_staged;
 use crate::kernel_arguments::{Change, Update};
 use crate::model::{
     Action, Attempt, Backend, Clock, Decision, Deployment, Failure, ImageFacts, NodeState, Reason, Step, UnitState,
@@ -14,6 +15,8 @@ use crate::time;
 const DRAIN_PATIENCE: u64 = 60 * MINUTE;
 /// How long somebody else's transaction is merely waited for.
 const TRANSACTION_PATIENCE: u64 = 30 * MINUTE;
+/// Longest sentence about a failed verification, in characters, that still leaves room for what follows from it.
+const MAX_FAILURE: usize = 500;
 /// Boots of one image after which it is given up.
 const MAX_BOOTS: u32 = 2;
 /// Longest deployment id that is recorded, in bytes; a real one has about 80. The annotation has to be read back.
@@ -32,8 +35,7 @@ impl<'a> Rules<'a> {
             Ok(facts) => facts,
             Err(decision) => return *decision,
         };
-        let unfit = self.unfit(wanted, facts).map(|decision| self.refused_on_disk(decision, wanted));
-        unfit.or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
+        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
             None => self.stage(wanted),
             Some(staged) => self
                 .kernel_arguments(wanted, staged)
@@ -63,7 +65,7 @@ impl<'a> Rules<'a> {
         } else {
             ""
         };
-        let out = format!("set another image, or delete the annotation {ATTEMPT} to try again");
+        let out = format!("delete the annotation {ATTEMPT} to try again, or {RETARGET}");
         let image = wanted.image.digest().short();
         if finalized || attempt.rolled_back {
             let message = format!("{image} was booted and the host went back to the image before it; {out}");
@@ -98,16 +100,14 @@ impl<'a> Rules<'a> {
         if self.running(Step::Verify, &subject) {
             // Looking again must not turn a failure that is being looked at back into a new beginning.
             return Err(Box::new(match self.failure(Step::Verify, &subject) {
-                Some(failure) => self.refused_on_disk(self.unverified(failure), wanted),
+                Some(failure) => self.unverified(failure),
                 None => verifying(),
             }));
         }
         Err(Box::new(match self.failure(Step::Verify, &subject) {
             None => verifying().doing(Action::Verify { image: wanted.image.clone() }),
             Some(failure) => {
-                let retried =
-                    self.when_due(self.unverified(failure), failure, Action::Verify { image: wanted.image.clone() });
-                self.refused_on_disk(retried, wanted)
+                self.when_due(self.unverified(failure), failure, Action::Verify { image: wanted.image.clone() })
             }
         }))
     }
@@ -115,7 +115,11 @@ impl<'a> Rules<'a> {
     fn unverified(&self, failure: &Failure) -> Decision {
         let awaited = matches!(failure.fault.reason, Reason::SignatureMissing | Reason::ManifestMissing);
         let patience = if awaited { self.limits.signature_grace } else { TRANSIENT_PATIENCE };
-        self.rest_if_refused(self.failed("17", failure, patience))
+        let mut decision = self.failed("17", failure, patience);
+        if matches!(decision.reason, Reason::ImageInvalid | Reason::WrongArchitecture) {
+            decision.message = format!("{}; {RETARGET}", printable(&decision.message, MAX_FAILURE));
+        }
+        self.rest_if_refused(decision)
     }
 
     /// Row 18.
@@ -123,7 +127,7 @@ impl<'a> Rules<'a> {
         let image = wanted.image.digest().short();
         if facts.architecture != self.machine.architecture {
             let message = format!(
-                "{image} is built for {} and this machine is {}; build the pool's image for it",
+                "{image} is built for {} and this machine is {}; build one for it, {RETARGET}",
                 printable(&facts.architecture, 50),
                 self.machine.architecture
             );
@@ -132,7 +136,7 @@ impl<'a> Rules<'a> {
         if !facts.bootable {
             let message = format!(
                 "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc; \
-                 build the pool's image from an image-mode base"
+                 build one from an image-mode base, {RETARGET}"
             );
             return Some(self.refuse("18", Reason::NotBootable, message));
         }
@@ -144,11 +148,16 @@ impl<'a> Rules<'a> {
                 None => "has no usable time of creation in its config".to_owned(),
             };
             let message = format!(
-                "{image} {created}, and no image from before {} may be booted; build and sign a newer image, or lower \
-                 --minimum-created (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit)",
+                "{image} {created}, and no image from before {} may be booted; lower --minimum-created \
+                 (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer one, {RETARGET}",
                 time::text(floor)
             );
             return Some(self.refuse("18", Reason::TooOld, message));
+        }
+        // It was staged once, and dropped for this; to stage it again would only find the same.
+        let unusable = self.memory.unusable.as_ref().filter(|it| is_staged(it, &wanted.image, wanted.facts));
+        if let Some(refusal) = unusable.and_then(|deployment| self.config_fault("18", deployment)) {
+            return Some(refusal);
         }
         self.config_ahead("18", wanted, facts.rendered_config.as_deref())
     }
@@ -296,7 +305,8 @@ impl<'a> Rules<'a> {
                 Some(match self.failure(Step::StartFinalizer, "") {
                     None => decision.doing(Action::StartFinalizer),
                     Some(failure) => {
-                        self.when_due(self.failed("23", failure, TRANSIENT_PATIENCE), failure, Action::StartFinalizer)
+                        let decision = self.rest_if_refused(self.failed("23", failure, TRANSIENT_PATIENCE));
+                        self.when_due(decision, failure, Action::StartFinalizer)
                     }
                 })
             }
