@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::decide::{Decision, Limits};
 use crate::host::leftovers::Leftovers;
 use crate::model::{
-    Backend, Decision, Deployment, Digest, HostFacts, ImageFacts, Limits, MachineFacts, NodeFacts, NodeState, Observed,
-    PinnedImage, Reading, Reason, printable,
+    Backend, Deployment, Digest, HostFacts, ImageFacts, MachineFacts, NodeFacts, NodeState, Observed, PinnedImage,
+    Reading, Reason, printable,
 };
 use crate::registry::{NodePolicy, reference};
 use crate::report::Patch;
@@ -362,7 +363,7 @@ impl Status {
     }
 
     fn desired(&self) -> Option<PinnedImage> {
-        self.cluster.known()?.desired_image.as_deref().and_then(|text| reference::parse(text).ok())
+        self.cluster.known()?.desired().cloned()
     }
 
     fn node(&self, out: &mut String, node: &NodeFacts) {
@@ -374,7 +375,7 @@ impl Status {
         let image = match (&node.desired_image, self.desired()) {
             (None, _) => "no image".to_owned(),
             (Some(_), Some(image)) => format!("{} {}", image.name(), image.digest().short()),
-            (Some(text), None) => format!("`{text}`, which cannot be followed"),
+            (Some(text), None) => format!("`{}`, which cannot be followed", text.as_str()),
         };
         let config = node.desired_config.as_deref().unwrap_or("no config");
         line(out, "Desired", &format!("{image} for {config}"));
@@ -390,7 +391,7 @@ fn describe(deployment: &Deployment, desired: Option<&PinnedImage>) -> String {
     let name = deployment.reference.as_deref().map_or("no container image", reference::name_of);
     let digest = deployment.digest.as_ref().map_or("", Digest::short);
     let mut text = format!("{name} {digest}");
-    if desired.is_some_and(|desired| crate::host::is_image(deployment, desired, None)) {
+    if desired.is_some_and(|desired| crate::model::is_image(deployment, desired, None)) {
         text.push_str(" (desired)");
     }
     if let Some(config) = &deployment.rendered_config {

@@ -4,9 +4,8 @@
 //! outside `registry` reads a signature policy.
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests lay out the files that the agent only reads"))]
 
-pub mod act;
 pub mod agent;
-pub mod backend;
+pub mod backoff;
 pub mod cli;
 pub mod cluster;
 pub mod confine;
@@ -19,10 +18,8 @@ pub mod kernel_arguments;
 pub mod lane;
 pub mod model;
 pub mod observe;
-pub mod reason;
 pub mod registry;
 pub mod report;
-pub mod schedule;
 pub mod stamp;
 pub mod text;
 pub mod time;

@@ -11,13 +11,14 @@ use rebase_agent::cli::{self, Cli, Command, Explanation, Look, Paths, Service, S
 use rebase_agent::cluster::{Api, Timing};
 use rebase_agent::confine::{Confinement, confine};
 use rebase_agent::decide::decide;
+use rebase_agent::decide::{Memory, Outcome};
 use rebase_agent::host::Host;
 use rebase_agent::host::boot::Root;
 use rebase_agent::host::leftovers::leftovers;
 use rebase_agent::journal::{self, id};
-use rebase_agent::model::{Fault, Memory, Now, Observed, PinnedImage, Step};
+use rebase_agent::model::{Fault, Now, Observed, PinnedImage, Severity, Work};
 use rebase_agent::observe::{Neighbours, everything};
-use rebase_agent::registry::{self, Engine, RegistryError, reference};
+use rebase_agent::registry::{self, Engine, reference};
 use rebase_agent::report::report;
 
 const KUBECONFIG: &str = "/var/lib/kubelet/kubeconfig";
@@ -102,7 +103,7 @@ struct Seen {
 
 async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
     let observed = everything(neighbours).await;
-    let desired = observed.cluster.known().and_then(|node| reference::parse(node.desired_image.as_deref()?).ok());
+    let desired = observed.cluster.known().and_then(|node| node.desired().cloned());
     let mut seen = Seen { observed, memory: Memory::default(), trust: None };
     match &desired {
         Some(image) if look.verify => match registry::verify(&neighbours.engine, image).await {
@@ -113,7 +114,8 @@ async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
             }
             Err(error) => {
                 seen.trust = Some(Trust::Refused(Fault::from(&error).message));
-                seen.memory.failed(Step::Verify, &image.to_string(), Fault::from(&error), now(neighbours));
+                let outcome = Outcome::Failed(Fault::from(&error));
+                seen.memory.finished(&Work::Verify { image: image.clone() }, outcome, now(neighbours));
             }
         },
         _ => seen.trust = cli::required(&neighbours.engine.settings().policy, desired.as_ref()),
@@ -185,14 +187,7 @@ async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> ExitCode
             ExitCode::SUCCESS
         }
         Err(error) => {
-            let unknown = matches!(
-                error,
-                RegistryError::Unreachable { .. }
-                    | RegistryError::Scarce { .. }
-                    | RegistryError::Untrusted { .. }
-                    | RegistryError::Deadline { .. }
-                    | RegistryError::Denied { .. }
-            );
+            let unknown = error.reason().severity() == Severity::Transient;
             let code = if unknown { cli::NOT_YET } else { cli::REFUSED };
             refused(json, error.reason().as_str(), &Fault::from(&error).message, code)
         }

@@ -2,19 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Action, Decision, NodeFacts, NodeState, printable};
-
-/// MCO's annotations.
-pub const MCO: &str = "machineconfiguration.openshift.io/";
-/// What we remember across reboots.
-pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
-/// What an operator sets to hold the reboot.
-pub const HOLD: &str = "rebase-agent.openshift.io/hold";
-/// What an operator sets to any new value to have failed work tried at once.
-pub const RETRY: &str = "rebase-agent.openshift.io/retry";
-
-/// Says that the policy refuses the image that runs, and why.
-pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";
+use crate::decide::Decision;
+use crate::model::annotations::{ATTEMPT, MCO, UNTRUSTED};
+use crate::model::{Action, Annotate, NodeFacts, NodeState, printable};
 
 /// MCC's own bound for the reason annotation, in characters.
 const MAX_REASON: usize = 2000;
@@ -42,20 +32,21 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             set("reason", node.reason.as_deref(), &reason);
         }
     }
-    match &decision.action {
-        Action::Publish { annotations } => {
+    let Action::Annotate(annotate) = &decision.action else { return patch };
+    match annotate {
+        Annotate::FirstBoot { annotations } => {
             for (key, value) in annotations {
                 set(key, None, value);
             }
         }
-        Action::RequestDrain { value } | Action::RequestUncordon { value } => {
+        Annotate::RequestDrain { value } | Annotate::RequestUncordon { value } => {
             set("desiredDrain", node.desired_drain.as_deref(), value);
         }
-        Action::Settle => {
+        Annotate::Settle => {
             // All of it in one patch: MCC takes a half of it for a node that is not done, or done with the wrong image.
             if let (Some(config), Some(image)) = (&node.desired_config, &node.desired_image) {
                 set("currentConfig", node.current_config.as_deref(), config);
-                set("currentImage", node.current_image.as_deref(), image);
+                set("currentImage", node.current_image.as_deref(), image.as_str());
             }
             if node.attempt.is_some() {
                 patch.insert(ATTEMPT.to_owned(), None);
@@ -65,16 +56,17 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
                 patch.insert(UNTRUSTED.to_owned(), None);
             }
         }
-        Action::RecordAttempt { attempt } => {
+        Annotate::RecordAttempt { attempt } => {
             // An Attempt is plain fields and what was parsed as JSON before: serializing cannot fail.
             if let Ok(text) = serde_json::to_string(attempt) {
                 patch.insert(ATTEMPT.to_owned(), Some(text));
             }
         }
-        Action::ReportTrust { untrusted } if node.untrusted != *untrusted => {
-            patch.insert(UNTRUSTED.to_owned(), untrusted.clone());
+        Annotate::ReportTrust { untrusted } => {
+            if node.untrusted != *untrusted {
+                patch.insert(UNTRUSTED.to_owned(), untrusted.clone());
+            }
         }
-        _ => {}
     }
     patch
 }
@@ -97,12 +89,13 @@ fn effective(node: &NodeFacts, wanted: NodeState, unsticks: bool) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decide::Rule;
     use crate::model::Reason;
 
-    fn decision(state: Option<NodeState>, action: Action) -> Decision {
+    fn decision(state: Option<NodeState>, action: impl Into<Action>) -> Decision {
         Decision {
-            rule: "0".into(),
-            action,
+            rule: Rule::Stage,
+            action: action.into(),
             reason: Reason::Staging,
             message: "m\u{1b}\n".repeat(2000),
             state,
@@ -114,7 +107,7 @@ mod tests {
 
     #[test]
     fn says_nothing_twice() {
-        let decision = decision(Some(NodeState::Working), Action::RequestDrain { value: "drain-r".into() });
+        let decision = decision(Some(NodeState::Working), Annotate::RequestDrain { value: "drain-r".into() });
         let mut node = NodeFacts::default();
         let patch = report(&node, &decision);
         assert_eq!(patch.len(), 3);
@@ -133,7 +126,7 @@ mod tests {
         assert_eq!(state(&node, &working), None);
         working.unsticks = true;
         assert_eq!(state(&node, &working), Some(Some("Working".into())));
-        assert_eq!(state(&node, &decision(Some(NodeState::Done), Action::Settle)), Some(Some("Done".into())));
+        assert_eq!(state(&node, &decision(Some(NodeState::Done), Annotate::Settle)), Some(Some("Done".into())));
         node.state = Some("Unreconcilable".into());
         assert_eq!(state(&node, &decision(Some(NodeState::Degraded), Action::Nothing)), None);
         assert_eq!(state(&node, &decision(None, Action::Nothing)), None);

@@ -20,8 +20,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use rebase_agent::decide::decide;
-use rebase_agent::model::{Backend, Decision, HostFacts, Limits, Memory, NodeState, Now, Observed, Reading};
+use rebase_agent::decide::{Decision, Limits, Memory, Rule, decide};
+use rebase_agent::model::{Backend, HostFacts, NodeState, Now, Observed, Reading};
 use rebase_agent::report::report;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -264,6 +264,11 @@ fn check(directory: &Path, words: &Words, named: &Value, update: bool) -> Result
         None if bootc.is_some() => return Err("it is not decided for bootc as well".into()),
         None => {}
     }
+    let rule: Rule = serde_json::from_value(actual["rule"].clone()).map_err(|error| format!("rule: {error}"))?;
+    let prefix = format!("{:02}-", rule.number());
+    if !directory.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
+        return Err(format!("rule {rule} decides, so the directory's name must begin with {prefix}"));
+    }
     if update {
         std::fs::write(&file, shorten(&actual, words)).map_err(|error| error.to_string())?;
     }
@@ -313,16 +318,18 @@ fn every_case_is_decided_as_expected() {
     assert!(directories.len() >= 70, "only {} cases were found", directories.len());
 }
 
+/// The rule that is expected counts, which [`check`] holds to what decides.
 #[test]
-fn every_row_of_the_table_has_a_case() {
-    let names: Vec<String> = std::fs::read_dir(root())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
-    for row in 1..=25 {
-        let prefix = format!("{row:02}-");
-        assert!(names.iter().any(|name| name.starts_with(&prefix)), "row {row} has no case");
-    }
+fn every_rule_decides_a_case() {
+    let expected = |directory: PathBuf| -> Option<Rule> {
+        let text = std::fs::read_to_string(directory.join("expected.json")).ok()?;
+        let expected: Value = serde_json::from_str(&text).ok()?;
+        serde_json::from_value(expected["rule"].clone()).ok()
+    };
+    let decided: Vec<Rule> =
+        std::fs::read_dir(root()).unwrap().filter_map(|entry| expected(entry.unwrap().path())).collect();
+    let missing: Vec<String> = Rule::ALL.iter().filter(|rule| !decided.contains(rule)).map(Rule::to_string).collect();
+    assert!(missing.is_empty(), "no case is decided by {}", missing.join(", "));
 }
 
 #[test]

@@ -18,17 +18,16 @@ use std::hash::{Hash, Hasher};
 use std::sync::Mutex;
 
 use proptest::prelude::*;
-use rebase_agent::act;
-use rebase_agent::decide::decide;
-use rebase_agent::host::{is_image, is_staged};
+use rebase_agent::backoff::Backoff;
+use rebase_agent::decide::{Clock, Decision, Failure, Limits, Memory, Outcome, Since, decide};
 use rebase_agent::kernel_arguments::{self, missing};
+use rebase_agent::model::annotations::{ATTEMPT, MCO, UNTRUSTED};
 use rebase_agent::model::{
-    Action, Attempt, Backend, BootId, Clock, Decision, Deployment, Digest, Failure, Fault, HostFacts, ImageFacts,
-    Inhibitor, Limits, MachineFacts, Memory, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Reading,
-    Reason, Running, Since, Step, Transaction, UnitState,
+    Action, Annotate, Attempt, Backend, BootId, Deployment, Digest, Fault, HostFacts, ImageFacts, Inhibitor,
+    MachineFacts, NodeFacts, NodeState, Now, Observed, OtherWriter, PinnedImage, Pullspec, Reading, Reason, Severity,
+    Transaction, UnitState, Work, is_image, is_staged,
 };
-use rebase_agent::report::{ATTEMPT, MCO, Patch, UNTRUSTED, report};
-use rebase_agent::schedule::Backoff;
+use rebase_agent::report::{Patch, report};
 
 const MINUTE: u64 = 60_000;
 const BACKENDS: [Backend; 2] = [Backend::RpmOstree, Backend::Bootc];
@@ -70,8 +69,8 @@ fn facts(letter: char, config: &str) -> ImageFacts {
     }
 }
 
-fn fault(reason: Reason, retryable: bool) -> Fault {
-    Fault { reason, message: format!("it went wrong ({reason}); see `journalctl`"), retryable }
+fn fault(reason: Reason) -> Fault {
+    Fault { reason, message: format!("it went wrong ({reason}); see `journalctl`") }
 }
 
 fn apply(patch: &Patch, node: &mut NodeFacts) {
@@ -92,7 +91,7 @@ fn apply(patch: &Patch, node: &mut NodeFacts) {
             "currentConfig" => node.current_config = value,
             "currentImage" => node.current_image = value,
             "desiredConfig" => node.desired_config = value,
-            "desiredImage" => node.desired_image = value,
+            "desiredImage" => node.desired_image = value.map(Pullspec::from),
             odd => panic!("{odd} is not ours to write"),
         }
     }
@@ -116,7 +115,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     if machine.shutting_down {
         return law(decision.action == Action::Nothing && decision.state.is_none(), "nothing at shutdown");
     }
-    let wanted = node.desired_image.as_deref().and_then(parsed);
+    let wanted = node.desired().cloned();
     let config = node.desired_config.as_deref().unwrap_or_default();
     let proof = wanted.as_ref().and_then(|image| memory.verified.get(image));
     let is = |deployment: &Deployment| wanted.as_ref().is_some_and(|image| is_image(deployment, image, proof));
@@ -126,7 +125,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let fit = proof.is_some_and(|facts| facts.architecture == machine.architecture && facts.bootable);
     let idle = seen.running.is_none();
     match &decision.action {
-        Action::Reboot { image } => {
+        Action::Begin(Work::Reboot { image }) => {
             let staged = host.staged().ok_or("a reboot needs something staged")?;
             law(boots_next && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
             law(fit, "a reboot goes into an image that this process verified")?;
@@ -146,18 +145,20 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(machine.finalizer == UnitState::Active, "a reboot has its finalizer")?;
             law(idle && host.transaction.is_none(), "a reboot interrupts nothing")?;
         }
-        Action::Stage { image } => {
+        Action::Begin(Work::Stage { image }) => {
             law(wanted.as_ref() == Some(image) && fit, "only a verified, desired, fitting image is staged")?;
             let over = staged_other && !host.backend.drops_staged();
             law(!booted || over, "what runs is staged only over what cannot be dropped")?;
             law(idle, "one task at a time")?;
         }
-        Action::SetKernelArguments { image, .. } => {
+        Action::Begin(Work::SetKernelArguments { image, .. }) => {
             let same = wanted.as_ref() == Some(image);
             law(fit && same && boots_next, "only the verified, desired image is changed")?;
         }
-        Action::Verify { image } => law(wanted.as_ref() == Some(image), "only the desired image is verified")?,
-        Action::DropStaged { checksum } => {
+        Action::Begin(Work::Verify { image }) => {
+            law(wanted.as_ref() == Some(image), "only the desired image is verified")?
+        }
+        Action::Begin(Work::DropStaged { checksum }) => {
             let next = host.next_boot().filter(|next| next.checksum == *checksum);
             let refused = decision.reason.refuses_image() || decision.reason == Reason::RolledBack;
             let left = next
@@ -171,25 +172,25 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(host.transaction.is_none(), "nothing is dropped under a transaction")?;
             law(host.backend.drops_staged(), "bootc is not asked for what it cannot do")?;
         }
-        Action::CancelTransaction => {
+        Action::Begin(Work::CancelTransaction { digest }) => {
             let ours = host.transaction.as_ref().and_then(|transaction| transaction.ours.as_ref());
-            law(ours.is_some_and(|ours| wanted.as_ref().is_some_and(|w| w.digest() != ours)), "only ours, obsolete")?;
+            law(ours == Some(digest) && wanted.as_ref().is_some_and(|w| w.digest() != digest), "only ours, obsolete")?;
         }
-        Action::AbortTask => law(!idle, "there is something to abort")?,
-        Action::RequestDrain { value } => {
+        Action::Abort => law(!idle, "there is something to abort")?,
+        Action::Annotate(Annotate::RequestDrain { value }) => {
             law(boots_next && fit, "no drain before the image is verified and staged")?;
             law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what is drained")?;
             law(value.strip_prefix("drain-") == Some(config), "a drain is for the desired config")?;
         }
-        Action::RequestUncordon { value } => {
+        Action::Annotate(Annotate::RequestUncordon { value }) => {
             law(value.starts_with("uncordon-"), "an uncordon is called so")?;
             law(node.desired_drain.as_ref() != Some(value), "an uncordon is asked for once")?;
             law(node.last_applied_drain.as_ref() != Some(value), "an uncordon is not one that counts as done already")?;
         }
-        Action::RecordAttempt { attempt } if attempt.rolled_back => {
+        Action::Annotate(Annotate::RecordAttempt { attempt }) if attempt.rolled_back => {
             law(decision.reason == Reason::RolledBack, "a fall-back is recorded when it is seen")?;
         }
-        Action::RecordAttempt { attempt } => {
+        Action::Annotate(Annotate::RecordAttempt { attempt }) => {
             // What is staged again in the same boot is one attempt, whatever somebody wrote into it.
             let earlier = node
                 .attempt
@@ -201,28 +202,33 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             let length = serde_json::to_string(attempt).map_or(0, |text| text.len());
             law(length < 8192, "what is recorded can be read back")?;
         }
-        Action::Settle => {
+        Action::Annotate(Annotate::Settle) => {
             law(booted && !staged_other, "Done is what is booted, and nothing else is staged")?;
             let drain = node.desired_drain.as_deref().unwrap_or_default();
             law(drain.starts_with("uncordon-"), "Done comes after the uncordon")?;
             law(node.desired_drain == node.last_applied_drain, "Done comes after the uncordon's acknowledgement")?;
             law(machine.kubelet == UnitState::Active, "Done is healthy")?;
         }
-        Action::ReportTrust { untrusted } => {
+        Action::Annotate(Annotate::ReportTrust { untrusted }) => {
             law(booted && node.untrusted != *untrusted, "trust is reported of what runs, when it changed")?;
         }
-        Action::Publish { .. } => law(node.current_config.is_none(), "only a new node is published")?,
-        Action::Nothing | Action::StartFinalizer | Action::ConfirmDrain | Action::UpdateBootloader => {}
+        Action::Annotate(Annotate::FirstBoot { .. }) => {
+            law(node.current_config.is_none(), "only a new node is published")?
+        }
+        Action::Begin(Work::UpdateBootloader { image }) => {
+            law(boots_next && wanted.as_ref() == Some(image), "the boot loader is updated for what boots next")?;
+        }
+        Action::Nothing | Action::ConfirmDrain | Action::Begin(Work::StartFinalizer) => {}
     }
     // A refusal reaches the disk: what is refused and could boot next is dropped, or there is a reason why not.
     let boots_refused = refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && !s.locked);
     let boots_refused = boots_refused && !booted;
     let waits = host.staged().is_some_and(|staged| {
         memory.dropped.contains(&staged.checksum)
-            || memory.failures.get(&Step::DropStaged).is_some_and(|failure| failure.subject == staged.checksum)
+            || memory.failure(&Work::DropStaged { checksum: staged.checksum.clone() }).is_some()
     });
     if boots_refused && idle && host.transaction.is_none() && host.backend.drops_staged() && !waits {
-        law(matches!(decision.action, Action::DropStaged { .. }), "what is refused does not boot next")?;
+        law(matches!(decision.action, Action::Begin(Work::DropStaged { .. })), "what is refused does not boot next")?;
     }
     let drain = node.desired_drain.as_deref().unwrap_or_default();
     let waits = decision.action == Action::Nothing && decision.state == Some(NodeState::Working);
@@ -231,11 +237,13 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
         law(decision.clock.is_some() || decision.wake.is_some(), "a drained node waits for no more than a time")?;
     }
     law(!boots_refused || host.backend.drops_staged() || message.contains("undeploy"), "bootc says what it cannot")?;
-    law(decision.state != Some(NodeState::Done) || decision.action == Action::Settle, "Done is said by settling only")?;
+    law(
+        decision.state != Some(NodeState::Done) || decision.action == Annotate::Settle.into(),
+        "Done is said by settling only",
+    )?;
     // What failed just now is not begun again at once.
-    if let (true, Some((step, subject))) =
-        (idle, act::step(&decision.action, &wanted.map(|image| image.to_string()).unwrap_or_default()))
-        && let Some(failure) = memory.failures.get(&step).filter(|failure| failure.subject == subject)
+    if let (true, Action::Begin(work)) = (idle, &decision.action)
+        && let Some(failure) = memory.failure(work)
     {
         law(failure.last.saturating_add(1_000) <= now.mono, "a failure is followed by a pause")?;
     }
@@ -320,7 +328,9 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         name: "worker-0".into(),
         desired_config: tape.pick(&[Some("r2".into()), Some("r1".into()), None]),
         current_config: tape.pick(&[Some("r1".into()), Some("r2".into()), None]),
-        desired_image: tape.pick(&[images[0].clone(), images[1].clone(), images[2].clone(), None, Some("x:y".into())]),
+        desired_image: tape
+            .pick(&[images[0].clone(), images[1].clone(), images[2].clone(), None, Some("x:y".into())])
+            .map(Pullspec::from),
         current_image: tape.pick(&[images[1].clone(), images[0].clone(), None]),
         state: tape.pick(&["Working", "Done", "Degraded", "Unreconcilable", "what"]).to_owned().into(),
         reason: tape.pick(&[None, Some("Staging: x".into())]),
@@ -369,25 +379,22 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         shutting_down: tape.flag(),
         first_boot: None,
     };
-    let steps = [
-        Step::Verify,
-        Step::Stage,
-        Step::DropStaged,
-        Step::CancelTransaction,
-        Step::KernelArguments,
-        Step::StartFinalizer,
-        Step::UpdateBootloader,
-        Step::Reboot,
-    ];
-    let subjects = [
-        image('b').to_string(),
-        image('a').to_string(),
-        "b".into(),
-        "c".into(),
-        String::new(),
-        digest('c').to_string(),
-    ];
-    let running = Running { step: tape.even(&steps), subject: tape.even(&subjects) };
+    let works = |tape: &mut Tape<'_>| {
+        let image = tape.even(&[image('b'), image('a')]);
+        let checksum = tape.even(&["b".to_owned(), "c".to_owned()]);
+        let (append, delete) = (vec!["nosmt".to_owned()], Vec::new());
+        tape.even(&[
+            Work::Verify { image: image.clone() },
+            Work::Stage { image: image.clone() },
+            Work::DropStaged { checksum },
+            Work::CancelTransaction { digest: digest('c') },
+            Work::SetKernelArguments { image: image.clone(), append, delete },
+            Work::StartFinalizer,
+            Work::UpdateBootloader { image: image.clone() },
+            Work::Reboot { image },
+        ])
+    };
+    let running = works(tape);
     let mut memory = Memory::default();
     if tape.pick(&[true, false]) {
         let mut known = facts('b', "r2");
@@ -400,13 +407,15 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         let reasons = [Reason::HostBusy, Reason::SignatureMissing, Reason::SignatureRejected, Reason::DiskFull];
         let last = now.mono - tape.even(&[1_000, 5_000, 10 * MINUTE]);
         let failure = Failure {
-            subject: tape.even(&subjects),
-            fault: fault(tape.even(&reasons), tape.even(&[true, false])),
+            work: works(tape),
+            fault: fault(tape.even(&reasons)),
             first: last - tape.even(&[0, 20 * MINUTE]),
             last,
             count: tape.even(&[1, 2, u32::MAX]),
         };
-        memory.failures.insert(tape.even(&steps), failure);
+        if memory.failures.iter().all(|other| !other.work.is_like(&failure.work)) {
+            memory.failures.push(failure);
+        }
     }
     let clocks = [
         Clock::HostUnreadable,
@@ -430,17 +439,9 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
     }
     let unknown = |tape: &mut Tape<'_>| tape.pick(&[false, false, false, true]);
     let observed = Observed {
-        cluster: if unknown(tape) {
-            Reading::Unknown(fault(Reason::ClusterUnreachable, true))
-        } else {
-            Reading::Known(node)
-        },
-        host: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable, true)) } else { Reading::Known(host) },
-        machine: if unknown(tape) {
-            Reading::Unknown(fault(Reason::HostUnreachable, true))
-        } else {
-            Reading::Known(machine)
-        },
+        cluster: if unknown(tape) { Reading::Unknown(fault(Reason::ClusterUnreachable)) } else { Reading::Known(node) },
+        host: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable)) } else { Reading::Known(host) },
+        machine: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable)) } else { Reading::Known(machine) },
         running: tape.pick(&[None, Some(running)]),
     };
     if tape.flag() {
@@ -637,8 +638,7 @@ struct World {
     going_down: bool,
     now: Now,
     memory: Memory,
-    task: Option<Running>,
-    task_action: Action,
+    task: Option<Work>,
     /// Everything is being looked at once more, as before a reboot.
     confirm: bool,
     /// The agent has nothing to do until something changes.
@@ -667,7 +667,7 @@ impl World {
         let node = NodeFacts {
             desired_config: Some("r1".into()),
             current_config: Some("r1".into()),
-            desired_image: Some(image('a').to_string()),
+            desired_image: Some(image('a').to_string().into()),
             current_image: Some(image('a').to_string()),
             state: Some("Done".into()),
             desired_drain: Some("uncordon-r1".into()),
@@ -694,7 +694,6 @@ impl World {
             now: Now { mono: MINUTE, unix: MINUTE },
             memory: Memory::default(),
             task: None,
-            task_action: Action::Nothing,
             confirm: false,
             quiet: false,
             wake: 0,
@@ -708,7 +707,7 @@ impl World {
     }
 
     fn desired(&self) -> char {
-        if self.node.desired_image.as_deref().is_some_and(|text| text.ends_with('a')) { 'a' } else { 'b' }
+        if self.node.desired().is_some_and(|desired| *desired == image('a')) { 'a' } else { 'b' }
     }
 
     fn booted(&self) -> char {
@@ -717,7 +716,7 @@ impl World {
 
     fn retarget(&mut self) {
         let (letter, config) = if self.desired() == 'a' { ('b', "r2") } else { ('a', "r1") };
-        self.node.desired_image = Some(image(letter).to_string());
+        self.node.desired_image = Some(image(letter).to_string().into());
         self.node.desired_config = Some(if self.scenario.same_config { "r1" } else { config }.to_owned());
         self.boots = 0;
     }
@@ -728,7 +727,7 @@ impl World {
         Observed {
             cluster: Reading::Known(node),
             host: match &self.host.transaction {
-                Some(active) if self.blind && active.ours.is_none() => Reading::Unknown(fault(Reason::HostBusy, true)),
+                Some(active) if self.blind && active.ours.is_none() => Reading::Unknown(fault(Reason::HostBusy)),
                 Some(_) if self.blind => Reading::Known(HostFacts { deployments: Vec::new(), ..self.host.clone() }),
                 _ => Reading::Known(self.host.clone()),
             },
@@ -741,7 +740,11 @@ impl World {
                 boot_needed: None,
                 finalizer: self.finalizer,
                 kubelet: if unhealthy { UnitState::Failed } else { UnitState::Active },
-                bootloader_update: UnitState::Absent,
+                // One of the two has the unit.
+                bootloader_update: match self.scenario.backend {
+                    Backend::RpmOstree => UnitState::Inactive,
+                    Backend::Bootc => UnitState::Absent,
+                },
                 finalize_failed: false,
                 inhibitors: Vec::new(),
                 shutting_down: self.going_down,
@@ -770,15 +773,15 @@ impl World {
         self.quiet = patch.is_empty();
         let confirmed = std::mem::take(&mut self.confirm);
         match &decision.action {
-            Action::AbortTask => {
-                if let Some(task) = self.task.take() {
-                    self.memory.gave_up(task.step);
+            Action::Abort => {
+                if let Some(work) = self.task.take() {
+                    self.memory.finished(&work, Outcome::GaveUp, self.now);
                 }
                 self.quiet = false;
             }
             Action::ConfirmDrain => self.confirm = true,
-            Action::Reboot { .. } if !confirmed => self.confirm = true,
-            Action::Settle => {
+            Action::Begin(Work::Reboot { .. }) if !confirmed => self.confirm = true,
+            Action::Annotate(Annotate::Settle) => {
                 if self.cordoned {
                     return Err("the node is Done and cordoned, and nobody will uncordon it".into());
                 }
@@ -786,12 +789,8 @@ impl World {
                     return Err("the node is Done with another image".into());
                 }
             }
-            action => {
-                let desired = self.node.desired_image.clone().unwrap();
-                if let (None, Some((step, subject))) = (&self.task, act::step(action, &desired)) {
-                    self.begin(action.clone(), Running { step, subject })?;
-                }
-            }
+            Action::Begin(work) if self.task.is_none() => self.begin(work.clone())?,
+            Action::Nothing | Action::Annotate(_) | Action::Begin(_) => {}
         }
         self.quiet &= !self.confirm;
         self.wake = decision.wake.unwrap_or(MINUTE);
@@ -799,12 +798,12 @@ impl World {
         Ok(())
     }
 
-    fn begin(&mut self, action: Action, running: Running) -> Result<(), String> {
+    fn begin(&mut self, work: Work) -> Result<(), String> {
         let signed = self.desired() == 'a' || self.signature == Signature::Good;
-        if matches!(action, Action::Stage { .. } | Action::Reboot { .. }) && !signed {
+        if matches!(work, Work::Stage { .. } | Work::Reboot { .. }) && !signed {
             return Err("an image that is not signed reaches the host".into());
         }
-        if matches!(action, Action::Reboot { .. }) {
+        if matches!(work, Work::Reboot { .. }) {
             if !(self.cordoned || self.scenario.single) {
                 return Err("a node reboots with its workloads".into());
             }
@@ -815,8 +814,7 @@ impl World {
                 }
             }
         }
-        self.task = Some(running);
-        self.task_action = action;
+        self.task = Some(work);
         self.quiet = false;
         Ok(())
     }
@@ -835,53 +833,42 @@ impl World {
 
     /// What the loop does when a task ends well.
     fn succeed(&mut self) {
-        let Some(running) = self.task.take() else { return };
-        match std::mem::replace(&mut self.task_action, Action::Nothing) {
-            Action::Verify { image: wanted } => {
-                let letter = if wanted == image('a') { 'a' } else { 'b' };
-                let problem = match self.signature {
-                    Signature::Missing if letter == 'b' => Some(fault(Reason::SignatureMissing, true)),
-                    Signature::Rejected if letter == 'b' => Some(fault(Reason::SignatureRejected, false)),
-                    _ => None,
-                };
-                if let Some(problem) = problem {
-                    self.memory.failed(running.step, &running.subject, problem, self.now);
-                    return;
-                }
+        let Some(work) = self.task.take() else { return };
+        let mut outcome = Outcome::Succeeded(None);
+        match &work {
+            Work::Verify { image: wanted } => {
+                let letter = if *wanted == image('a') { 'a' } else { 'b' };
                 let config = if letter == 'a' || self.scenario.same_config { "r1" } else { "r2" };
-                self.memory.verified = BTreeMap::from([(wanted, facts(letter, config))]);
+                outcome = match self.signature {
+                    Signature::Missing if letter == 'b' => Outcome::Failed(fault(Reason::SignatureMissing)),
+                    Signature::Rejected if letter == 'b' => Outcome::Failed(fault(Reason::SignatureRejected)),
+                    _ => Outcome::Succeeded(Some(facts(letter, config))),
+                };
             }
-            Action::Stage { image: wanted } => {
+            Work::Stage { image: wanted } => {
                 self.host.transaction = None;
-                self.stage(if wanted == image('a') { 'a' } else { 'b' });
+                self.stage(if *wanted == image('a') { 'a' } else { 'b' });
             }
-            Action::DropStaged { checksum } => {
+            Work::DropStaged { .. } => {
                 // Everything before the booted one, as rpm-ostree does.
                 let booted = self.host.deployments.iter().position(|deployment| deployment.booted).unwrap();
                 self.host.deployments.drain(..booted);
-                self.memory.dropped.insert(0, checksum);
             }
-            Action::CancelTransaction => self.host.transaction = None,
-            Action::SetKernelArguments { .. } if self.scenario.backend == Backend::Bootc => {
-                let problem = fault(Reason::KernelArgumentsUnsupported, false);
-                self.memory.failed(running.step, &running.subject, problem, self.now);
-                return;
+            Work::CancelTransaction { .. } => self.host.transaction = None,
+            Work::SetKernelArguments { .. } if self.scenario.backend == Backend::Bootc => {
+                outcome = Outcome::Failed(fault(Reason::KernelArgumentsUnsupported));
             }
-            Action::SetKernelArguments { append, delete, .. } => {
+            Work::SetKernelArguments { append, delete, .. } => {
                 if let Some(staged) = self.host.deployments.iter_mut().find(|deployment| deployment.staged) {
                     let before = staged.arguments.as_deref().unwrap_or_default();
-                    staged.arguments = Some(kernel_arguments::apply(before, &append, &delete));
+                    staged.arguments = Some(kernel_arguments::apply(before, append, delete));
                 }
             }
-            Action::StartFinalizer => self.finalizer = UnitState::Active,
-            Action::Reboot { .. } => {
-                self.going_down = true;
-                let since = Since { subject: running.subject.clone(), mono: self.now.mono };
-                self.memory.clocks.insert(Clock::RebootAccepted, since);
-            }
-            _ => {}
+            Work::StartFinalizer => self.finalizer = UnitState::Active,
+            Work::Reboot { .. } => self.going_down = true,
+            Work::UpdateBootloader { .. } => {}
         }
-        self.memory.succeeded(running.step);
+        self.memory.finished(&work, outcome, self.now);
     }
 
     fn start_over(&mut self) {
@@ -933,7 +920,7 @@ impl World {
         }
         let drain = self.node.desired_drain.clone().unwrap_or_default();
         let asked = self.node.desired_drain != self.node.last_applied_drain;
-        let stages = self.task.as_ref().is_some_and(|task| task.step == Step::Stage);
+        let stages = matches!(self.task, Some(Work::Stage { .. }));
         let happened = match event {
             Event::Agent => {
                 if self.quiet {
@@ -949,10 +936,10 @@ impl World {
             }
             Event::TaskFails => {
                 let fails = self.task.is_some() && spend(&mut self.budget.failures);
-                if let Some(running) = self.task.take_if(|_| fails) {
-                    let reason =
-                        if running.step == Step::Verify { Reason::RegistryUnreachable } else { Reason::HostBusy };
-                    self.memory.failed(running.step, &running.subject, fault(reason, true), self.now);
+                if let Some(work) = self.task.take_if(|_| fails) {
+                    let verifies = matches!(work, Work::Verify { .. });
+                    let reason = if verifies { Reason::RegistryUnreachable } else { Reason::HostBusy };
+                    self.memory.finished(&work, Outcome::Failed(fault(reason)), self.now);
                 }
                 fails
             }
@@ -1026,10 +1013,8 @@ impl World {
                 let restarts = spend(&mut self.budget.restarts);
                 if restarts {
                     // The host tool goes on without us.
-                    if stages {
-                        let letter =
-                            if self.task.as_ref().unwrap().subject == image('a').to_string() { 'a' } else { 'b' };
-                        let ours = Some(digest(letter));
+                    if let Some(Work::Stage { image }) = &self.task {
+                        let ours = Some(image.digest().clone());
                         self.host.transaction =
                             Some(Transaction { title: "rebase-agent".into(), client: "c".into(), ours });
                     }
@@ -1068,9 +1053,8 @@ impl World {
                 if revokes {
                     self.signature = Signature::Rejected;
                     // What the loop does when the policy's files change.
-                    self.memory.verified.clear();
-                    self.memory.succeeded(Step::Verify);
-                    self.task.take_if(|task| task.step == Step::Verify);
+                    self.memory.withdraw();
+                    self.task.take_if(|work| matches!(work, Work::Verify { .. }));
                 }
                 revokes
             }
@@ -1104,7 +1088,7 @@ impl World {
         write!(
             text,
             "{:?}{:?}{:?}{:?}{:?}{:?}{attempt:?}{:?}",
-            letter(&node.desired_image),
+            letter(&node.desired_image.clone().map(String::from)),
             letter(&node.current_image),
             node.state,
             node.desired_drain,
@@ -1118,11 +1102,12 @@ impl World {
         }
         let transaction = self.host.transaction.as_ref().map(|t| t.ours.as_ref());
         write!(text, "{transaction:?}{:?}{:?}{:?}", self.finalizer, self.task, self.memory.verified.keys()).unwrap();
-        for (step, failure) in &self.memory.failures {
-            let backoff = if failure.fault.retryable { Backoff::TRANSIENT } else { Backoff::REFUSAL };
+        for failure in &self.memory.failures {
+            let fatal = failure.fault.reason.severity() == Severity::Fatal;
+            let backoff = if fatal { Backoff::REFUSAL } else { Backoff::TRANSIENT };
             let due = failure.last.saturating_add(backoff.delay(failure.count)) <= self.now.mono;
             let old = self.now.mono.saturating_sub(failure.first) >= 15 * MINUTE;
-            write!(text, "{step:?}{}{:?}{due}{old}", failure.subject, failure.fault.reason).unwrap();
+            write!(text, "{:?}{:?}{due}{old}", failure.work, failure.fault.reason).unwrap();
         }
         for (clock, since) in &self.memory.clocks {
             let over = self.now.mono.saturating_sub(since.mono) >= 60 * MINUTE;
@@ -1178,7 +1163,7 @@ impl World {
             // Whoever staged by hand takes the way out that the message names.
             Reason::StagedByOther
                 if last.action == Action::Nothing
-                    && (last.wake.is_none() || self.failed_with(Step::Verify, Reason::SignatureRejected)) =>
+                    && (last.wake.is_none() || self.verification_failed(Reason::SignatureRejected)) =>
             {
                 Some(Event::HumanCleansUp)
             }
@@ -1191,20 +1176,21 @@ impl World {
 
     /// Verification of what runs, or dropping what boots next, failed by chance and is due again.
     fn is_pending(&self, last: &Decision) -> bool {
-        let failed = |step| self.memory.failures.get(&step);
         let next = self.host.next_boot().filter(|next| !next.booted);
-        let drops = failed(Step::DropStaged).is_some_and(|failure| next.is_some_and(|n| n.checksum == failure.subject));
-        let verifies = self.failed_with(Step::Verify, Reason::RegistryUnreachable);
+        let drop = |next: &Deployment| Work::DropStaged { checksum: next.checksum.clone() };
+        let drops = next.is_some_and(|next| self.memory.failure(&drop(next)).is_some());
+        let verifies = self.verification_failed(Reason::RegistryUnreachable);
         last.wake.is_some() && (drops || verifies && last.reason.is_at_rest())
     }
 
-    fn failed_with(&self, step: Step, reason: Reason) -> bool {
-        self.memory.failures.get(&step).is_some_and(|failure| failure.fault.reason == reason)
+    fn verification_failed(&self, reason: Reason) -> bool {
+        let failed = |f: &Failure| matches!(f.work, Work::Verify { .. }) && f.fault.reason == reason;
+        self.memory.failures.iter().any(failed)
     }
 
     /// What runs was verified, or refused.
     fn verification_is_over(&self) -> bool {
-        !self.memory.verified.is_empty() || self.memory.failures.contains_key(&Step::Verify)
+        !self.memory.verified.is_empty() || self.memory.failures.iter().any(|f| matches!(f.work, Work::Verify { .. }))
     }
 
     /// Whether the end of a fair run is one that may be.
@@ -1228,7 +1214,7 @@ impl World {
         }
         if last.reason.is_at_rest() {
             let said = self.node.state.as_deref() == Some("Done")
-                && self.node.current_image == self.node.desired_image
+                && self.node.is_current_image_desired()
                 && self.node.current_config == self.node.desired_config
                 && self.booted() == self.desired();
             return if said { Ok(()) } else { Err("it ends in a Done that is none".into()) };

@@ -15,27 +15,27 @@ use std::process::Command;
 const USES: &str = "#![allow(unused, dead_code)]
     use rebase_agent::host::{Cancel, Host};
     use rebase_agent::model::{ImageFacts, PinnedImage};
-    use rebase_agent::registry::Verified;";
+    use rebase_agent::registry::VerifiedImage;";
 
-const CONTROL: &str = "fn control(host: &Host, image: &Verified<PinnedImage>, cancel: &mut Cancel) {
+const CONTROL: &str = "fn control(host: &Host, image: &VerifiedImage, cancel: &mut Cancel) {
     drop(host.stage(image, cancel, &|_| {}));
     drop(host.set_kernel_arguments(image, &[], &[], cancel));
     drop(host.reboot(image));
-    let (_, _): (&PinnedImage, &ImageFacts) = (image.get(), image.facts());
+    let (_, _): (&PinnedImage, &ImageFacts) = (image.image(), image.facts());
 }";
 
 /// Functions that try what they must not, and the only error of each.
 const REFUSED: &[(&str, &str)] = &[
     (
         "E0451",
-        "fn forge(inner: PinnedImage, facts: ImageFacts) -> Verified<PinnedImage> {
-            Verified { inner, facts, default_is_insecure: false }
+        "fn forge(facts: ImageFacts) -> VerifiedImage {
+            VerifiedImage { facts, default_is_insecure: false }
         }",
     ),
-    ("E0616", "fn swap(mut verified: Verified<PinnedImage>, other: PinnedImage) { verified.inner = other; }"),
-    ("E0594", "fn write(mut verified: Verified<PinnedImage>, other: PinnedImage) { *verified.get() = other; }"),
-    ("E0599", "fn make() -> Verified<PinnedImage> { Verified::<PinnedImage>::default() }"),
-    ("E0277", "fn convert(image: PinnedImage) -> Verified<PinnedImage> { image.into() }"),
+    ("E0616", "fn swap(mut verified: VerifiedImage, other: ImageFacts) { verified.facts = other; }"),
+    ("E0594", "fn write(mut verified: VerifiedImage, other: PinnedImage) { *verified.image() = other; }"),
+    ("E0599", "fn make() -> VerifiedImage { VerifiedImage::default() }"),
+    ("E0277", "fn convert(image: PinnedImage) -> VerifiedImage { image.into() }"),
     (
         "E0308",
         "fn stage(host: &Host, image: &PinnedImage, cancel: &mut Cancel) { drop(host.stage(image, cancel, &|_| {})); }",

@@ -14,9 +14,10 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::backoff::{Backoff, full_jitter, jittered, random};
+use crate::model::annotations::MCO;
 use crate::model::{Fault, Reason, printable};
-use crate::report::{MCO, Patch};
-use crate::schedule::{Backoff, full_jitter, jittered, random};
+use crate::report::Patch;
 use kubeconfig::{Access, Credentials};
 use node::{Heard, NodeObject, VERDICT};
 
@@ -129,12 +130,6 @@ pub enum ClusterError {
 }
 
 impl ClusterError {
-    /// Whether the same request may succeed later without anybody changing anything on this node.
-    #[must_use]
-    pub fn retryable(&self) -> bool {
-        !matches!(self, Self::Kubeconfig { .. } | Self::Forbidden(_))
-    }
-
     /// The stable word.
     #[must_use]
     pub fn reason(&self) -> Reason {
@@ -162,7 +157,7 @@ impl ClusterError {
 
 impl From<&ClusterError> for Fault {
     fn from(error: &ClusterError) -> Self {
-        Self { reason: error.reason(), message: printable(&error.to_string(), 500), retryable: error.retryable() }
+        Self { reason: error.reason(), message: printable(&error.to_string(), 500) }
     }
 }
 

@@ -6,8 +6,8 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
-use crate::model::{Attempt, NodeFacts, OtherWriter, printable};
-use crate::report::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
+use crate::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
+use crate::model::{Attempt, NodeFacts, OtherWriter, Pullspec, printable};
 
 /// Longest annotation that is taken over, in bytes; the longest of the protocol is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
@@ -94,7 +94,7 @@ impl NodeObject {
             // MCC takes an empty config for none.
             desired_config: filled("desiredConfig"),
             current_config: filled("currentConfig"),
-            desired_image: mco("desiredImage"),
+            desired_image: mco("desiredImage").map(Pullspec::from),
             current_image: mco("currentImage"),
             state: mco("state"),
             reason: mco("reason"),

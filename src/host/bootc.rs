@@ -15,9 +15,9 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, is_image, is_staged, staged, systemd};
-use crate::model::{Backend, Deployment, HostFacts, PinnedImage, Reason, Transaction, UnitState, printable};
-use crate::registry::Verified;
+use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, staged, systemd};
+use crate::model::{Backend, Deployment, HostFacts, Reason, Transaction, UnitState, is_image, is_staged, printable};
+use crate::registry::VerifiedImage;
 
 /// Where the shipped units run it.
 pub(super) const PROGRAM: &str = "usr/bin/bootc";
@@ -54,13 +54,13 @@ pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
 /// Stages `image` or waits for our own unit that does.
 pub(super) async fn stage(
     host: &Host,
-    image: &Verified<PinnedImage>,
+    image: &VerifiedImage,
     cancel: &mut Cancel,
     progress: &Progress,
 ) -> Result<(), HostError> {
     const WHAT: &str = "staging the image";
-    let is_it = |deployment: &Deployment| is_image(deployment, image.get(), Some(image.facts()));
-    let is_ready = |deployment: &Deployment| is_staged(deployment, image.get(), Some(image.facts()));
+    let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
+    let is_ready = |deployment: &Deployment| is_staged(deployment, image.image(), Some(image.facts()));
     let unit = unit::of(image)?;
     match transaction(host).await? {
         // Starting it once more joins the job that runs.

@@ -5,9 +5,9 @@
 //! unregisters us with rpm-ostreed, lets it exit when idle, takes back a transaction whose reply was lost, and leaves
 //! nothing that could go stale.
 
-mod backend;
 pub mod boot;
 mod bootc;
+mod choose;
 pub mod leftovers;
 mod login;
 mod rpm_ostree;
@@ -21,12 +21,10 @@ use tokio::sync::{OnceCell, watch};
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, Proxy};
 
-use crate::model::{
-    Backend, Deployment, Digest, Fault, HostFacts, ImageFacts, MachineFacts, PinnedImage, Reason, printable,
-};
-use crate::registry::{Verified, reference};
-pub use backend::Chosen;
+use crate::model::{Backend, Deployment, Digest, Fault, HostFacts, MachineFacts, PinnedImage, Reason, printable};
+use crate::registry::VerifiedImage;
 use boot::Root;
+pub use choose::Chosen;
 
 /// How long the host's daemons may take. zbus has no limit of its own.
 #[derive(Clone, Copy, Debug)]
@@ -204,26 +202,12 @@ pub enum HostError {
 }
 
 impl HostError {
-    /// Whether the same call may succeed later without anybody changing anything.
-    #[must_use]
-    pub fn retryable(&self) -> bool {
-        !matches!(
-            self,
-            Self::Denied { .. }
-                | Self::NotImageMode
-                | Self::Composefs
-                | Self::NotBootc
-                | Self::NameTooLong { .. }
-                | Self::KernelArguments(_)
-                | Self::Transaction { reason: Reason::ImageInvalid, .. }
-        )
-    }
-
     /// The stable word.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Read { .. } | Self::Call { .. } | Self::Denied { .. } | Self::Vanished(_) => Reason::HostUnreachable,
+            Self::Read { .. } | Self::Call { .. } | Self::Vanished(_) => Reason::HostUnreachable,
+            Self::Denied { .. } => Reason::HostDenied,
             Self::Confused { .. } | Self::NoEffect { .. } => Reason::HostConfused,
             Self::NotImageMode => Reason::HostNotImageMode,
             Self::Busy(_) => Reason::HostBusy,
@@ -249,7 +233,7 @@ impl HostError {
 
 impl From<&HostError> for Fault {
     fn from(error: &HostError) -> Self {
-        Self { reason: error.reason(), message: printable(&error.to_string(), 900), retryable: error.retryable() }
+        Self { reason: error.reason(), message: printable(&error.to_string(), 900) }
     }
 }
 
@@ -311,7 +295,7 @@ impl Host {
     pub async fn backend(&self) -> Result<Chosen, HostError> {
         let choose = async || match self.backend {
             Some(backend) => Ok(Chosen { backend, why: "it was asked for" }),
-            None => backend::probe(self).await,
+            None => choose::probe(self).await,
         };
         self.chosen.get_or_try_init(choose).await.cloned()
     }
@@ -379,7 +363,7 @@ impl Host {
     /// See [`HostError`].
     pub async fn stage(
         &self,
-        image: &Verified<PinnedImage>,
+        image: &VerifiedImage,
         cancel: &mut Cancel,
         progress: &Progress,
     ) -> Result<(), HostError> {
@@ -422,7 +406,7 @@ impl Host {
     /// See [`HostError`].
     pub async fn set_kernel_arguments(
         &self,
-        image: &Verified<PinnedImage>,
+        image: &VerifiedImage,
         append: &[String],
         delete: &[String],
         cancel: &mut Cancel,
@@ -453,8 +437,8 @@ impl Host {
     ///
     /// # Errors
     /// See [`HostError`].
-    pub async fn reboot(&self, image: &Verified<PinnedImage>) -> Result<(), HostError> {
-        let image = image.get().digest().short();
+    pub async fn reboot(&self, image: &VerifiedImage) -> Result<(), HostError> {
+        let image = image.image().digest().short();
         login::reboot(self, &format!("rebooting into the desired OS image {image}")).await
     }
 
@@ -504,33 +488,6 @@ const FINALIZER: &str = "ostree-finalize-staged.service";
 const KUBELET: &str = "kubelet.service";
 const BOOTLOADER_UPDATE: &str = "bootloader-update.service";
 const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
-
-/// Whether a deployment is `image`: by the manifest digest that the pull recorded, which is the image's own or that of
-/// the instance that the verified index selects. The reference counts only where no digest was recorded: an origin can
-/// be edited, the recorded digest is part of the commit. Pure.
-#[must_use]
-pub fn is_image(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
-    match &deployment.digest {
-        Some(recorded) => {
-            recorded == image.digest()
-                || facts.is_some_and(|facts| facts.image == *image && *recorded == facts.instance)
-        }
-        None => is_named(deployment, image),
-    }
-}
-
-/// Whether a deployment's reference names `image`, which proves nothing while the image is an index that was not
-/// verified yet. Pure.
-#[must_use]
-pub fn is_named(deployment: &Deployment, image: &PinnedImage) -> bool {
-    deployment.reference.as_deref().and_then(|text| reference::parse(text).ok()).is_some_and(|named| named == *image)
-}
-
-/// Whether a deployment is staged, is `image` without local changes, and boots at the next orderly reboot. Pure.
-#[must_use]
-pub fn is_staged(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
-    deployment.staged && !deployment.locked && !deployment.layered && is_image(deployment, image, facts)
-}
 
 /// The digest in a transaction title of ours. Pure.
 fn digest_in_title(title: &str) -> Option<Digest> {

@@ -11,13 +11,10 @@ use tokio::time::{Instant, sleep_until};
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Variant};
 
-use super::{
-    Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, is_image, is_staged,
-    staged,
-};
+use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, staged};
 use crate::kernel_arguments::{apply, join};
-use crate::model::{Backend, Deployment, Digest, HostFacts, PinnedImage, Reason, Transaction, printable};
-use crate::registry::{Verified, reference, rendered_config_label, without_queries};
+use crate::model::{Backend, Deployment, Digest, HostFacts, Reason, Transaction, is_image, is_staged, printable};
+use crate::registry::{VerifiedImage, reference, rendered_config_label, without_queries};
 
 pub(super) const NAME: &str = "org.projectatomic.rpmostree1";
 const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
@@ -63,7 +60,7 @@ pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
 /// Stages `image` or attaches to our own transaction that does.
 pub(super) async fn stage(
     host: &Host,
-    image: &Verified<PinnedImage>,
+    image: &VerifiedImage,
     cancel: &mut Cancel,
     progress: &Progress,
 ) -> Result<(), HostError> {
@@ -84,7 +81,7 @@ pub(super) async fn drop_pending(host: &Host, checksum: &str, cancel: &mut Cance
 /// Changes the staged deployment's kernel arguments.
 pub(super) async fn set_kernel_arguments(
     host: &Host,
-    image: &Verified<PinnedImage>,
+    image: &VerifiedImage,
     append: &[String],
     delete: &[String],
     cancel: &mut Cancel,
@@ -204,21 +201,16 @@ impl<'h> Client<'h> {
         Ok(Snapshot { facts: HostFacts { backend: Backend::RpmOstree, deployments, transaction }, os, address })
     }
 
-    async fn stage(
-        &self,
-        image: &Verified<PinnedImage>,
-        cancel: &mut Cancel,
-        progress: &Progress,
-    ) -> Result<(), HostError> {
+    async fn stage(&self, image: &VerifiedImage, cancel: &mut Cancel, progress: &Progress) -> Result<(), HostError> {
         const WHAT: &str = "staging the image";
-        let is_it = |deployment: &Deployment| is_image(deployment, image.get(), Some(image.facts()));
+        let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
         let is_ready = |facts: &HostFacts| {
-            facts.staged().is_some_and(|staged| is_staged(staged, image.get(), Some(image.facts())))
+            facts.staged().is_some_and(|staged| is_staged(staged, image.image(), Some(image.facts())))
         };
         let boots_next = |facts: &HostFacts| facts.deployments.first().filter(|first| is_it(first)).cloned();
         let mut before = self.snapshot().await?;
         match (&before.facts.transaction, &before.address) {
-            (Some(active), Some(address)) if active.ours.as_ref() == Some(image.get().digest()) => {
+            (Some(active), Some(address)) if active.ours.as_ref() == Some(image.image().digest()) => {
                 let outcome = self.follow(WHAT, address, cancel, progress).await;
                 return self.judge(WHAT, outcome, is_ready, "the image is not staged").await;
             }
@@ -235,7 +227,7 @@ impl<'h> Client<'h> {
             }
             None => {}
         }
-        let title = format!("{TITLE}{}", image.get().digest());
+        let title = format!("{TITLE}{}", image.image().digest());
         let options: Options<'_> = Options::from([
             ("initiating-command-line", Variant::from(title.as_str())),
             // Going back to an older image is refused otherwise.
@@ -265,7 +257,7 @@ impl<'h> Client<'h> {
     /// the platform's, and `quiet` deletes a lone `quiet=1`.
     async fn set_kernel_arguments(
         &self,
-        image: &Verified<PinnedImage>,
+        image: &VerifiedImage,
         append: &[String],
         delete: &[String],
         cancel: &mut Cancel,
@@ -273,7 +265,7 @@ impl<'h> Client<'h> {
         const WHAT: &str = "changing kernel arguments";
         let no_effect = |why: &str| HostError::NoEffect { what: WHAT, why: why.to_owned() };
         let before = self.snapshot().await?;
-        let staged = before.facts.staged().filter(|staged| is_image(staged, image.get(), Some(image.facts())));
+        let staged = before.facts.staged().filter(|staged| is_image(staged, image.image(), Some(image.facts())));
         let staged = staged.ok_or_else(|| no_effect("the image is not staged any more"))?;
         let Some(existing) = staged.arguments.clone() else {
             // What the daemon would edit is not there; an image that it stages has arguments.

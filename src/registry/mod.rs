@@ -48,33 +48,32 @@ pub struct Settings {
     pub deadline: Duration,
 }
 
-/// Something that verification vouches for. Only [`verify`] makes one, nothing alters one, and what changes the host's
+/// An image that verification vouches for. Only [`verify`] makes one, nothing alters one, and what changes the host's
 /// image, its kernel arguments or its boot takes one; `tests/proofs.rs` shows that code which does otherwise is not
 /// compiled.
 #[derive(Clone, Debug)]
-pub struct Verified<T> {
-    inner: T,
+pub struct VerifiedImage {
     facts: ImageFacts,
     default_is_insecure: bool,
 }
 
-impl<T> Verified<T> {
+impl VerifiedImage {
     /// What was verified.
-    pub fn get(&self) -> &T {
-        &self.inner
+    #[must_use]
+    pub fn image(&self) -> &PinnedImage {
+        &self.facts.image
     }
 
     /// What the verified manifest and config say.
+    #[must_use]
     pub fn facts(&self) -> &ImageFacts {
         &self.facts
     }
-}
 
-impl Verified<PinnedImage> {
     /// The reference for the host tools, with the prefix that this policy admits.
     #[must_use]
     pub fn to_pull(&self) -> String {
-        reference::to_pull(&self.inner, self.default_is_insecure)
+        reference::to_pull(&self.facts.image, self.default_is_insecure)
     }
 
     /// Whether that prefix makes the deployment's origin a signed one.
@@ -254,22 +253,6 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
-    /// Whether the same call may succeed later without anybody changing the policy or the node.
-    #[must_use]
-    pub fn retryable(&self) -> bool {
-        matches!(
-            self,
-            Self::SignatureMissing { .. }
-                | Self::ManifestMissing { .. }
-                | Self::Scarce { .. }
-                | Self::Denied { .. }
-                | Self::Untrusted { .. }
-                | Self::Unreachable { .. }
-                | Self::Deadline { .. }
-                | Self::Invalid { .. }
-        )
-    }
-
     /// The stable word.
     #[must_use]
     pub fn reason(&self) -> Reason {
@@ -296,7 +279,7 @@ impl RegistryError {
 
 impl From<&RegistryError> for Fault {
     fn from(error: &RegistryError) -> Self {
-        Self { reason: error.reason(), message: printable(&error.to_string(), 900), retryable: error.retryable() }
+        Self { reason: error.reason(), message: printable(&error.to_string(), 900) }
     }
 }
 
@@ -357,7 +340,7 @@ fn unusable(path: &std::path::Path, error: &PolicyError) -> RegistryError {
 ///
 /// # Errors
 /// Every variant of [`RegistryError`]; none of them may be taken for success.
-pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<Verified<PinnedImage>, RegistryError> {
+pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImage, RegistryError> {
     let policy = NodePolicy::read(&engine.settings().policy)?;
     #[cfg(feature = "faults")]
     if crate::faults::chosen(crate::faults::NO_VERIFY) {
@@ -373,20 +356,16 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<Verified<Pin
         );
     }
     let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
-    Ok(Verified { inner: image.clone(), facts, default_is_insecure: policy.policy.default_is_insecure() })
+    Ok(VerifiedImage { facts, default_is_insecure: policy.policy.default_is_insecure() })
 }
 
 #[cfg(feature = "faults")]
-async fn unverified(
-    engine: &Engine,
-    node: NodePolicy,
-    image: &PinnedImage,
-) -> Result<Verified<PinnedImage>, RegistryError> {
+async fn unverified(engine: &Engine, node: NodePolicy, image: &PinnedImage) -> Result<VerifiedImage, RegistryError> {
     let bytes = br#"{"default":[{"type":"insecureAcceptAnything"}]}"#.to_vec();
     let policy = NodePolicy { policy: Policy::parse(&bytes).map_err(|e| unusable(&node.path, &e))?, bytes, ..node };
     let fetched = engine.fetch(&policy, image, "").await?;
     let facts = facts(image, String::new(), &fetched.instance, &fetched.manifest, &fetched.config)?;
-    Ok(Verified { inner: image.clone(), facts, default_is_insecure: node.policy.default_is_insecure() })
+    Ok(VerifiedImage { facts, default_is_insecure: node.policy.default_is_insecure() })
 }
 
 fn root_only(file: &str) -> bool {
@@ -474,55 +453,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_others_may_put_right_is_retried_soon() {
+    fn the_message_of_a_fault_is_short_and_printable() {
         let image = || reference::parse(&format!("quay.io/o/i@sha256:{}", "ab".repeat(32))).unwrap();
-        let (path, why, scope) = (|| PathBuf::from("/p"), || "w".to_owned(), || "default".to_owned());
-        let source = std::io::ErrorKind::NotFound.into();
-        let table = [
-            // The build signs, the registry comes back, the pull secret is rotated, the image is pushed.
-            (
-                RegistryError::SignatureMissing { image: image(), scope: scope(), hint: why() },
-                Reason::SignatureMissing,
-                true,
-            ),
-            (RegistryError::ManifestMissing { image: image(), place: why() }, Reason::ManifestMissing, true),
-            (
-                RegistryError::Denied { image: image(), what: "", place: why(), why: why() },
-                Reason::RegistryDenied,
-                true,
-            ),
-            (RegistryError::Untrusted { image: image(), place: why(), why: why() }, Reason::RegistryUntrusted, true),
-            (RegistryError::Scarce { why: why() }, Reason::ResourcesExhausted, true),
-            (RegistryError::Unreachable { image: image(), why: why() }, Reason::RegistryUnreachable, true),
-            (RegistryError::Deadline { image: image(), seconds: 1 }, Reason::DeadlineExceeded, true),
-            (RegistryError::Invalid { image: image(), why: why() }, Reason::ImageInvalid, true),
-            // Only this node's files, or another image, help.
-            (RegistryError::ReadPolicy { path: path(), source }, Reason::PolicyInvalid, false),
-            (RegistryError::Policy { path: path(), why: why() }, Reason::PolicyInvalid, false),
-            (
-                RegistryError::AcceptsAnything { path: path(), image: image(), scope: scope(), hint: why() },
-                Reason::PolicyAcceptsAnything,
-                false,
-            ),
-            (
-                RegistryError::Rejects { path: path(), image: image(), scope: scope(), hint: why() },
-                Reason::PolicyRejects,
-                false,
-            ),
-            (RegistryError::Config { why: why() }, Reason::RegistryConfigInvalid, false),
-            (RegistryError::Engine { skopeo: path(), why: why() }, Reason::EngineUnfit, false),
-            (
-                RegistryError::SignatureRejected { image: image(), scope: scope(), why: why(), hint: why() },
-                Reason::SignatureRejected,
-                false,
-            ),
-            (RegistryError::GpgScratch { scope: scope(), why: why() }, Reason::GpgNeedsScratch, false),
-            (RegistryError::NoInstance { image: image(), why: why() }, Reason::WrongArchitecture, false),
-        ];
-        for (error, reason, retryable) in table {
-            let fault = Fault::from(&error);
-            assert_eq!((fault.reason, fault.retryable), (reason, retryable), "{error}");
-        }
         let long = RegistryError::Unreachable { image: image(), why: "\u{1b}".repeat(5000) };
         let message = Fault::from(&long).message;
         assert!(message.chars().count() <= 900 && !message.contains('\u{1b}'), "{message}");

@@ -336,7 +336,7 @@ async fn forbidden_everything_is_told_and_asked_again() {
     let mut following = stage.follow(Duration::from_secs(300));
     for _ in 0..2 {
         let error = following.error().await;
-        assert!(matches!(error, ClusterError::Forbidden(_)) && !error.retryable(), "{error}");
+        assert!(matches!(error, ClusterError::Forbidden(_)), "{error}");
     }
     following.node("the Node", |_| true).await;
 }

@@ -1,7 +1,7 @@
 //! Which host tool is used on which host.
 
 use rebase_agent::host::{Host, HostError};
-use rebase_agent::model::{Backend, Reason};
+use rebase_agent::model::{Backend, Reason, Severity};
 use support::bootc::STATUS_UNIT;
 use support::machine::HostTools;
 
@@ -73,6 +73,6 @@ async fn hosts_that_nobody_can_change_are_told_apart() {
     assert!(matches!(error, HostError::NotImageMode), "{error}");
     std::fs::write(root.join("proc/cmdline"), format!("rw composefs={}\n", "c".repeat(128))).unwrap();
     let error = lab.host.read().await.unwrap_err();
-    assert!(matches!(error, HostError::Composefs) && !error.retryable(), "{error}");
+    assert!(matches!(error, HostError::Composefs) && error.reason().severity() == Severity::Fatal, "{error}");
     assert_eq!(error.reason(), Reason::HostUnsupported);
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use rebase_agent::host::{Deadlines, Host, HostError};
-use rebase_agent::model::{Fault, Reason};
+use rebase_agent::model::{Fault, Reason, Severity};
 use support::events::Event;
 use support::image::Pushed;
 use support::machine::HostTools;
@@ -100,7 +100,7 @@ async fn failures_name_the_journal_that_has_their_words() {
         assert_eq!(error.reason(), reason, "{error}");
         let way_out = format!("`{result} 1`; see `journalctl -u '{}'`", plain(&lab, "2"));
         assert!(error.to_string().contains(&way_out), "{error}");
-        assert!(error.retryable() && Fault::from(&error).message.len() < 900);
+        assert!(error.reason().severity() == Severity::Transient && Fault::from(&error).message.len() < 900);
         assert_eq!(lab.machine.systemd().unit(&plain(&lab, "2")).unwrap().active, "inactive");
     }
     // What an earlier run left is no obstacle.
@@ -231,7 +231,7 @@ async fn what_an_operator_stops_is_cancelled_and_tried_again_in_time() {
     assert!(error.to_string().contains("TransactionIsDestructive"), "{error}");
     stop("replace").await.unwrap();
     let error = running.await.unwrap().unwrap_err();
-    assert_eq!((error.reason(), error.retryable()), (Reason::Cancelled, true), "{error}");
+    assert_eq!(error.reason(), Reason::Cancelled, "{error}");
     lab.stage("2").await.unwrap();
 }
 
@@ -352,11 +352,11 @@ async fn what_bootc_cannot_do_is_refused_by_name() {
     let arguments = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
     let (append, delete) = (arguments(&["nosmt", "a=b"]), arguments(&["quiet"]));
     let error = lab.host.set_kernel_arguments(lab.verified("2"), &append, &delete, &mut cancel).await.unwrap_err();
-    assert_eq!((error.reason(), error.retryable()), (Reason::KernelArgumentsUnsupported, false));
+    assert_eq!(error.reason(), Reason::KernelArgumentsUnsupported);
     let text = error.to_string();
     assert!(text.contains("bring `nosmt a=b` and drop `quiet`") && text.contains("/usr/lib/bootc/kargs.d"), "{text}");
     let error = lab.stage("long").await.unwrap_err();
-    assert_eq!((error.reason(), error.retryable()), (Reason::ImageNameTooLong, false), "{error}");
+    assert_eq!(error.reason(), Reason::ImageNameTooLong, "{error}");
     assert!(error.to_string().contains("255"), "{error}");
     assert!(lab.host.drop_pending("0", &mut cancel).await.is_err());
     assert_eq!(count(&seen, |event| matches!(event, Event::UnitStarted(_))), 0, "nobody was asked for any of it");

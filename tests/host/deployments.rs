@@ -1,7 +1,8 @@
 //! What the daemon tells of deployments.
 
-use rebase_agent::host::{HostError, is_image};
+use rebase_agent::host::HostError;
 use rebase_agent::model::Reason;
+use rebase_agent::model::is_image;
 use zbus::{ObjectPath, Variant};
 
 use crate::lab::{Dict, Lab, dict};
@@ -78,13 +79,13 @@ async fn an_index_is_recognized_by_its_instance() {
     let lab = Lab::new().await;
     lab.stage("index").await.unwrap();
     let image = lab.verified("index");
-    assert_ne!(image.facts().instance, *image.get().digest());
+    assert_ne!(image.facts().instance, *image.image().digest());
     let mut staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.digest.as_ref(), Some(&image.facts().instance));
-    assert!(!is_image(&staged, image.get(), None), "its reference proves nothing before the index is verified");
+    assert!(!is_image(&staged, image.image(), None), "its reference proves nothing before the index is verified");
     staged.reference = Some("quay.io/o/i:latest".to_owned());
-    assert!(is_image(&staged, image.get(), Some(image.facts())), "by the instance");
-    assert!(!is_image(&staged, image.get(), None), "an instance nobody verified says nothing");
+    assert!(is_image(&staged, image.image(), Some(image.facts())), "by the instance");
+    assert!(!is_image(&staged, image.image(), None), "an instance nobody verified says nothing");
     // Staged already: nothing is asked for.
     let seen = lab.record();
     lab.stage("index").await.unwrap();

@@ -1,6 +1,6 @@
 //! How a transaction failed, from the daemon's prose.
 
-use rebase_agent::model::{Fault, Reason};
+use rebase_agent::model::{Fault, Reason, Severity};
 use support::image::digest;
 use support::machine::Engine;
 use support::policy::{Policy, RegistriesD, Requirement};
@@ -67,12 +67,12 @@ async fn failures_that_are_only_told_are_classified() {
         lab.machine.rpm_ostreed().fail_next(text.clone());
         let error = lab.stage("2").await.unwrap_err();
         assert_eq!(error.reason(), reason, "{text}: {error}");
-        assert!(error.retryable());
+        assert!(error.reason().severity() == Severity::Transient);
     }
     let denied = "org.freedesktop.DBus.Error.AccessDenied";
     lab.machine.rpm_ostreed().refuse(Some((denied, "rebase not allowed for user")));
     let error = lab.stage("2").await.unwrap_err();
-    assert!(!error.retryable() && error.to_string().contains("uid 0"), "{error}");
+    assert!(error.reason().severity() == Severity::Fatal && error.to_string().contains("uid 0"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

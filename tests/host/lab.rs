@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use rebase_agent::host::boot::Root;
 use rebase_agent::host::{Cancel, Deadlines, Host, HostError};
-use rebase_agent::model::{HostFacts, PinnedImage};
-use rebase_agent::registry::{Engine as Verifier, Settings, Verified, reference, verify};
+use rebase_agent::model::HostFacts;
+use rebase_agent::registry::{Engine as Verifier, Settings, VerifiedImage, reference, verify};
 use support::events::{Event, Events};
 use support::image::{ImageSpec, Pushed};
 use support::machine::{AgentCommand, Engine, HostTools, Machine, MachineOptions};
@@ -26,7 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// An image in the registry, verified.
 pub struct Signed {
     pub pushed: Pushed,
-    pub verified: Verified<PinnedImage>,
+    pub verified: VerifiedImage,
 }
 
 /// Real images, in a registry that lives as long as the process.
@@ -112,7 +112,7 @@ async fn fill(dir: &Path) -> (Registry, Store) {
 }
 
 /// Verified under the policy of `engine`.
-pub async fn verified(engine: &Engine, image: &Pushed) -> Verified<PinnedImage> {
+pub async fn verified(engine: &Engine, image: &Pushed) -> VerifiedImage {
     let verifier = Verifier::new(Settings {
         policy: engine.policy.clone(),
         registries_d: engine.registries_d.clone(),
@@ -172,7 +172,7 @@ impl Lab {
         self.host.clone().with_deadlines(deadlines)
     }
 
-    pub fn verified(&self, image: &str) -> &'static Verified<PinnedImage> {
+    pub fn verified(&self, image: &str) -> &'static VerifiedImage {
         &self.store.image(image).verified
     }
 
@@ -215,7 +215,7 @@ impl Lab {
     }
 }
 
-pub async fn stage(host: &Host, image: &Verified<PinnedImage>) -> Result<(), HostError> {
+pub async fn stage(host: &Host, image: &VerifiedImage) -> Result<(), HostError> {
     let (_never, mut cancel) = never();
     host.stage(image, &mut cancel, &|_| {}).await
 }

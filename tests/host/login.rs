@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rebase_agent::host::HostError;
-use rebase_agent::model::Reason;
+use rebase_agent::model::{Reason, Severity};
 use support::logind::Inhibitor;
 
 use crate::lab::Lab;
@@ -16,7 +16,7 @@ async fn a_reboot_is_announced_and_repeating_it_is_success() {
     logind.on_reboot(|| {});
     assert!(!lab.host.read_machine().await.unwrap().shutting_down);
     lab.host.reboot(lab.verified("2")).await.unwrap();
-    let told = format!("rebooting into the desired OS image {}", lab.verified("2").get().digest().short());
+    let told = format!("rebooting into the desired OS image {}", lab.verified("2").image().digest().short());
     assert_eq!(logind.wall_message(), Some((told, true)));
     assert!(lab.host.read_machine().await.unwrap().shutting_down);
     // OperationInProgress.
@@ -72,6 +72,6 @@ async fn a_refused_reboot_is_told_apart_from_a_silent_logind() {
         logind.refuse_reboot(Some((name, "not now")));
         let error = lab.host.reboot(lab.verified("2")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::RebootRefused, "{name}: {error}");
-        assert!(error.retryable() && error.to_string().contains("not now"), "{error}");
+        assert!(error.reason().severity() == Severity::Transient && error.to_string().contains("not now"), "{error}");
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rebase_agent::host::HostError;
-use rebase_agent::model::Reason;
+use rebase_agent::model::{Reason, Severity};
 use support::events::Event;
 use tokio::sync::watch;
 
@@ -249,7 +249,7 @@ async fn after_a_crash_the_deployments_tell() {
     let daemon = lab.machine.rpm_ostreed();
     daemon.crash_at("Importing");
     let error = lab.stage("2").await.unwrap_err();
-    assert!(matches!(error, HostError::Vanished(_)) && error.retryable(), "{error}");
+    assert!(matches!(error, HostError::Vanished(_)) && error.reason().severity() == Severity::Transient, "{error}");
     lab.stage("2").await.unwrap();
     // The next one replaces what is staged, and its image is pruned: everything is done by then.
     daemon.crash_at("Pruned images");
@@ -262,7 +262,7 @@ async fn success_without_a_change_is_no_success() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().no_change_next();
     let error = lab.stage("2").await.unwrap_err();
-    assert!(matches!(error, HostError::NoEffect { .. }) && error.retryable(), "{error}");
+    assert!(matches!(error, HostError::NoEffect { .. }) && error.reason().severity() == Severity::Transient, "{error}");
     // A human stages something else before the verdict.
     lab.stage("2").await.unwrap();
     lab.machine.rpm_ostreed().hang_at("Pruned images");

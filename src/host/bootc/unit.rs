@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use super::super::HostError;
 use crate::model::PinnedImage;
-use crate::registry::{Verified, reference};
+use crate::registry::{VerifiedImage, reference};
 
 /// `bootc switch`, for policies whose global default accepts anything: bootc refuses the other one there.
 const PLAIN: &str = "rebase-agent-bootc@";
@@ -24,8 +24,8 @@ const LONGEST: usize = 255;
 ///
 /// # Errors
 /// [`HostError::NameTooLong`].
-pub(super) fn of(image: &Verified<PinnedImage>) -> Result<String, HostError> {
-    name(image.get(), image.is_signed_origin())
+pub(super) fn of(image: &VerifiedImage) -> Result<String, HostError> {
+    name(image.image(), image.is_signed_origin())
 }
 
 fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
@@ -120,7 +120,7 @@ mod tests {
         assert_eq!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), false).unwrap().len(), LONGEST);
         let error = name(&pinned(&format!("quay.io/{}", "a".repeat(room + 1))), false).unwrap_err();
         assert!(matches!(error, HostError::NameTooLong { length: 256, .. }), "{error}");
-        assert!(!error.retryable());
+        assert_eq!(error.reason().severity(), crate::model::Severity::Fatal);
         assert!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), true).is_err(), "its prefix is longer");
     }
 

@@ -1,0 +1,231 @@
+//! Looking at the neighbours, and how far what was seen can be trusted.
+
+use tokio::time::Instant;
+
+use super::{Agent, Event, OVERTAKEN};
+use crate::cluster::Told;
+use crate::host::boot::DeploymentsStamp;
+use crate::model::{HostFacts, MachineFacts, Reading, Work};
+use crate::observe;
+use crate::registry::TrustStamp;
+
+/// How far to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Look {
+    /// Kernel, systemd, logind.
+    Machine,
+    /// The deployments, too.
+    Host,
+    /// And the whole Node: what a reboot needs.
+    Everything,
+}
+
+/// One look around, as far as it went.
+pub(super) struct Readings {
+    node: Option<Told>,
+    /// With the stamp from before it was read: what changes meanwhile must be read once more.
+    host: Option<(DeploymentsStamp, Reading<HostFacts>)>,
+    machine: Reading<MachineFacts>,
+}
+
+/// How old the readings are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Age {
+    /// The deployments have changed since they were read. Nothing is decided until they are read again.
+    Stale,
+    /// Nothing is known to have changed since. Enough for everything but a reboot.
+    Current,
+    /// Everything was read just now, the whole Node too. A reboot may follow from the next decision.
+    Confirmed,
+}
+
+/// What is known of the readings: their age, the look that is under way, and the files they come from.
+#[derive(Debug)]
+pub(super) struct Sight {
+    age: Age,
+    /// A look is under way.
+    looking: bool,
+    /// What to look at next: the look under way may have begun before the change that asked for this one.
+    next: Option<Look>,
+    /// The deployments' files before they were read.
+    deployments: DeploymentsStamp,
+    /// The trust files before the last verification began, whichever way it ended.
+    pub(super) trust: Option<TrustStamp>,
+}
+
+impl Sight {
+    pub(super) fn new(deployments: DeploymentsStamp) -> Self {
+        Self { age: Age::Current, looking: false, next: None, deployments, trust: None }
+    }
+
+    /// Whether a look may begin now; if not, one follows the look that is under way.
+    fn may_look(&mut self, how: Look) -> bool {
+        if self.looking {
+            self.next = self.next.max(Some(how));
+            return false;
+        }
+        self.looking = true;
+        true
+    }
+
+    /// A look has ended. `deployments` if it read them, `confirmed` if it read a Node that no event has overtaken.
+    fn looked(&mut self, deployments: Option<DeploymentsStamp>, confirmed: bool) {
+        self.looking = false;
+        self.age = match (deployments, self.age) {
+            (Some(stamp), _) => {
+                self.deployments = stamp;
+                if confirmed { Age::Confirmed } else { Age::Current }
+            }
+            (None, Age::Stale) => Age::Stale,
+            (None, _) => Age::Current,
+        };
+    }
+
+    /// The look that was asked for while another was under way, as far as `furthest`.
+    fn take_next(&mut self, furthest: Look) -> Option<Look> {
+        let how = self.next.take()?.min(furthest);
+        if how >= Look::Host {
+            self.age = Age::Stale;
+        }
+        Some(how)
+    }
+
+    /// The deployments have changed.
+    pub(super) fn spoil(&mut self) {
+        self.age = Age::Stale;
+    }
+
+    /// A decision was made: what was confirmed for it is confirmed no longer.
+    pub(super) fn decided(&mut self) {
+        if self.age == Age::Confirmed {
+            self.age = Age::Current;
+        }
+    }
+
+    pub(super) fn is_stale(&self) -> bool {
+        self.age == Age::Stale
+    }
+
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.age == Age::Confirmed
+    }
+}
+
+impl Agent {
+    pub(super) fn look(&mut self, how: Look) {
+        if !self.sight.may_look(how) {
+            return;
+        }
+        let (neighbours, events) = (self.neighbours.clone(), self.events.clone());
+        tokio::spawn(async move {
+            let node = async { if how == Look::Everything { Some(neighbours.api.full().await) } else { None } };
+            let host = async {
+                let stamp = neighbours.host.root().deployments_stamp();
+                if how >= Look::Host { Some((stamp, observe::deployments(&neighbours.host).await)) } else { None }
+            };
+            let (node, host, machine) = tokio::join!(node, host, observe::machine(&neighbours.host));
+            let _ = events.send(Event::Looked(Box::new(Readings { node, host, machine }))).await;
+        });
+    }
+
+    pub(super) fn looked(&mut self, readings: Readings) {
+        let mut confirmed = false;
+        match readings.node {
+            Some(Ok(node)) => {
+                self.cluster.failures = 0;
+                confirmed = !self.is_outdated(&node);
+                if !confirmed {
+                    self.cluster.not_before = self.cluster.not_before.max(Instant::now() + OVERTAKEN);
+                }
+                self.take_node(Ok(node));
+            }
+            // The watch says when the Node is gone; this read is only asked for again.
+            Some(Err(error)) => self.cluster_failed(&error, "the Node cannot be read"),
+            None => {}
+        }
+        let stamp = readings.host.map(|(stamp, host)| {
+            self.host_seen = true;
+            self.observed.host = host;
+            stamp
+        });
+        self.observed.machine = readings.machine;
+        self.sight.looked(stamp, confirmed);
+        // The decision that follows asks for the Node again, if it still needs it.
+        let furthest = if Instant::now() < self.cluster.not_before { Look::Host } else { Look::Everything };
+        if let Some(how) = self.sight.take_next(furthest) {
+            self.look(how);
+        }
+    }
+
+    /// Withdraws the proof when a file that it rests on is not what it was, and has the deployments read again when
+    /// they changed. Costs a few calls of stat(2), so every step begins with it: also the last before the reboot.
+    pub(super) fn check_stamps(&mut self) {
+        let settings = self.neighbours.engine.settings();
+        let changed = self.sight.trust.as_ref().and_then(|trust| trust.changed(settings));
+        if let Some(path) = changed {
+            tracing::info!("{} changed, which decides about signatures; verifying again", path.display());
+            self.withdraw_proof();
+            // What is being verified may have read the file before it changed.
+            if matches!(self.running(), Some(Work::Verify { .. })) {
+                self.abort();
+            }
+        }
+        // What we change ourselves is read when that has ended.
+        let changes_host = self.running().is_some_and(|work| !matches!(work, Work::Verify { .. }));
+        if !self.sight.is_stale()
+            && !changes_host
+            && self.neighbours.host.root().deployments_stamp() != self.sight.deployments
+        {
+            self.sight.spoil();
+            self.look(Look::Host);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::boot::Root;
+
+    fn stamp() -> DeploymentsStamp {
+        Root::new("/nowhere".into()).deployments_stamp()
+    }
+
+    #[test]
+    fn a_look_asked_for_during_another_follows_it() {
+        let mut sight = Sight::new(stamp());
+        assert!(sight.may_look(Look::Machine), "none is under way");
+        assert!(!sight.may_look(Look::Host) && !sight.may_look(Look::Machine), "one at a time");
+        sight.looked(None, false);
+        assert_eq!(sight.take_next(Look::Everything), Some(Look::Host), "the furthest that was asked for");
+        assert!(sight.is_stale(), "nothing is decided on deployments that are about to be read again");
+        assert_eq!(sight.take_next(Look::Everything), None);
+    }
+
+    #[test]
+    fn a_look_at_everything_waits_for_the_api_server() {
+        let mut sight = Sight::new(stamp());
+        assert!(sight.may_look(Look::Machine) && !sight.may_look(Look::Everything));
+        sight.looked(None, false);
+        assert_eq!(sight.take_next(Look::Host), Some(Look::Host));
+    }
+
+    #[test]
+    fn only_a_read_of_the_deployments_makes_them_current() {
+        let mut sight = Sight::new(stamp());
+        sight.spoil();
+        sight.looked(None, false);
+        assert!(sight.is_stale(), "a look at the machine says nothing about deployments");
+        sight.looked(Some(stamp()), false);
+        assert!(!sight.is_stale() && !sight.is_confirmed());
+    }
+
+    #[test]
+    fn a_confirmation_serves_one_decision() {
+        let mut sight = Sight::new(stamp());
+        sight.looked(Some(stamp()), true);
+        assert!(sight.is_confirmed());
+        sight.decided();
+        assert!(!sight.is_confirmed() && !sight.is_stale());
+    }
+}

@@ -1,0 +1,347 @@
+//! The loop: observe, decide, act, report, then wait for a change, a deadline or a poll. It never waits for a neighbour:
+//! what may take time runs as a task of tokio and comes back as an [`Event`].
+//!
+//! | task or thread | begun by | comes back as |
+//! |---|---|---|
+//! | `follow`: list and watch our Node, poll it | [`run`], once | [`Event::Node`], on its own channel |
+//! | a look at host, machine and perhaps the whole Node | [`looking`], one at a time | [`Event::Looked`] |
+//! | the agent's work: verify, stage, … reboot | [`task`], one at a time | [`Event::Progress`], [`Event::Ended`] |
+//! | a patch of our Node's annotations | [`reporting`], one at a time | [`Event::Patched`] |
+//! | the thread `notify`, which writes to systemd | [`log`], once | nothing |
+//!
+//! `events` carries everything but the Node's changes; both channels hold [`QUEUE`] events and are read here only.
+
+mod log;
+mod looking;
+mod reporting;
+mod task;
+
+use std::io;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::backoff::{full_jitter, jittered, random};
+use crate::cluster::node::NodeObject;
+use crate::cluster::{Told, follow};
+use crate::confine::Confinement;
+use crate::decide::{Decision, Limits, Memory, decide, limits};
+use crate::journal::id;
+use crate::lane::Lane;
+use crate::model::{Action, Fault, Now, Observed, Reading, Reason, Work};
+use crate::observe::Neighbours;
+use crate::registry::VerifiedImage;
+use crate::report::Patch;
+use log::Notice;
+use looking::{Look, Readings, Sight};
+use reporting::Cluster;
+use task::{Ended, Task};
+
+/// The longest sleep: what nothing tells us (a deployment written by hand, a changed policy) is noticed by then. Also
+/// the one own timer of an idle agent, which tokio's wheel splits into up to three: one a minute.
+const HOUSEKEEPING: Duration = Duration::from_secs(180);
+/// systemd hears `READY=1` by then, even if a neighbour is still unknown.
+const FIRST_PASS: Duration = Duration::from_secs(30);
+/// A read of the whole Node that an event overtook is not repeated before that.
+const OVERTAKEN: Duration = Duration::from_secs(1);
+/// Events that may wait for the loop.
+const QUEUE: usize = 64;
+/// How long the end of the process waits for systemd to take its last notices.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// What a task came to.
+enum Event {
+    Node(Told),
+    Looked(Box<Readings>),
+    Patched(Told, Patch),
+    Progress(String),
+    /// The number of the task, and what it came to.
+    Ended(u64, Box<Ended>),
+}
+
+/// What the agent was started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What an operator may set.
+    pub limits: Limits,
+    /// Time between two reads of our Node.
+    pub poll: Duration,
+    /// How far the kernel confines this process.
+    pub confinement: Confinement,
+}
+
+struct Agent {
+    neighbours: Neighbours,
+    settings: Settings,
+    events: mpsc::Sender<Event>,
+    began: Instant,
+    memory: Memory,
+    proof: Option<VerifiedImage>,
+    node: Option<NodeObject>,
+    observed: Observed,
+    /// The API server was asked at least once, and so was the host.
+    node_seen: bool,
+    host_seen: bool,
+    task: Option<Task>,
+    /// Tasks begun so far.
+    tasks: u64,
+    systemd: Lane<Notice>,
+    sight: Sight,
+    cluster: Cluster,
+    last: Option<Decision>,
+    progress: Option<String>,
+    status: String,
+    wake: Instant,
+}
+
+/// Runs until SIGTERM or SIGINT. The next start resumes unfinished work.
+///
+/// # Errors
+/// When the process cannot listen to signals.
+pub async fn run(neighbours: Neighbours, settings: Settings) -> io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (events, mut queue) = mpsc::channel(QUEUE);
+
+    let (told, mut node) = mpsc::channel(QUEUE);
+    let following = tokio::spawn(follow(neighbours.api.clone(), settings.poll, told));
+    let mut agent = Agent::new(neighbours, settings, events, log::systemd()?);
+    agent.look(Look::Host);
+    let mut timer = Timer::new(agent.began, sd_notify::watchdog_enabled());
+    loop {
+        for notice in timer.due(Instant::now(), agent.has_seen_all()) {
+            agent.systemd.send(notice);
+        }
+        tokio::select! {
+            Some(event) = queue.recv() => agent.hear(event),
+            Some(told) = node.recv() => agent.hear(Event::Node(told)),
+            () = tokio::time::sleep_until(timer.next(Instant::now(), agent.wake)) => agent.tick(),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    agent.systemd.send(Notice::Stopping);
+    tracing::info!(message_id = id::STOPPING, "stopping; the next start resumes unfinished work");
+    following.abort();
+    if let Some(task) = agent.task {
+        task.handle.abort();
+    }
+    agent.systemd.flush(FLUSH);
+    Ok(())
+}
+
+/// When systemd has to hear of us, and how long the loop may sleep.
+struct Timer {
+    began: Instant,
+    ready: bool,
+    /// Half of `WatchdogSec=`, and when the next ping is due.
+    watchdog: Option<(Duration, Instant)>,
+}
+
+impl Timer {
+    fn new(began: Instant, watchdog: Option<Duration>) -> Self {
+        Self { began, ready: false, watchdog: watchdog.map(|limit| (limit / 2, began)) }
+    }
+
+    /// What is due now, however many events there are. Ready is who has seen all neighbours, or waited long enough.
+    fn due(&mut self, now: Instant, seen_all: bool) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        if let Some((period, ping)) = self.watchdog.as_mut().filter(|(_, ping)| now >= *ping) {
+            *ping = now + *period;
+            notices.push(Notice::Watchdog);
+        }
+        if !self.ready && (seen_all || now >= self.began + FIRST_PASS) {
+            self.ready = true;
+            notices.push(Notice::Ready);
+        }
+        notices
+    }
+
+    /// Until when the loop sleeps if nothing happens and the agent would sleep until `wake`.
+    fn next(&self, now: Instant, wake: Instant) -> Instant {
+        let wake = wake.min(now + HOUSEKEEPING);
+        let wake = self.watchdog.map_or(wake, |(_, ping)| wake.min(ping));
+        if self.ready { wake } else { wake.min(self.began + FIRST_PASS) }
+    }
+}
+
+impl Agent {
+    fn new(neighbours: Neighbours, settings: Settings, events: mpsc::Sender<Event>, systemd: Lane<Notice>) -> Self {
+        fn unread<T>(reason: Reason) -> Reading<T> {
+            Reading::Unknown(Fault { reason, message: "not read yet".to_owned() })
+        }
+        let sight = Sight::new(neighbours.host.root().deployments_stamp());
+        let began = Instant::now();
+        Self {
+            neighbours,
+            settings,
+            events,
+            began,
+            memory: Memory { spread: full_jitter(limits::RESTORE_SPREAD, random()), ..Memory::default() },
+            proof: None,
+            node: None,
+            observed: Observed {
+                cluster: unread(Reason::ClusterUnreachable),
+                host: unread(Reason::HostUnreachable),
+                machine: unread(Reason::HostUnreachable),
+                running: None,
+            },
+            node_seen: false,
+            host_seen: false,
+            task: None,
+            tasks: 0,
+            systemd,
+            sight,
+            cluster: Cluster::new(began),
+            last: None,
+            progress: None,
+            status: String::new(),
+            wake: began + HOUSEKEEPING,
+        }
+    }
+
+    fn has_seen_all(&self) -> bool {
+        self.node_seen && self.host_seen
+    }
+
+    fn now(&self) -> Now {
+        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let here = || SystemTime::now().duration_since(UNIX_EPOCH).map(milliseconds).unwrap_or_default();
+        Now { mono: milliseconds(self.began.elapsed()), unix: self.neighbours.api.time().unwrap_or_else(here) }
+    }
+
+    /// Nothing has to be followed up: the next change will be told.
+    fn is_idle(&self) -> bool {
+        self.task.is_none()
+            && self.last.as_ref().is_some_and(|last| last.reason.is_at_rest() || last.reason == Reason::NotLayered)
+    }
+
+    fn tick(&mut self) {
+        let unknown = self.observed.host.known().is_none();
+        let busy = self.observed.host.known().is_some_and(|host| host.transaction.is_some());
+        if !self.is_idle() && self.task.is_none() {
+            self.look(if unknown || busy { Look::Host } else { Look::Machine });
+        }
+        self.step();
+    }
+
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::Node(told) => {
+                if !self.take_node(told) {
+                    return;
+                }
+            }
+            Event::Looked(readings) => self.looked(*readings),
+            Event::Patched(told, patch) => self.patched(told, &patch),
+            Event::Progress(line) => {
+                self.progress = Some(line);
+                self.tell_status();
+                return;
+            }
+            Event::Ended(number, ended) => self.ended(number, *ended),
+        }
+        self.step();
+        self.sight.decided();
+    }
+
+    /// Decides on what is known, and does, reports and logs it.
+    fn step(&mut self) {
+        if !self.has_seen_all() && self.began.elapsed() < FIRST_PASS {
+            return;
+        }
+        self.check_stamps();
+        // What is being written, or was just done, decides what is true next.
+        if self.cluster.patching || self.sight.is_stale() {
+            return;
+        }
+        let now = self.now();
+        if let Some(node) = self.observed.cluster.known() {
+            self.memory.heed_retry(node);
+        }
+        self.observed.running = self.running().cloned();
+        #[cfg(feature = "faults")]
+        crate::faults::twist(&mut self.observed);
+        let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
+        self.memory.note(&self.observed, &decision, now);
+        self.say(&decision);
+        let wake = decision.wake.map_or(HOUSEKEEPING, |wake| Duration::from_millis(jittered(wake, random())));
+        self.wake = Instant::now() + wake;
+        self.report(&decision);
+        self.act(&decision.action);
+        self.last = Some(decision);
+        self.tell_status();
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            // Annotations are what `report` writes.
+            Action::Nothing | Action::Annotate(_) => {}
+            Action::Abort => self.abort(),
+            Action::ConfirmDrain => self.confirm(),
+            // Everything is looked at once more, and only what is decided on that look is done.
+            Action::Begin(Work::Reboot { .. }) if !self.sight.is_confirmed() => self.confirm(),
+            Action::Begin(work) if self.task.is_none() => self.begin(work.clone()),
+            Action::Begin(_) => {}
+        }
+    }
+
+    /// Looks at everything, as soon as the API server may be asked.
+    fn confirm(&mut self) {
+        if Instant::now() >= self.cluster.not_before {
+            self.look(Look::Everything);
+        } else {
+            self.wake = self.wake.min(self.cluster.not_before);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(notices: &[Notice]) -> Vec<&'static str> {
+        let word = |notice: &Notice| match notice {
+            Notice::Ready => "ready",
+            Notice::Stopping => "stopping",
+            Notice::Watchdog => "watchdog",
+            Notice::Status(_) => "status",
+        };
+        notices.iter().map(word).collect()
+    }
+
+    #[test]
+    fn systemd_hears_ready_once_when_all_is_seen_or_the_first_pass_is_over() {
+        let began = Instant::now();
+        let mut timer = Timer::new(began, None);
+        assert!(timer.due(began, false).is_empty());
+        assert_eq!(timer.next(began, began + HOUSEKEEPING), began + FIRST_PASS);
+        assert_eq!(words(&timer.due(began + FIRST_PASS, false)), ["ready"]);
+        assert!(timer.due(began + FIRST_PASS, true).is_empty());
+        assert_eq!(words(&Timer::new(began, None).due(began, true)), ["ready"]);
+    }
+
+    #[test]
+    fn the_watchdog_is_pinged_at_half_its_time_however_many_events_there_are() {
+        let began = Instant::now();
+        let mut timer = Timer::new(began, Some(Duration::from_secs(20)));
+        let mut pings = 0;
+        for millisecond in 0..60_000 {
+            let notices = timer.due(began + Duration::from_millis(millisecond), true);
+            pings += words(&notices).iter().filter(|word| **word == "watchdog").count();
+        }
+        assert_eq!(pings, 6);
+        let now = began + Duration::from_secs(55);
+        assert_eq!(timer.next(now, now + HOUSEKEEPING), began + Duration::from_secs(60));
+    }
+
+    #[test]
+    fn no_sleep_is_longer_than_housekeeping() {
+        let began = Instant::now();
+        let mut timer = Timer::new(began, None);
+        timer.due(began, true);
+        assert_eq!(timer.next(began, began + 10 * HOUSEKEEPING), began + HOUSEKEEPING);
+        assert_eq!(timer.next(began, began + FIRST_PASS / 2), began + FIRST_PASS / 2);
+    }
+}

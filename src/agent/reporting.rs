@@ -1,0 +1,123 @@
+//! Our Node: what the API server says of it, and what is written to it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::looking::Look;
+use super::{Agent, Event, log};
+use crate::backoff::{Backoff, jittered, random};
+use crate::cluster::node::NodeObject;
+use crate::cluster::{ClusterError, Told};
+use crate::decide::Decision;
+use crate::journal::id;
+use crate::observe;
+use crate::report::{Patch, report};
+
+/// When the API server may be asked.
+pub(super) struct Cluster {
+    /// Our own requests that failed in a row.
+    pub(super) failures: u32,
+    /// No request of our own before that.
+    pub(super) not_before: Instant,
+    /// When our last request failed, and until when the server told us to stay away.
+    failed: Option<(Instant, Instant)>,
+    /// A patch is on its way; what it changes decides what is true next.
+    pub(super) patching: bool,
+}
+
+impl Cluster {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { failures: 0, not_before: now, failed: None, patching: false }
+    }
+}
+
+impl Agent {
+    pub(super) fn is_outdated(&self, node: &NodeObject) -> bool {
+        self.node.as_ref().is_some_and(|current| node.is_older_than(current))
+    }
+
+    /// Takes a state of our Node over, unless it is an older one; true if a new decision is due.
+    pub(super) fn take_node(&mut self, told: Told) -> bool {
+        let first = !std::mem::replace(&mut self.node_seen, true);
+        match told {
+            Ok(node) => {
+                let answers = self.heed_answer(&node);
+                if self.is_outdated(&node) {
+                    return first || answers;
+                }
+                let before = self.observed.cluster.known().map(|node| node.desired_image.clone());
+                let retargeted = before.is_some_and(|before| before != node.facts.desired_image);
+                let facts = observe::cluster(Ok(node.facts.clone()));
+                let changed = facts != self.observed.cluster;
+                if changed {
+                    // A write whose reply was lost may be what we see.
+                    self.cluster.failures = 0;
+                }
+                self.observed.cluster = facts;
+                self.node = Some(node);
+                if retargeted {
+                    self.look(Look::Host);
+                }
+                changed || first || answers
+            }
+            Err(error) => {
+                let unknown = observe::cluster(Err(error));
+                let changed = unknown != self.observed.cluster;
+                self.observed.cluster = unknown;
+                changed || first
+            }
+        }
+    }
+
+    /// A read that was asked for after our last request failed, and answered: what failed may be tried at once, except
+    /// where the server named a time. An event of a watch proves nothing: one that is open outlives its certificate.
+    fn heed_answer(&mut self, node: &NodeObject) -> bool {
+        let Some(asked) = node.asked() else { return false };
+        let Some((_, until)) = self.cluster.failed.take_if(|(at, _)| asked > *at) else { return false };
+        self.cluster.not_before = self.cluster.not_before.min(until.max(Instant::now()));
+        true
+    }
+
+    pub(super) fn cluster_failed(&mut self, error: &ClusterError, what: &str) {
+        self.cluster.failures = self.cluster.failures.saturating_add(1);
+        let delay = Duration::from_millis(jittered(Backoff::CLUSTER.delay(self.cluster.failures), random()));
+        let (now, asked_for) = (Instant::now(), error.retry_after().unwrap_or_default());
+        self.cluster.failed = Some((now, now + asked_for));
+        self.cluster.not_before = now + delay.max(asked_for);
+        tracing::warn!(message_id = id::FAILED, rebase_agent_reason = error.reason().as_str(), "{what}: {error}");
+    }
+
+    pub(super) fn report(&mut self, decision: &Decision) {
+        let Some(node) = &self.node else { return };
+        if self.observed.cluster.known().is_none() {
+            return;
+        }
+        let patch = report(&node.facts, decision);
+        if patch.is_empty() {
+            return;
+        }
+        if Instant::now() < self.cluster.not_before {
+            self.wake = self.wake.min(self.cluster.not_before);
+            return;
+        }
+        self.cluster.patching = true;
+        let (api, events, uid) = (self.neighbours.api.clone(), self.events.clone(), node.uid.clone());
+        tokio::spawn(async move {
+            let told = api.patch(&uid, &patch).await;
+            let _ = events.send(Event::Patched(told, patch)).await;
+        });
+    }
+
+    pub(super) fn patched(&mut self, told: Told, patch: &Patch) {
+        self.cluster.patching = false;
+        match told {
+            Ok(node) => {
+                self.cluster.failures = 0;
+                log::patched(patch);
+                self.take_node(Ok(node));
+            }
+            Err(error) => self.cluster_failed(&error, "the Node's annotations cannot be changed"),
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Rows 23 and 24: what holds up the reboot, and the drain.
+
+use super::limits::{DRAIN_PATIENCE, MINUTE, RESTORE_SPREAD, SOON};
+use super::reboot::rebooting;
+use super::{Clock, Decision, Rule, Rules, Wanted, by};
+use crate::backoff::Backoff;
+use crate::model::annotations::HOLD;
+use crate::model::{Action, Annotate, NodeState, Reason, UnitState, Work, printable};
+
+impl Rules<'_> {
+    /// Row 23: everything that may hold up the reboot holds it up before the drain.
+    pub(super) fn hindrance(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let working = |reason, message: String| by(Rule::Hindrance, reason, message).state(NodeState::Working);
+        let image = wanted.image.digest().short();
+        if let Some(why) = &self.node.hold {
+            let message =
+                format!("{image} is staged and held: {}. Remove the annotation {HOLD} to go on", printable(why, 200));
+            return Some(working(Reason::Held, message));
+        }
+        if let Some(inhibitor) = self.machine.inhibitors.first() {
+            let message = format!(
+                "{image} is staged; `{}` inhibits the shutdown: {}. See `systemd-inhibit --list`",
+                inhibitor.who, inhibitor.why
+            );
+            return Some(working(Reason::Inhibited, message).wake(SOON));
+        }
+        if let Some(left) = self.limits.uptime_floor.checked_sub(self.machine.uptime).filter(|left| *left > 0) {
+            let minutes = self.limits.uptime_floor / MINUTE;
+            let message = format!("{image} is staged; no reboot before the machine has been up {minutes} min");
+            return Some(working(Reason::UptimeFloor, message).wake(left));
+        }
+        match self.machine.finalizer {
+            UnitState::Active => None,
+            _ => {
+                let decision =
+                    working(Reason::Finalizer, format!("{image} is staged; starting its finalizer")).wake(SOON);
+                Some(match self.failure(&Work::StartFinalizer) {
+                    None => decision.doing(Work::StartFinalizer),
+                    Some(failure) => {
+                        let decision = self.rest_if_refused(self.failed(Rule::Hindrance, failure));
+                        self.when_due(decision, failure, Work::StartFinalizer)
+                    }
+                })
+            }
+        }
+    }
+
+    /// Row 23: after a restore of etcd, Nodes say that they run an older image. MCC takes them for done, so it does not
+    /// keep them to maxUnavailable; chance has to.
+    pub(super) fn restored(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let node = self.node;
+        let asked_for = !node.is_current_image_desired() || node.desired_config != node.current_config;
+        let drained = node.desired_drain.as_deref().is_some_and(|drain| drain.starts_with("drain-"));
+        if asked_for || drained || node.topology.as_deref() == Some("SingleReplica") {
+            return None;
+        }
+        let subject = wanted.image.to_string();
+        let left =
+            self.memory.spread.checked_sub(self.waited(Clock::RestoreSpread, &subject)).filter(|left| *left > 0)?;
+        let message = format!(
+            "the Node names {} as current and another image runs, as after a restore of etcd; it is staged, and the \
+             drain waits a random time of up to {} min so that not all nodes drain at once",
+            wanted.image.digest().short(),
+            RESTORE_SPREAD / MINUTE
+        );
+        let decision = by(Rule::Hindrance, Reason::RestoreSpread, message).state(NodeState::Working);
+        Some(decision.clock(Clock::RestoreSpread, subject).wake(left))
+    }
+
+    /// Row 24.
+    pub(super) fn drain(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        // The workloads of a single node have nowhere to go.
+        if self.node.topology.as_deref() == Some("SingleReplica") {
+            return None;
+        }
+        let value = format!("drain-{}", wanted.config);
+        let image = wanted.image.digest().short();
+        let (desired, applied) = (self.node.desired_drain.as_deref(), self.node.last_applied_drain.as_deref());
+        let pending = |reason, message: String| {
+            by(Rule::Drain, reason, message).state(NodeState::Working).clock(Clock::Drain, value.clone())
+        };
+        if desired != Some(value.as_str()) {
+            // The controller compares strings: a drain asked for before the uncordon is acknowledged would count as done.
+            if let Some(uncordon) =
+                desired.filter(|desired| desired.starts_with("uncordon-") && applied != Some(*desired))
+            {
+                return Some(self.uncordon_pending(Rule::Drain, uncordon.to_owned()));
+            }
+            let message = format!("{image} is staged; waiting for the drain controller to drain the node");
+            return Some(pending(Reason::DrainPending, message).doing(Annotate::RequestDrain { value: value.clone() }));
+        }
+        if applied != Some(value.as_str()) {
+            let waited = self.waited(Clock::Drain, &value);
+            return Some(if waited < DRAIN_PATIENCE {
+                let message = format!("{image} is staged; waiting for the drain controller to drain the node");
+                pending(Reason::DrainPending, message).wake(DRAIN_PATIENCE.saturating_sub(waited))
+            } else {
+                let message = "the drain has taken over an hour; look for a PodDisruptionBudget that allows no \
+                               eviction: `oc adm drain --dry-run`, and the machine-config-controller's log. The \
+                               request stands";
+                pending(Reason::DrainStuck, message.to_owned()).state(NodeState::Degraded)
+            });
+        }
+        // A reboot that may not be tried yet needs no fresh look, and a look would change the reason to and fro.
+        let reboot = self.failure(&Work::Reboot { image: wanted.image.clone() });
+        let not_due = reboot.is_some_and(|failure| self.due_in(failure, Backoff::TRANSIENT) > 0);
+        match self.node.schedulable {
+            Some(false) => None,
+            None if not_due => None,
+            // Part of the reboot already; the cluster is told when it is certain.
+            None => Some(rebooting(wanted).doing(Action::ConfirmDrain)),
+            Some(true) => {
+                let message = "the node was uncordoned by hand after the drain; the agent uncordons it and drains it \
+                               again";
+                Some(
+                    pending(Reason::UncordonedByOther, message.to_owned())
+                        .doing(Annotate::RequestUncordon { value: self.uncordon(wanted.config) }),
+                )
+            }
+        }
+    }
+}

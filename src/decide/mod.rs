@@ -1,0 +1,390 @@
+//! The rules, and the one decision that they come to. Pure: no clock, no randomness, no I/O, no panic.
+//!
+//! [`Rule`] is the table: its variants are evaluated in their order, and the first that applies decides. A *refusal*
+//! gives a drained node back to its workloads first: MCC never gives a cordoned node another image, so a refusal on a
+//! node that we drained would hold it for ever.
+
+mod drain;
+mod follow;
+pub mod limits;
+mod memory;
+mod reboot;
+mod refuse;
+mod settle;
+mod update;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+pub use limits::Limits;
+pub use memory::{Clock, Failure, Memory, Outcome, Since};
+
+use crate::backoff::Backoff;
+use crate::model::{
+    Action, Deployment, Fault, HostFacts, ImageFacts, MachineFacts, NodeFacts, NodeState, Now, Observed, PinnedImage,
+    Reading, Reason, Severity, Work, is_image, is_named, is_staged,
+};
+use limits::{HOST_PATIENCE, MINUTE, REBOOT_PATIENCE, SOON, TRANSIENT_PATIENCE};
+
+macro_rules! rules {
+    ($($name:ident $word:literal: when $when:literal, then $then:literal, state $state:literal;)*) => {
+        /// The table of the rules, in the order of their evaluation. A rule's number is its place, from 1.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub enum Rule {
+            $(#[doc = concat!("When ", $when, ": ", $then, ". State: ", $state, ".")] $name,)*
+        }
+
+        impl Rule {
+            /// All of them, in order.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// Its name in output.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$name => $word,)* }
+            }
+
+            /// Its row: when it applies, what it does, and the state it reports.
+            #[must_use]
+            pub fn row(self) -> [&'static str; 3] {
+                match self { $(Self::$name => [$when, $then, $state],)* }
+            }
+        }
+    };
+}
+
+rules! {
+    Shutdown "shutdown":
+        when "the machine is going down, or logind accepted our reboot less than 30 min ago",
+        then "do nothing",
+        state "unchanged";
+    ClusterUnreadable "cluster-unreadable":
+        when "our Node cannot be read, or does not exist",
+        then "wait; a running task may finish",
+        state "unchanged";
+    HostUnreadable "host-unreadable":
+        when "deployments, kernel, systemd or logind cannot be read",
+        then "wait",
+        state "unchanged, Degraded after 10 min";
+    OtherDaemon "other-daemon":
+        when "another daemon wrote `state` or `currentConfig` in the last 15 min",
+        then "stand aside; give a drained node back",
+        state "unchanged";
+    FirstBoot "first-boot":
+        when "`currentConfig` is missing",
+        then "publish the first-boot file's annotations if its image is booted, else what is booted",
+        state "as published; Degraded if the booted image's rendered config is unknown";
+    NotLayered "not-layered":
+        when "neither `desiredImage` nor `currentImage` is set",
+        then "wait: the pool has no image",
+        state "unchanged";
+    LayeringReverted "layering-reverted":
+        when "`currentImage` is set and `desiredImage` is gone",
+        then "refuse",
+        state "Unreconcilable";
+    Malformed "malformed":
+        when "`desiredImage` is not `name@sha256:<64 hex>`, or `desiredConfig` is missing",
+        then "refuse",
+        state "Degraded";
+    NotDesired "not-desired":
+        when "our own work is for another image than the desired one, or another one boots next",
+        then "abort that work; drop what boots next, once per checksum (bootc: stage over it)",
+        state "unchanged";
+    Done "done":
+        when "the desired image is booted and the Node says Done for it",
+        then "sleep; verify what is booted in the background",
+        state "unchanged";
+    ConfigAhead "config-ahead":
+        when "the desired image is booted and was built from another rendered config than `desiredConfig`",
+        then "wait for a rebuild, unless `--config-ahead accept`",
+        state "Working for 30 min, Degraded for 5 min, in turns";
+    ArgumentsMissing "arguments-missing":
+        when "the desired image is booted without a kernel argument of its rendered config",
+        then "refuse",
+        state "Degraded";
+    Health "health":
+        when "the desired image is booted and kubelet.service is not active",
+        then "wait; after 10 min hold the node cordoned",
+        state "Working, then Degraded";
+    Uncordon "uncordon":
+        when "the desired image is booted and the node is not uncordoned for its config",
+        then "request the uncordon and wait for it",
+        state "Working, Degraded after 10 min";
+    Settle "settle":
+        when "the desired image is booted and the node is uncordoned",
+        then "write currentConfig, currentImage and Done in one patch",
+        state "Done";
+    GivenUp "given-up":
+        when "an earlier boot tried this image, and the host went back from it, or two boots did not reach it",
+        then "refuse; drop it if it is still first in boot order",
+        state "Degraded";
+    Verify "verify":
+        when "this process has not verified the image",
+        then "verify its signature",
+        state "Working; Degraded by the severity of what went wrong";
+    Unfit "unfit":
+        when "the verified image is for another architecture, is not bootable, is too old, or was built from another config",
+        then "refuse, or wait for a rebuild",
+        state "Degraded, or as config-ahead";
+    Transaction "transaction":
+        when "a task of ours runs, or the host tool has a transaction",
+        then "attach to ours; wait for a foreign one and say after 30 min how to end it",
+        state "Working";
+    NoRoom "no-room":
+        when "the image is not staged, and packages are layered on the host or /boot is full",
+        then "refuse",
+        state "Degraded";
+    Stage "stage":
+        when "the image is not staged",
+        then "stage it while workloads run",
+        state "Working; Degraded by the severity of what went wrong";
+    KernelArguments "kernel-arguments":
+        when "the staged deployment's kernel arguments differ from its rendered config",
+        then "set them (rpm-ostree), or refuse (bootc)",
+        state "Working, or Degraded";
+    Hindrance "hindrance":
+        when "a hold, a block inhibitor, the uptime floor, an inactive finalizer or a restored database holds up the reboot",
+        then "start the finalizer; else wait, before any drain",
+        state "Working";
+    Drain "drain":
+        when "the node is not drained, or no longer",
+        then "request the drain and wait for it; confirm it by a read of the whole Node",
+        state "Working, Degraded after 1 h";
+    Reboot "reboot":
+        when "all of the above holds",
+        then "record the attempt, update the boot loader, look once more, reboot",
+        state "Working, Degraded if logind refuses for 15 min";
+}
+
+impl Rule {
+    /// Its place in the table, from 1.
+    #[must_use]
+    pub fn number(self) -> u8 {
+        self as u8 + 1
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name(), self.number())
+    }
+}
+
+/// What [`decide`] concludes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// The rule that applies.
+    pub rule: Rule,
+    /// The one thing to do.
+    pub action: Action,
+    /// The stable word.
+    pub reason: Reason,
+    /// A sentence with the way out. The same situation gives the same words: no counters, no clock times.
+    pub message: String,
+    /// The state to report; `None` leaves what is there.
+    pub state: Option<NodeState>,
+    /// May replace Degraded or Unreconcilable by Working.
+    pub unsticks: bool,
+    /// Look again at the latest after so many milliseconds; `None`: when something changes.
+    pub wake: Option<u64>,
+    /// The clock this decision waits on, and its subject.
+    pub clock: Option<(Clock, String)>,
+}
+
+/// The one next action, why, and what to report.
+#[must_use]
+pub fn decide(observed: &Observed, memory: &Memory, limits: &Limits, now: Now) -> Decision {
+    let node = match &observed.cluster {
+        Reading::Known(node) => node,
+        Reading::Unknown(fault) => {
+            let shutting_down = observed.machine.known().is_some_and(|machine| machine.shutting_down);
+            return if shutting_down || going_down(memory, now) {
+                shutting()
+            } else {
+                unreadable(Rule::ClusterUnreadable, fault)
+            };
+        }
+    };
+    if observed.machine.known().is_some_and(|machine| machine.shutting_down) || going_down(memory, now) {
+        return shutting();
+    }
+    let (host, machine) = match (&observed.host, &observed.machine) {
+        (Reading::Known(host), Reading::Known(machine)) => (host, machine),
+        (Reading::Unknown(fault), _) | (_, Reading::Unknown(fault)) => {
+            return host_unreadable(node, fault, memory, now);
+        }
+    };
+    Rules { observed, node, host, machine, memory, limits, now }.decide()
+}
+
+fn by(rule: Rule, reason: Reason, message: impl Into<String>) -> Decision {
+    Decision {
+        rule,
+        action: Action::Nothing,
+        reason,
+        message: message.into(),
+        state: None,
+        unsticks: false,
+        wake: None,
+        clock: None,
+    }
+}
+
+impl Decision {
+    fn doing(self, action: impl Into<Action>) -> Self {
+        Self { action: action.into(), ..self }
+    }
+    fn state(self, state: NodeState) -> Self {
+        Self { state: Some(state), ..self }
+    }
+    fn wake(self, wake: u64) -> Self {
+        Self { wake: Some(wake), ..self }
+    }
+    fn clock(self, clock: Clock, subject: impl Into<String>) -> Self {
+        Self { clock: Some((clock, subject.into())), ..self }
+    }
+}
+
+/// An accepted reboot keeps everything else still, but not for ever.
+fn going_down(memory: &Memory, now: Now) -> bool {
+    memory.clocks.get(&Clock::RebootAccepted).is_some_and(|since| now.mono.saturating_sub(since.mono) < REBOOT_PATIENCE)
+}
+
+fn shutting() -> Decision {
+    by(Rule::Shutdown, Reason::ShuttingDown, "the machine is going down; the agent starts nothing").wake(MINUTE)
+}
+
+fn unreadable(rule: Rule, fault: &Fault) -> Decision {
+    by(rule, fault.reason, fault.message.clone())
+}
+
+fn host_unreadable(node: &NodeFacts, fault: &Fault, memory: &Memory, now: Now) -> Decision {
+    let decision = unreadable(Rule::HostUnreadable, fault).clock(Clock::HostUnreadable, "").wake(SOON);
+    let waited = memory.clocks.get(&Clock::HostUnreadable).map_or(0, |since| now.mono.saturating_sub(since.mono));
+    // A node that follows no image, or another daemon, is not ours to degrade.
+    let ours = node.desired_image.is_some() && node.other_writer.is_none();
+    if ours && waited >= HOST_PATIENCE { decision.state(NodeState::Degraded) } else { decision }
+}
+
+struct Rules<'a> {
+    observed: &'a Observed,
+    node: &'a NodeFacts,
+    host: &'a HostFacts,
+    machine: &'a MachineFacts,
+    memory: &'a Memory,
+    limits: &'a Limits,
+    now: Now,
+}
+
+/// What is wanted, once rows 5 to 8 are past.
+struct Wanted<'a> {
+    image: &'a PinnedImage,
+    config: &'a str,
+    facts: Option<&'a ImageFacts>,
+}
+
+impl<'a> Rules<'a> {
+    fn decide(&self) -> Decision {
+        if let Some(decision) = self.other_daemon() {
+            return decision;
+        }
+        let wanted = match self.wanted() {
+            Ok(wanted) => wanted,
+            Err(decision) => return self.without_work(*decision),
+        };
+        if let Some(decision) = self.obsolete(&wanted).or_else(|| self.staged_by_other(&wanted)) {
+            return self.not_for_ever(decision);
+        }
+        match self.host.booted().filter(|booted| self.runs(booted, &wanted)) {
+            Some(booted) => self.arrived(&wanted, booted),
+            None => self.not_for_ever(self.refused_on_disk(self.travelling(&wanted), &wanted)),
+        }
+    }
+
+    fn is_wanted(&self, deployment: &Deployment, wanted: &Wanted<'_>) -> bool {
+        is_image(deployment, wanted.image, wanted.facts)
+    }
+
+    /// Whether the booted deployment is the desired image. Of an index that this process has not verified yet, the
+    /// reference is believed where this agent booted it or has reported Done for it before.
+    fn runs(&self, booted: &Deployment, wanted: &Wanted<'_>) -> bool {
+        let tried =
+            self.node.attempt.as_ref().is_some_and(|attempt| {
+                attempt.image == *wanted.image && attempt.deployment.as_ref() == Some(&booted.id)
+            });
+        let believed = wanted.facts.is_none() && (tried || self.is_coherently_done());
+        self.is_wanted(booted, wanted) || believed && is_named(booted, wanted.image)
+    }
+
+    /// Whether the Node says Done for exactly what is desired.
+    fn is_coherently_done(&self) -> bool {
+        self.node.state.as_deref() == Some(NodeState::Done.as_str())
+            && self.node.current_config == self.node.desired_config
+            && self.node.is_current_image_desired()
+    }
+
+    /// The staged deployment, if it is the desired image as it was verified and boots next.
+    fn staged(&self, wanted: &Wanted<'_>) -> Option<&'a Deployment> {
+        self.host.staged().filter(|staged| is_staged(staged, wanted.image, wanted.facts))
+    }
+
+    fn waited(&self, clock: Clock, subject: &str) -> u64 {
+        let since = self.memory.clocks.get(&clock).filter(|since| since.subject == subject);
+        since.map_or(0, |since| self.now.mono.saturating_sub(since.mono))
+    }
+
+    fn failure(&self, work: &Work) -> Option<&'a Failure> {
+        self.memory.failure(work)
+    }
+
+    /// Milliseconds until `failure` may be tried again.
+    fn due_in(&self, failure: &Failure, backoff: Backoff) -> u64 {
+        failure.last.saturating_add(backoff.delay(failure.count)).saturating_sub(self.now.mono)
+    }
+
+    fn is_running(&self, work: &Work) -> bool {
+        self.observed.running.as_ref().is_some_and(|running| running.is(work))
+    }
+
+    /// How long work that fails with `reason` is retried before the node is Degraded.
+    fn patience(&self, reason: Reason) -> u64 {
+        match reason.severity() {
+            Severity::Fatal => 0,
+            Severity::Awaited => self.limits.signature_grace,
+            Severity::Progress | Severity::Waiting | Severity::Transient => TRANSIENT_PATIENCE,
+        }
+    }
+
+    /// Work that has failed, in the failure's own words.
+    fn failed(&self, rule: Rule, failure: &Failure) -> Decision {
+        let decision = by(rule, failure.fault.reason, failure.fault.message.clone());
+        let lasts = failure.first.saturating_add(self.patience(failure.fault.reason));
+        match lasts.saturating_sub(self.now.mono) {
+            0 => decision.state(NodeState::Degraded),
+            left => decision.state(NodeState::Working).wake(left),
+        }
+    }
+
+    /// `decision` with `work`, unless that has failed and may not be tried again yet.
+    fn begin(&self, decision: Decision, work: Work) -> Decision {
+        match self.failure(&work) {
+            None => decision.doing(work),
+            Some(failure) => self.when_due(decision, failure, work),
+        }
+    }
+
+    /// `decision` until the work that failed may be tried again, then `work`; what the decision itself has to do comes
+    /// first.
+    fn when_due(&self, decision: Decision, failure: &Failure, work: Work) -> Decision {
+        let fatal = failure.fault.reason.severity() == Severity::Fatal;
+        match self.due_in(failure, if fatal { Backoff::REFUSAL } else { Backoff::TRANSIENT }) {
+            0 if decision.action == Action::Nothing => Decision { wake: None, ..decision.doing(work) },
+            due => {
+                let wake = decision.wake.unwrap_or(u64::MAX).min(due).max(1);
+                decision.wake(wake)
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Rows 10 to 15: the desired image runs.
+
+use super::limits::{
+    CONFIG_AHEAD_DEGRADED, CONFIG_AHEAD_WORKING, HEALTH_PATIENCE, HEALTH_POLL, MAX_UNTRUSTED, SOON, UNCORDON_PATIENCE,
+};
+use super::refuse::AGAIN;
+use super::{Clock, Decision, Failure, Rule, Rules, Wanted, by};
+use crate::backoff::Backoff;
+use crate::kernel_arguments::{missing, not_in_effect};
+use crate::model::{Action, Annotate, Deployment, Fault, NodeState, Reason, UnitState, Work, printable};
+
+impl Rules<'_> {
+    pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
+        if self.is_coherently_done() {
+            return self.done(wanted, booted);
+        }
+        if let Some(decision) = self.config_ahead(Rule::ConfigAhead, wanted, booted.rendered_config.as_deref()) {
+            return decision;
+        }
+        if let Some(decision) = self.config_fault(Rule::ArgumentsMissing, booted) {
+            return decision;
+        }
+        let demanded = booted.wanted_arguments.as_deref().unwrap_or_default();
+        if let Some(first) = not_in_effect(demanded, &self.machine.command_line, booted.arguments.as_deref()) {
+            let help = match booted.arguments.as_deref().is_some_and(|entry| missing(demanded, entry).is_none()) {
+                true => "its boot entry has them, so correct what the boot loader makes of them and reboot",
+                false => self.host.backend.set_arguments(),
+            };
+            let message = format!(
+                "the kernel runs without `{}`, or not with all of `{}` in this order, which {} demands; {help}, or take \
+                 them out of the config",
+                printable(first, 200),
+                printable(&demanded.join(" "), 300),
+                printable(wanted.config, 253)
+            );
+            return self.refuse(Rule::ArgumentsMissing, Reason::KernelArgumentMissing, message);
+        }
+        if self.machine.kubelet != UnitState::Active {
+            return self.unhealthy(wanted);
+        }
+        self.uncordon_and_settle(wanted)
+    }
+
+    /// Row 10. The booted image's trust is looked at in the background; the boot cannot be undone. A refusal is reported
+    /// on the Node and at warning, and a queued rollback is shown.
+    fn done(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
+        let verify = Work::Verify { image: wanted.image.clone() };
+        let ahead = match booted.rendered_config.as_deref().filter(|label| *label != wanted.config) {
+            Some(label) => {
+                format!("; warning: it was built from {}, so newer files are missing", printable(label, 253))
+            }
+            None => String::new(),
+        };
+        let image = wanted.image.digest().short();
+        let queued = self.host.next_boot().filter(|next| !next.booted && !next.staged);
+        let asleep = |trust: &str| match queued {
+            None => by(Rule::Done, Reason::Done, format!("runs {image} for {}; {trust}{ahead}", wanted.config)),
+            Some(next) => {
+                let message = format!(
+                    "runs {image} for {}; {trust}{ahead}; the next boot is {}, which is first in boot order: {} \
+                     turns that round",
+                    wanted.config,
+                    printable(next.reference.as_deref().unwrap_or(&next.id), 200),
+                    self.host.backend.turn_boot_order()
+                );
+                by(Rule::Done, Reason::RollbackQueued, message)
+            }
+        };
+        let reported = self.node.untrusted.is_some();
+        if wanted.facts.is_some() {
+            let decision = asleep("its signature was verified");
+            return if reported { decision.doing(Annotate::ReportTrust { untrusted: None }) } else { decision };
+        }
+        if self.observed.running.is_some() {
+            return asleep("its signature is being verified");
+        }
+        match self.failure(&verify) {
+            None => asleep("its signature is being verified").doing(verify),
+            Some(failure) => {
+                let reason = failure.fault.reason;
+                let decision = if reason.refuses_image() {
+                    let message = format!(
+                        "runs {image} for {}, which the node's policy refuses: {reason}: {}",
+                        wanted.config, failure.fault.message
+                    );
+                    by(Rule::Done, Reason::RunsUntrusted, printable(&message, MAX_UNTRUSTED))
+                } else {
+                    asleep(&format!("its signature is not verified: {reason}"))
+                };
+                let decision = self.report_trust(decision, failure);
+                match self.due_in(failure, Backoff::REFUSAL) {
+                    _ if decision.action != Action::Nothing => decision,
+                    0 => decision.doing(verify),
+                    due => decision.wake(due),
+                }
+            }
+        }
+    }
+
+    /// `decision`, but first the Node says that the image that runs is refused, as `failure` of its verification says.
+    pub(super) fn report_trust(&self, decision: Decision, failure: &Failure) -> Decision {
+        let Fault { reason, message, .. } = &failure.fault;
+        let untrusted = reason.refuses_image().then(|| printable(&format!("{reason}: {message}"), MAX_UNTRUSTED));
+        if untrusted.is_none() || self.node.untrusted == untrusted {
+            return decision;
+        }
+        decision.doing(Annotate::ReportTrust { untrusted })
+    }
+
+    /// Rows 11 and 18: MCC reuses an image for a change of files only, which an agent that writes none cannot apply.
+    pub(super) fn config_ahead(&self, rule: Rule, wanted: &Wanted<'_>, label: Option<&str>) -> Option<Decision> {
+        let built_from = label.filter(|label| *label != wanted.config)?;
+        if self.limits.accept_config_ahead {
+            return None;
+        }
+        let subject = format!("{} {}", wanted.image, wanted.config);
+        let waited = self.waited(Clock::ConfigAhead, &subject);
+        let phase = waited.checked_rem(CONFIG_AHEAD_WORKING + CONFIG_AHEAD_DEGRADED).unwrap_or(0);
+        let (state, left) = match CONFIG_AHEAD_WORKING.checked_sub(phase) {
+            Some(left) if left > 0 => (NodeState::Working, left),
+            _ => (NodeState::Degraded, (CONFIG_AHEAD_WORKING + CONFIG_AHEAD_DEGRADED).saturating_sub(phase)),
+        };
+        let message = format!(
+            "the image was built from {} and the pool wants {}: the config changes files only and the image was not rebuilt. Annotate the \
+             pool's MachineOSConfig with machineconfiguration.openshift.io/rebuild",
+            printable(built_from, 253),
+            printable(wanted.config, 253)
+        );
+        let decision = by(rule, Reason::ConfigAheadOfImage, message).state(state).wake(left);
+        Some(Decision { unsticks: true, ..self.rest(decision) }.clock(Clock::ConfigAhead, subject))
+    }
+
+    /// Row 13: the one refusal that keeps the node cordoned.
+    fn unhealthy(&self, wanted: &Wanted<'_>) -> Decision {
+        let subject = wanted.image.to_string();
+        let waited = self.waited(Clock::Health, &subject);
+        if waited < HEALTH_PATIENCE {
+            return by(Rule::Health, Reason::HealthPending, "waiting for kubelet.service to become active")
+                .state(NodeState::Working)
+                .clock(Clock::Health, subject)
+                .wake(HEALTH_POLL);
+        }
+        let message = format!(
+            "kubelet.service did not become active in this image, so the node stays cordoned; see `journalctl -u \
+             kubelet`. {} and a reboot go back, and set the pool back first",
+            self.host.backend.go_back()
+        );
+        by(Rule::Health, Reason::HealthFailed, message)
+            .state(NodeState::Degraded)
+            .clock(Clock::Health, subject)
+            .wake(SOON)
+    }
+
+    /// Rows 14 and 15. MCD asks for the uncordon on every update, on single-replica clusters too.
+    fn uncordon_and_settle(&self, wanted: &Wanted<'_>) -> Decision {
+        let asked = self.node.desired_drain.as_deref().filter(|drain| {
+            let config = drain.strip_prefix("uncordon-").map(|rest| rest.strip_suffix(AGAIN).unwrap_or(rest));
+            config == Some(wanted.config)
+        });
+        let value = asked.map_or_else(|| self.uncordon(wanted.config), str::to_owned);
+        if asked.is_none() {
+            return by(
+                Rule::Uncordon,
+                Reason::UncordonPending,
+                "waiting for the drain controller to uncordon the node",
+            )
+            .state(NodeState::Working)
+            .clock(Clock::Uncordon, value.clone())
+            .doing(Annotate::RequestUncordon { value });
+        }
+        if self.node.last_applied_drain.as_deref() != Some(value.as_str()) {
+            return self.uncordon_pending(Rule::Uncordon, value);
+        }
+        by(Rule::Settle, Reason::Settling, "runs the desired image; reporting it")
+            .state(NodeState::Done)
+            .doing(Annotate::Settle)
+    }
+
+    pub(super) fn uncordon_pending(&self, rule: Rule, value: String) -> Decision {
+        let waited = self.waited(Clock::Uncordon, &value);
+        let decision = if waited < UNCORDON_PATIENCE {
+            by(rule, Reason::UncordonPending, "waiting for the drain controller to uncordon the node")
+                .state(NodeState::Working)
+                .wake(UNCORDON_PATIENCE.saturating_sub(waited))
+        } else {
+            let message = "the drain controller has not uncordoned the node; see the machine-config-controller's log. \
+                           The request stands";
+            by(rule, Reason::UncordonLate, message).state(NodeState::Degraded)
+        };
+        decision.clock(Clock::Uncordon, value)
+    }
+}

@@ -1,0 +1,253 @@
+//! Rows 16 to 22: from the desired image to a staged deployment.
+
+use super::limits::{BOOT_MARGIN, MAX_BOOTS, MAX_FAILURE, SOON, TRANSACTION_PATIENCE};
+use super::refuse::RETARGET;
+use super::{Clock, Decision, Failure, Rule, Rules, Wanted, by};
+use crate::kernel_arguments::{Change, Update};
+use crate::model::annotations::ATTEMPT;
+use crate::model::{Annotate, Attempt, Backend, Deployment, ImageFacts, NodeState, Reason, Work, is_staged, printable};
+use crate::time;
+
+impl<'a> Rules<'a> {
+    pub(super) fn travelling(&self, wanted: &Wanted<'_>) -> Decision {
+        if let Some(decision) = self.given_up(wanted) {
+            return decision;
+        }
+        let facts = match self.verified(wanted) {
+            Ok(facts) => facts,
+            Err(decision) => return *decision,
+        };
+        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
+            None => self.stage(wanted),
+            Some(staged) => self
+                .kernel_arguments(wanted, staged)
+                .or_else(|| self.hindrance(wanted))
+                .or_else(|| self.restored(wanted))
+                .or_else(|| self.drain(wanted))
+                .unwrap_or_else(|| self.reboot(wanted, staged)),
+        })
+    }
+
+    /// Row 16.
+    fn given_up(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let attempt = self.node.attempt.as_ref()?;
+        if attempt.image != *wanted.image || attempt.boot_id == self.machine.boot_id {
+            return None;
+        }
+        let was_to_boot = |d: &Deployment| match &attempt.deployment {
+            Some(id) => d.id == *id,
+            // Too long, or of an agent that did not record it.
+            None => self.is_wanted(d, wanted),
+        };
+        // A failed finalization left none, so one that is there is an older one.
+        let finalized = !self.machine.finalize_failed
+            && self.host.deployments.iter().any(|d| !d.booted && !d.staged && was_to_boot(d));
+        let cause = if self.machine.finalize_failed {
+            ". The previous boot could not finalize it: see `journalctl -b -1 -u ostree-finalize-staged`"
+        } else {
+            ""
+        };
+        let out = format!("delete the annotation {ATTEMPT} to try again, or {RETARGET}");
+        let image = wanted.image.digest().short();
+        if finalized || attempt.rolled_back {
+            let message = format!("{image} was booted and the host went back to the image before it; {out}");
+            let decision = self.refuse(Rule::GivenUp, Reason::RolledBack, message);
+            // A fall-back of the boot loader leaves it first in boot order: the next reboot would boot it again.
+            let Some(first) = self.host.next_boot().filter(|next| !next.booted && !next.staged && was_to_boot(next))
+            else {
+                return Some(decision);
+            };
+            if self.host.backend.drops_staged() && !attempt.rolled_back {
+                let attempt = Attempt { rolled_back: true, ..attempt.clone() };
+                return Some(decision.doing(Annotate::RecordAttempt { attempt }));
+            }
+            return Some(self.keep_from_booting(decision, first));
+        }
+        (attempt.count >= MAX_BOOTS).then(|| {
+            let message = format!("{image} did not come up in {MAX_BOOTS} boots{cause}; {out}");
+            self.refuse(Rule::GivenUp, Reason::NeverCameUp, message)
+        })
+    }
+
+    /// Row 17.
+    fn verified(&self, wanted: &Wanted<'a>) -> Result<&'a ImageFacts, Box<Decision>> {
+        if let Some(facts) = wanted.facts {
+            return Ok(facts);
+        }
+        let verify = Work::Verify { image: wanted.image.clone() };
+        let verifying = || {
+            by(Rule::Verify, Reason::Verifying, format!("verifying the signature of {}", wanted.image.digest().short()))
+                .state(NodeState::Working)
+        };
+        if self.is_running(&verify) {
+            // Looking again must not turn a failure that is being looked at back into a new beginning.
+            return Err(Box::new(match self.failure(&verify) {
+                Some(failure) => self.unverified(failure),
+                None => verifying(),
+            }));
+        }
+        Err(Box::new(match self.failure(&verify) {
+            None => verifying().doing(verify),
+            Some(failure) => self.when_due(self.unverified(failure), failure, verify),
+        }))
+    }
+
+    fn unverified(&self, failure: &Failure) -> Decision {
+        let mut decision = self.failed(Rule::Verify, failure);
+        if matches!(decision.reason, Reason::ImageInvalid | Reason::WrongArchitecture) {
+            decision.message = format!("{}; {RETARGET}", printable(&decision.message, MAX_FAILURE));
+        }
+        self.rest_if_refused(decision)
+    }
+
+    /// Row 18.
+    fn unfit(&self, wanted: &Wanted<'_>, facts: &ImageFacts) -> Option<Decision> {
+        let image = wanted.image.digest().short();
+        if facts.architecture != self.machine.architecture {
+            let message = format!(
+                "{image} is built for {} and this machine is {}; build one for it, {RETARGET}",
+                printable(&facts.architecture, 50),
+                self.machine.architecture
+            );
+            return Some(self.refuse(Rule::Unfit, Reason::WrongArchitecture, message));
+        }
+        if !facts.bootable {
+            let message = format!(
+                "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc; \
+                 build one from an image-mode base, {RETARGET}"
+            );
+            return Some(self.refuse(Rule::Unfit, Reason::NotBootable, message));
+        }
+        if let Some(floor) = self.limits.minimum_created
+            && facts.created.is_none_or(|created| created < floor)
+        {
+            let created = match facts.created {
+                Some(created) => format!("was created at {}", time::text(created)),
+                None => "has no usable time of creation in its config".to_owned(),
+            };
+            let message = format!(
+                "{image} {created}, and no image from before {} may be booted; lower --minimum-created \
+                 (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer one, {RETARGET}",
+                time::text(floor)
+            );
+            return Some(self.refuse(Rule::Unfit, Reason::TooOld, message));
+        }
+        // It was staged once, and dropped for this; to stage it again would only find the same.
+        let unusable = self.memory.unusable.as_ref().filter(|it| is_staged(it, wanted.image, wanted.facts));
+        if let Some(refusal) = unusable.and_then(|deployment| self.config_fault(Rule::Unfit, deployment)) {
+            return Some(refusal);
+        }
+        self.config_ahead(Rule::Unfit, wanted, facts.rendered_config.as_deref())
+    }
+
+    /// Row 19, as far as it is not obsolete.
+    fn transaction(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let subject = wanted.image.to_string();
+        if let Some(running) = &self.observed.running {
+            let (reason, message) = match running {
+                Work::Stage { .. } => (Reason::Staging, self.staging(wanted)),
+                Work::SetKernelArguments { .. } => (Reason::KernelArguments, "applying kernel arguments".to_owned()),
+                Work::StartFinalizer => (Reason::Finalizer, "starting the finalizer".to_owned()),
+                Work::UpdateBootloader { .. } => {
+                    (Reason::Rebooting, "updating the boot loader before the reboot".to_owned())
+                }
+                Work::Reboot { .. } => (Reason::Rebooting, format!("rebooting into {}", wanted.image.digest().short())),
+                Work::Verify { .. } | Work::DropStaged { .. } | Work::CancelTransaction { .. } => {
+                    (Reason::HostBusy, "finishing the work that is under way".to_owned())
+                }
+            };
+            return Some(by(Rule::Transaction, reason, message).state(NodeState::Working));
+        }
+        let active = self.host.transaction.as_ref()?;
+        if active.ours.is_some() {
+            // Row 19 of an earlier run of the agent: staging attaches to it.
+            let decision = by(Rule::Transaction, Reason::Staging, self.staging(wanted)).state(NodeState::Working);
+            return Some(self.begin(decision, Work::Stage { image: wanted.image.clone() }));
+        }
+        let waited = self.waited(Clock::ForeignTransaction, &subject);
+        let message = if waited < TRANSACTION_PATIENCE {
+            format!("waiting for the transaction `{}` to end", active.title)
+        } else {
+            format!(
+                "the transaction `{}` of {} has blocked the update for over 30 min; {}",
+                active.title,
+                active.client,
+                self.host.backend.end_transaction()
+            )
+        };
+        Some(
+            by(Rule::Transaction, Reason::ForeignTransaction, message)
+                .state(NodeState::Working)
+                .clock(Clock::ForeignTransaction, subject)
+                .wake(SOON),
+        )
+    }
+
+    fn staging(&self, wanted: &Wanted<'_>) -> String {
+        format!("staging {} while workloads run", wanted.image.digest().short())
+    }
+
+    /// Rows 20 and 21.
+    fn stage(&self, wanted: &Wanted<'_>) -> Decision {
+        if self.host.booted().is_some_and(|booted| booted.layered) {
+            let message = format!(
+                "packages are layered on this host by hand, {}, or put them into the image",
+                self.host.backend.unlayer()
+            );
+            return self.refuse(Rule::NoRoom, Reason::LayeredPackages, message);
+        }
+        if let (Some(free), Some(needed)) = (self.machine.boot_free, self.machine.boot_needed) {
+            // The rollback's kernel makes room at finalization (libostree 2023.7 and later).
+            let reclaimable = self.host.rollback().filter(|rollback| !rollback.pinned).map_or(0, |_| needed);
+            if free.saturating_add(reclaimable) < needed.saturating_add(BOOT_MARGIN) {
+                let message = format!(
+                    "/boot has {} MiB free and another kernel needs {}; remove deployments with {}",
+                    free >> 20,
+                    needed >> 20,
+                    self.host.backend.remove_rollback()
+                );
+                return self.refuse(Rule::NoRoom, Reason::BootFull, message);
+            }
+        }
+        let stage = Work::Stage { image: wanted.image.clone() };
+        match self.failure(&stage) {
+            None => by(Rule::Stage, Reason::Staging, self.staging(wanted)).state(NodeState::Working).doing(stage),
+            Some(failure) => {
+                let decision = self.rest_if_refused(self.failed(Rule::Stage, failure));
+                self.when_due(decision, failure, stage)
+            }
+        }
+    }
+
+    /// Row 22.
+    fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
+        if let Some(decision) = self.config_fault(Rule::KernelArguments, staged) {
+            return Some(decision);
+        }
+        let demanded = staged.wanted_arguments.as_ref()?;
+        let booted = self.host.booted();
+        let entry = booted.and_then(|booted| booted.arguments.as_deref());
+        let update = Update {
+            booted: entry.unwrap_or(&self.machine.command_line),
+            old: booted.and_then(|booted| booted.wanted_arguments.as_deref()),
+            // What is not known is set: a backend that cannot says so.
+            staged: staged.arguments.as_deref().or(entry).unwrap_or_default(),
+            new: demanded,
+        };
+        let Change { append, delete } = match self.host.backend {
+            Backend::RpmOstree => update.change(),
+            Backend::Bootc => update.shortfall(),
+        }?;
+        let set = Work::SetKernelArguments { image: wanted.image.clone(), append, delete };
+        match self.failure(&set) {
+            None => {
+                let message = format!("giving the staged image the kernel arguments of {}", wanted.config);
+                Some(by(Rule::KernelArguments, Reason::KernelArguments, message).state(NodeState::Working).doing(set))
+            }
+            Some(failure) => {
+                let decision = self.rest_if_refused(self.failed(Rule::KernelArguments, failure));
+                Some(self.when_due(decision, failure, set))
+            }
+        }
+    }
+}

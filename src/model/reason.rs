@@ -1,0 +1,254 @@
+//! The stable words for everything that the agent does and meets, each with its severity and its help.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// How much a reason matters, and how work that failed with it is treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// Work goes on, or is done.
+    Progress,
+    /// The agent waits for something that it does not control.
+    Waiting,
+    /// Others are expected to provide what is missing. Retried with backoff; Degraded after `--signature-grace`.
+    Awaited,
+    /// May pass by itself. Retried with backoff; Degraded after 15 minutes, for an unreadable host after 10.
+    Transient,
+    /// A person has to change something. Degraded at once, and checked again every 10 minutes.
+    Fatal,
+}
+
+impl Severity {
+    /// The word, in lower case.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Progress => "progress",
+            Self::Waiting => "waiting",
+            Self::Awaited => "awaited",
+            Self::Transient => "transient",
+            Self::Fatal => "fatal",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($(#[doc = $meaning:literal] $name:ident: $severity:ident, $help:literal;)*) => {
+        /// Every reason the agent can give, in one word that never changes its meaning: first word of the `reason`
+        /// annotation, `REBASE_AGENT_REASON` in the journal, later condition reason and metric label.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Reason { $(#[doc = $meaning] $name,)* }
+
+        impl Reason {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The word.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+
+            /// How much it matters.
+            #[must_use]
+            pub fn severity(self) -> Severity {
+                match self { $(Self::$name => Severity::$severity,)* }
+            }
+
+            /// What it means, in one sentence.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $meaning.trim_ascii(),)* }
+            }
+
+            /// What to do about it.
+            #[must_use]
+            pub fn help(self) -> &'static str {
+                match self { $(Self::$name => $help,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The node runs the desired image and has reported it.
+    Done: Progress, "Nothing to do.";
+    /// The node runs the desired image, and its policy refuses that image.
+    RunsUntrusted: Waiting, "Sign the image, correct the policy, or set another image in the pool. The annotation `rebase-agent.openshift.io/untrusted` says why.";
+    /// The node runs the desired image, and another deployment boots next.
+    RollbackQueued: Waiting, "Turn the boot order round with `rpm-ostree rollback` or `bootc rollback`, or set the pool to that image.";
+    /// The machine is going down; the agent starts nothing.
+    ShuttingDown: Progress, "Nothing to do.";
+    /// The API server does not answer, or its answer cannot be understood.
+    ClusterUnreachable: Transient, "Check the network and the address in the kubelet's kubeconfig: `journalctl -u kubelet`.";
+    /// The API server answers with a certificate that is not trusted.
+    ClusterUntrusted: Transient, "The message says why: correct the node's clock, the CA in the kubelet's kubeconfig, or the server's name.";
+    /// The API server rejects the kubelet's certificate or forbids the request.
+    ClusterForbidden: Transient, "Approve the node's certificate (`oc get csr`) and see `journalctl -u kubelet`.";
+    /// The API server has no Node of this name.
+    NodeNotFound: Transient, "The kubelet creates the Node: see `journalctl -u kubelet`.";
+    /// The Node object is over 4 MiB, so the drain cannot be confirmed.
+    NodeTooLarge: Transient, "Lower `nodeStatusMaxImages` in the pool's KubeletConfig.";
+    /// The kubelet's kubeconfig or certificate cannot be used.
+    KubeconfigInvalid: Fatal, "The message names the file: see `journalctl -u kubelet`, which writes it.";
+    /// rpm-ostree, systemd or logind does not answer.
+    HostUnreachable: Transient, "See `systemctl status` and `journalctl -u` of the unit that the message names.";
+    /// rpm-ostree, systemd or logind refuses the agent's call.
+    HostDenied: Fatal, "The agent has to run as root: see `systemctl cat rebase-agent` for what a drop-in changes.";
+    /// No ostree deployment is booted.
+    HostNotImageMode: Fatal, "The agent has nothing to do on this host: `systemctl disable --now rebase-agent`.";
+    /// The host has no tool that can rebase it.
+    HostUnsupported: Fatal, "Composefs-native hosts are not supported; else install rpm-ostree or bootc in the image, as the message says.";
+    /// The host tool is in use, or a task is being finished.
+    HostBusy: Transient, "Wait, or see `rpm-ostree status` for who uses it.";
+    /// The host tool gave an answer that cannot be right.
+    HostConfused: Transient, "Compare `rpm-ostree status --json` and `journalctl -u rpm-ostreed`.";
+    /// Another daemon writes this Node's state, so the agent stands aside.
+    OtherDaemon: Waiting, "Keep the Machine Config Daemon off the node, or run `systemctl disable --now rebase-agent`.";
+    /// The annotations of a new Node are being published.
+    FirstBoot: Progress, "Nothing to do.";
+    /// The rendered config of the booted image is not known.
+    BootedConfigUnknown: Fatal, "Build the image with on-cluster layering, or annotate the Node with `currentConfig` and `currentImage`.";
+    /// The pool has no layered image, so there is nothing to follow.
+    NotLayered: Waiting, "Give the pool a MachineOSConfig, if it is to have one.";
+    /// The pool had a layered image and has none now.
+    LayeringReverted: Fatal, "Hand the node back to the Machine Config Daemon, or give the pool a MachineOSConfig again and raise `maxUnavailable` for a while.";
+    /// `desiredImage` is not a pullspec pinned by digest.
+    ImageMalformed: Fatal, "Correct `status.currentImagePullSpec` of the pool's MachineOSConfig.";
+    /// The image's name is too long for the name of a systemd unit (bootc only).
+    ImageNameTooLong: Fatal, "Push the image under a shorter name and set that in the pool.";
+    /// `desiredImage` is set and `desiredConfig` is not.
+    ConfigMissing: Fatal, "The machine-config-controller writes both: see its log.";
+    /// An image that is not desired is staged by hand.
+    StagedByOther: Waiting, "The agent drops it once and waits if it is staged again: `rpm-ostree cleanup -p`, for bootc `ostree admin undeploy 0`.";
+    /// The desired rendered config is newer than the image.
+    ConfigAheadOfImage: Waiting, "Rebuild: annotate the MachineOSConfig with `machineconfiguration.openshift.io/rebuild`.";
+    /// A kernel argument of the rendered config is not in effect.
+    KernelArgumentMissing: Fatal, "Put it at the end with `rpm-ostree kargs --editor` and reboot, or take it out of the config.";
+    /// kubelet.service is not active yet.
+    HealthPending: Waiting, "Wait; after 10 minutes the node is Degraded.";
+    /// kubelet.service was not active for 10 minutes, so the node stays cordoned.
+    HealthFailed: Fatal, "See `journalctl -u kubelet`. To go back, set the pool back, run `rpm-ostree rollback` and reboot.";
+    /// The agent waits for the drain controller to uncordon the node.
+    UncordonPending: Waiting, "Wait; after 10 minutes the node is Degraded.";
+    /// The drain controller has not uncordoned the node for 10 minutes.
+    UncordonLate: Fatal, "See the machine-config-controller's log. The request stands.";
+    /// The node runs the desired image and reports it.
+    Settling: Progress, "Nothing to do.";
+    /// The host booted the image and went back to the one before.
+    RolledBack: Fatal, "See `journalctl -b -1`. Set another image in the pool, or delete the annotation `rebase-agent.openshift.io/attempt`.";
+    /// Two boots did not come up in the image.
+    NeverCameUp: Fatal, "See `journalctl -b -1 -u ostree-finalize-staged`. Set another image in the pool, or delete the annotation `rebase-agent.openshift.io/attempt`.";
+    /// The image's signature is being verified.
+    Verifying: Progress, "Nothing to do.";
+    /// The policy requires a signature and the registry has none.
+    SignatureMissing: Awaited, "Sign the image (cosign 3 with `--new-bundle-format=false`), and enable attachments in registries.d for the registry and its mirrors.";
+    /// The image is signed, but not by the key or identity that the policy accepts.
+    SignatureRejected: Fatal, "Sign with the policy's key. cosign's default identity has no tag: sign as `repository:tag`, or use `matchRepository` in the policy.";
+    /// The policy rejects the image outright.
+    PolicyRejects: Fatal, "Change the policy with a ClusterImagePolicy, or set another image in the pool.";
+    /// The policy demands no signature for the image.
+    PolicyAcceptsAnything: Fatal, "Create a ClusterImagePolicy for the image's repository.";
+    /// The signature policy, or a key that it names, cannot be read or parsed.
+    PolicyInvalid: Fatal, "The message names the file and what is wrong with it.";
+    /// The engine, skopeo, is missing, is too old, or does not start.
+    EngineUnfit: Fatal, "Build the image with skopeo 1.14 or later.";
+    /// The policy asks for GPG, which needs a directory that can be written.
+    GpgNeedsScratch: Fatal, "Put the drop-in `10-gpg.conf` into the image, or sign with sigstore.";
+    /// The node's registries.conf or registries.d has an error, or blocks the registry.
+    RegistryConfigInvalid: Fatal, "The message names the file and the line.";
+    /// The node has no file descriptor, process or memory left for the engine.
+    ResourcesExhausted: Transient, "Find what uses them up: `systemctl status`, `free`, `cat /proc/sys/fs/file-nr`.";
+    /// The registry does not have the image.
+    ManifestMissing: Awaited, "Push the image, or mirror it by digest.";
+    /// The registry rejects the credentials.
+    RegistryDenied: Transient, "Correct the ostree auth file, `/etc/ostree/auth.json`, which is the pull secret.";
+    /// The registry's certificate is not trusted.
+    RegistryUntrusted: Transient, "Add its CA to `/etc/containers/certs.d`, and check the node's clock.";
+    /// The registry does not answer, or its answer cannot be understood.
+    RegistryUnreachable: Transient, "Check the network, the proxy and the registry that the message names.";
+    /// The image's manifest or config is damaged, missing or too large, or is no bootable image's.
+    ImageInvalid: Fatal, "Build or push the image again.";
+    /// The image is built for another architecture.
+    WrongArchitecture: Fatal, "Build the image for this architecture, or as an index of several.";
+    /// The image has neither the label `ostree.bootable` nor `containers.bootc`.
+    NotBootable: Fatal, "Build the image from an image-mode base.";
+    /// The image was created before `--minimum-created`, or does not say when.
+    TooOld: Fatal, "Build and sign a newer image, or lower `--minimum-created`.";
+    /// A transaction or lock of someone else blocks the host tool.
+    ForeignTransaction: Waiting, "See `rpm-ostree status`, and end it with `rpm-ostree cancel`.";
+    /// The image is pulled and staged while workloads run.
+    Staging: Progress, "Nothing to do: `systemctl status rebase-agent` shows how far it is.";
+    /// Packages are layered on the host by hand.
+    LayeredPackages: Fatal, "Remove them with `rpm-ostree reset`, or put them into the image.";
+    /// `/boot` has no room for another kernel.
+    BootFull: Fatal, "Remove the rollback deployment with `rpm-ostree cleanup -r`.";
+    /// The disk has no room for the image.
+    DiskFull: Fatal, "Free space in `/sysroot`: `df -h /sysroot`, `rpm-ostree cleanup -r`.";
+    /// The host tool could not stage the image.
+    StageFailed: Transient, "The message has rpm-ostree's words; for bootc see the journal of the unit that it names.";
+    /// The transaction was cancelled.
+    Cancelled: Transient, "Nothing to do: it is started again if the image is still desired.";
+    /// The staged image is given the kernel arguments of its rendered config.
+    KernelArguments: Progress, "Nothing to do.";
+    /// bootc cannot give the staged image its kernel arguments.
+    KernelArgumentsUnsupported: Fatal, "Let the image bring them in `/usr/lib/bootc/kargs.d`.";
+    /// The hold annotation keeps the node from drain and reboot.
+    Held: Waiting, "Remove the annotation `rebase-agent.openshift.io/hold`.";
+    /// A block inhibitor keeps the machine from rebooting.
+    Inhibited: Waiting, "See `systemd-inhibit --list` for who holds it.";
+    /// The machine has not been up for `--uptime-floor`.
+    UptimeFloor: Waiting, "Wait.";
+    /// `ostree-finalize-staged.service` is started; without it the image would not boot.
+    Finalizer: Progress, "Nothing to do.";
+    /// The Node names an image as current that does not run, as after a restore of etcd; the drain waits a random time.
+    RestoreSpread: Waiting, "Wait; at most 30 minutes.";
+    /// The agent waits for the drain controller to drain the node.
+    DrainPending: Waiting, "Wait; after an hour the node is Degraded.";
+    /// The drain has taken over an hour.
+    DrainStuck: Fatal, "Look for a PodDisruptionBudget that allows no eviction: `oc get pdb -A`. The request stands.";
+    /// The node was uncordoned by hand after the drain, and is drained once more.
+    UncordonedByOther: Waiting, "Use the annotation `rebase-agent.openshift.io/hold` to keep the node in service.";
+    /// Everything holds; the machine is being rebooted.
+    Rebooting: Progress, "Nothing to do.";
+    /// logind refused the reboot.
+    RebootRefused: Transient, "See `systemd-inhibit --list` and `journalctl -u systemd-logind`.";
+    /// A unit that was started has failed.
+    UnitFailed: Transient, "See `journalctl -u` of the unit that the message names.";
+    /// A call took longer than its deadline.
+    DeadlineExceeded: Transient, "The registry or daemon that the message names accepts calls and does not answer.";
+}
+
+impl Reason {
+    /// Whether the image itself is refused, rather than that no answer could be had.
+    #[must_use]
+    pub fn refuses_image(self) -> bool {
+        matches!(
+            self,
+            Self::SignatureMissing
+                | Self::SignatureRejected
+                | Self::PolicyRejects
+                | Self::PolicyAcceptsAnything
+                | Self::PolicyInvalid
+                | Self::EngineUnfit
+                | Self::GpgNeedsScratch
+                | Self::ImageInvalid
+                | Self::WrongArchitecture
+                | Self::NotBootable
+                | Self::TooOld
+        )
+    }
+
+    /// Whether the node runs what is desired and nothing is left to do, even where a warning remains.
+    #[must_use]
+    pub fn is_at_rest(self) -> bool {
+        matches!(self, Self::Done | Self::RunsUntrusted | Self::RollbackQueued)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
