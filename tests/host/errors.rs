@@ -69,10 +69,12 @@ async fn failures_that_are_only_told_are_classified() {
         assert_eq!(error.reason(), reason, "{text}: {error}");
         assert!(error.reason().severity() == Severity::Transient);
     }
-    let denied = "org.freedesktop.DBus.Error.AccessDenied";
-    lab.machine.rpm_ostreed().refuse(Some((denied, "rebase not allowed for user")));
+    // Registering is refused as well, which keeps nobody from looking.
+    lab.machine.rpm_ostreed().distrust(true);
+    lab.read().await;
     let error = lab.stage("2").await.unwrap_err();
     assert!(error.reason().severity() == Severity::Fatal && error.to_string().contains("uid 0"), "{error}");
+    assert!(error.to_string().contains("rpmostreed OS operation Rebase not allowed for user"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -87,10 +87,10 @@ struct Faults {
     crash: Option<String>,
     lose_reply: bool,
     exit_on_call: bool,
-    refuse: Option<(String, String)>,
     address: Option<String>,
     garbage_reply: bool,
     ignore_cancel: bool,
+    strangers: bool,
     chatter: u32,
     properties: HashMap<String, OwnedVariant>,
     properties_once: HashMap<String, OwnedVariant>,
@@ -248,11 +248,6 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().lose_reply = true;
     }
 
-    /// Calls that make a transaction fail with this D-Bus error; `None` ends that.
-    pub fn refuse(&self, error: Option<(&str, &str)>) {
-        self.inner.faults.lock().unwrap().refuse = error.map(|(name, text)| (name.to_owned(), text.to_owned()));
-    }
-
     /// Calls that make a transaction are answered with this address; `None` ends that.
     pub fn answer_address(&self, address: Option<&str>) {
         self.inner.faults.lock().unwrap().address = address.map(str::to_owned);
@@ -266,6 +261,11 @@ impl RpmOstreed {
     /// Whether `Cancel` has no effect, as on a transaction that is past the point.
     pub fn ignore_cancel(&self, ignored: bool) {
         self.inner.faults.lock().unwrap().ignore_cancel = ignored;
+    }
+
+    /// Whether callers are taken for users that polkit does not know, whoever they are.
+    pub fn distrust(&self, strangers: bool) {
+        self.inner.faults.lock().unwrap().strangers = strangers;
     }
 
     /// So many messages are sent before `Start` is answered, and before a signal that is none of the transaction's.
@@ -593,18 +593,22 @@ impl Inner {
         self.faults.lock().unwrap().chatter
     }
 
-    /// The real daemon believes the bus about who calls: root may do everything, others what polkit says.
+    /// Root may do everything, and the bus says who calls; others may do what polkit says, here nothing. Root is whoever
+    /// runs the daemon.
     async fn authorize(&self, connection: &Connection, call: &Call) -> Result<(), Failure> {
-        if matches!(self.units, Units::Double(_)) {
-            return Ok(());
-        }
         let reply = bus::bus_call(connection, "GetConnectionUnixUser", &(call.sender.as_str(),)).await?;
         let (uid,): (u32,) = reply.body().deserialize()?;
-        println!("{} is called by uid {uid}", call.member);
-        if uid == 0 {
+        if matches!(self.units, Units::Real) {
+            println!("{} is called by uid {uid}", call.member);
+        }
+        let open = ["GetOS", "Reload", "GetDeploymentBootConfig"].contains(&call.member.as_str());
+        let trusted = uid == nix::unistd::getuid().as_raw() && !self.faults.lock().unwrap().strangers;
+        if open || trusted {
             return Ok(());
         }
-        Err(Failure::new("org.freedesktop.DBus.Error.AccessDenied", format!("{} is not for uid {uid}", call.member)))
+        let object = if call.path == SYSROOT_PATH { "Sysroot" } else { "OS" };
+        let text = format!("rpmostreed {object} operation {} not allowed for user", call.member);
+        Err(Failure::new("org.freedesktop.DBus.Error.AccessDenied", text))
     }
 
     fn create(self: &Arc<Self>, request: Request) -> Result<Arc<Transaction>, Failure> {
@@ -626,10 +630,6 @@ impl Inner {
         work: Work,
     ) -> Answer {
         self.events.emit(Event::TransactionRequested { method: name.to_owned(), argument });
-        let refuse = self.faults.lock().unwrap().refuse.clone();
-        if let Some((error, text)) = refuse {
-            return Err(Failure::new(&error, text));
-        }
         let parameters = call.message.body().data().bytes().to_vec();
         let active = self.state.lock().unwrap().active.clone();
         if let Some(active) = active {
@@ -640,7 +640,7 @@ impl Inner {
                 BUSY,
                 format!(
                     "Transaction in progress: {}\n You can cancel the current transaction with `rpm-ostree cancel`",
-                    active.title
+                    active.shown_title()
                 ),
             ));
         }
@@ -775,11 +775,7 @@ impl Inner {
         transaction.percent("Checking out tree", 100).await;
         self.stage(image, arguments, locked).await?;
         transaction.task_end("done").await;
-        let pruned = self.sysroot.prune_images().map_err(|error| error.to_string())?;
-        if pruned > 0 {
-            transaction.message(&format!("Pruned images: {pruned} (layers: {pruned})")).await;
-        }
-        Ok(())
+        self.prune(transaction).await
     }
 
     /// Stages an image, tells about it, and has systemd start the finalizer.
@@ -806,22 +802,38 @@ impl Inner {
             };
             changed |= done.map_err(|error| format!("{error:#}"))?;
         }
+        if !changed {
+            transaction.message("Deployments unchanged.").await;
+            return Ok(());
+        }
+        self.prune(transaction).await
+    }
+
+    async fn prune(&self, transaction: &Arc<Transaction>) -> Result<(), String> {
         let pruned = self.sysroot.prune_images().map_err(|error| error.to_string())?;
-        transaction.message(if changed { "Deployments changed" } else { "Deployments unchanged." }).await;
         if pruned > 0 {
             transaction.message(&format!("Pruned images: {pruned} (layers: {pruned})")).await;
         }
         Ok(())
     }
 
-    /// As the daemon has it: by index, and fatal where a staged deployment was staged without arguments.
-    async fn boot_config(self: &Arc<Self>, index: &str) -> Result<BTreeMap<String, OwnedVariant>, Failure> {
+    /// As the daemon has it: by index, or what a new deployment would start from; and fatal where a staged deployment was
+    /// staged without arguments.
+    async fn boot_config(
+        self: &Arc<Self>,
+        index: &str,
+        pending: bool,
+    ) -> Result<BTreeMap<String, OwnedVariant>, Failure> {
         let deployments = self.sysroot.load();
         if index.bytes().any(|byte| !byte.is_ascii_digit()) {
             let text = format!("Invalid deployment index {index}, must be a number and >= 0");
             return Err(Failure::new(INVALID, text));
         }
-        let number: usize = if index.is_empty() { 0 } else { index.parse().unwrap_or(usize::MAX) };
+        let number: usize = match index {
+            "" if pending => 0,
+            "" => deployments.iter().position(|deployment| deployment.booted).unwrap_or(0),
+            index => index.parse().unwrap_or(usize::MAX),
+        };
         let Some(deployment) = deployments.get(number) else {
             let text = format!("Out of range deployment index {number}, expected < {}", deployments.len());
             return Err(Failure::new(INVALID, text));
@@ -884,12 +896,13 @@ impl Inner {
             }
             "Cleanup" => {
                 let (kinds,): (Vec<String>,) = body.deserialize()?;
-                for kind in &kinds {
-                    if !["base", "pending-deploy", "rollback-deploy", "repomd"].contains(&kind.as_str()) {
-                        return Err(Failure::new(FAILED, format!("Invalid cleanup type: {kind}")));
-                    }
+                let known = ["base", "pending-deploy", "rollback-deploy", "repomd"];
+                let is_idle = self.state.lock().unwrap().active.is_none();
+                if let Some(kind) = kinds.iter().find(|kind| is_idle && !known.contains(&kind.as_str())) {
+                    return Err(Failure::new(FAILED, format!("Invalid cleanup type: {kind}")));
                 }
-                self.transaction(call, "cleanup", kinds.join(","), None, Work::Cleanup(kinds)).await
+                let title = Some("cleanup".to_owned());
+                self.transaction(call, "cleanup", kinds.join(","), title, Work::Cleanup(kinds)).await
             }
             "KernelArgs" => {
                 type Strings = Vec<String>;
@@ -916,8 +929,8 @@ impl Inner {
                 self.transaction(call, "upgrade", String::new(), title, Work::Upgrade).await
             }
             "GetDeploymentBootConfig" => {
-                let (index, _pending): (String, bool) = body.deserialize()?;
-                let config = self.boot_config(&index).await?;
+                let (index, pending): (String, bool) = body.deserialize()?;
+                let config = self.boot_config(&index, pending).await?;
                 call.reply(&(config,))
             }
             _ => call.unknown(),
@@ -978,7 +991,9 @@ fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Ve
         return Ok((last != existing).then(|| split_arguments(last)));
     }
     let mut words = split_arguments(existing);
-    for argument in changes.removed.iter().flat_map(|argument| split_arguments(argument)) {
+    let removed =
+        changes.removed.iter().flat_map(|given| split_arguments(given).into_iter().map(move |word| (given, word)));
+    for (given, argument) in removed {
         let (key, value) = key_and_value(&argument);
         let same_key: Vec<usize> = (0..words.len()).filter(|&at| key_and_value(&words[at]).0 == key).collect();
         let at = match same_key[..] {
@@ -987,8 +1002,8 @@ fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Ve
             [_] => return Err(format!("No karg '{argument}' found")),
             _ => match same_key.into_iter().find(|&at| words[at] == argument) {
                 Some(at) => at,
-                None if value.is_none() => return Err(format!("Multiple values for key '{argument}' found")),
-                None => return Err(format!("No karg '{argument}' found")),
+                None if value.is_none() => return Err(format!("Multiple values for key '{given}' found")),
+                None => return Err(format!("No karg '{given}' found")),
             },
         };
         words.remove(at);
@@ -1370,6 +1385,14 @@ pub(crate) mod tests {
             client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &("", false)).await.unwrap();
         let (config,): (Dict,) = reply.body().deserialize().unwrap();
         assert!(lookup_str(&config, "options").unwrap().starts_with("rw quiet ostree=/ostree/boot.1/fedora-coreos/"));
+        host.daemon.stage_behind(&reference(&host.layouts.image("2", true))).await.unwrap();
+        for (index, pending, staged) in [("", false, false), ("", true, true), ("0", false, true), ("1", true, false)] {
+            let body = (index, pending);
+            let reply =
+                client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &body).await.unwrap();
+            let (config,): (Dict,) = reply.body().deserialize().unwrap();
+            assert_eq!(lookup_bool(&config, "staged"), Some(staged), "{index} {pending}");
+        }
         let id = ("fedora-coreos-1.0", true);
         let error =
             client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &id).await.unwrap_err();
@@ -1404,15 +1427,21 @@ pub(crate) mod tests {
         let (one, two) = (host.bus.connect().await, host.bus.connect().await);
         let address = rebase(&one, &reference(&target)).await.unwrap();
         assert_eq!(rebase(&two, &reference(&target)).await.unwrap(), address);
-        let error = rebase_titled(&two, &reference(&target), "other").await.unwrap_err();
-        let zbus::Error::MethodError(name, text, _) = error else { panic!("{error}") };
-        assert_eq!(name.as_str(), BUSY);
-        assert!(text.unwrap().starts_with("Transaction in progress: test"));
+        let busy = async |title: &str| {
+            let error = rebase_titled(&two, &reference(&target), "other").await.unwrap_err();
+            let zbus::Error::MethodError(name, text, _) = error else { panic!("{error}") };
+            assert_eq!(name.as_str(), BUSY);
+            let hint = "You can cancel the current transaction with `rpm-ostree cancel`";
+            assert_eq!(text.unwrap(), format!("Transaction in progress: {title}\n {hint}"));
+        };
+        // What deploys gets its own title with its start.
+        busy("new-deployment").await;
         // Attached, and told again when late.
         host.daemon.hang_at("Importing");
         let (first, mut first_stream) = peer(&address).await;
         let (second, mut second_stream) = peer(&address).await;
         assert!(start(&first).await);
+        busy("test").await;
         assert!(!start(&second).await);
         until("hanging", || host.daemon.is_hanging()).await;
         host.daemon.release();
@@ -1449,8 +1478,32 @@ pub(crate) mod tests {
         rebase(&client, &reference(&target)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(host.daemon.active_transaction().is_some(), "never started is active for ever");
+        let (_peer, mut stream) = peer(&host.daemon.active_transaction_path().unwrap()).await;
         client.close().await.unwrap();
+        assert_eq!(finished(&mut stream).await, None, "it goes without a word");
         until("idle", || host.daemon.active_transaction().is_none()).await;
+    }
+
+    #[tokio::test]
+    async fn only_root_may_change_something() {
+        let host = Host::new().await;
+        let client = host.bus.connect().await;
+        host.daemon.start().await.unwrap();
+        host.daemon.distrust(true);
+        let sysroot = async |method: &str| {
+            let options: HashMap<&str, OwnedVariant> = HashMap::new();
+            let called = match method {
+                "Reload" => client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), method, &()).await,
+                _ => client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), method, &(options,)).await,
+            };
+            called.map(drop).map_err(|error| error.to_string())
+        };
+        sysroot("Reload").await.unwrap();
+        get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap();
+        let error = sysroot("RegisterClient").await.unwrap_err();
+        assert!(error.contains("rpmostreed Sysroot operation RegisterClient not allowed for user"), "{error}");
+        let error = rebase(&client, &reference(&host.booted)).await.unwrap_err().to_string();
+        assert!(error.contains("AccessDenied: rpmostreed OS operation Rebase not allowed for user"), "{error}");
     }
 
     #[tokio::test]

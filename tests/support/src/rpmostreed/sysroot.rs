@@ -104,6 +104,17 @@ impl Deployment {
         put("base-commit-meta", variant(meta));
         put("requested-packages", variant(self.requested_packages.clone()));
         put("packages", variant(self.requested_packages.clone()));
+        // There however little was changed.
+        for key in ["requested-local-packages", "requested-local-fileoverride-packages"] {
+            put(key, variant(Vec::<String>::new()));
+        }
+        for key in ["requested-base-removals", "requested-base-local-replacements"] {
+            put(key, variant(Vec::<String>::new()));
+        }
+        put("regenerate-initramfs", variant(false));
+        put("base-removals", variant(Vec::<zbus::Variant<'static>>::new()));
+        put("base-local-replacements", variant(Vec::<(zbus::Variant<'static>, zbus::Variant<'static>)>::new()));
+        put("base-remote-replacements", variant(BTreeMap::<String, zbus::Variant<'static>>::new()));
         if !self.requested_packages.is_empty() {
             put("base-checksum", variant(sha256_hex(self.checksum.as_bytes())));
             put("base-timestamp", variant(self.timestamp));

@@ -145,9 +145,16 @@ impl Transaction {
         self.cancelled.send_replace(true);
     }
 
-    /// The client that asked for it left the bus before anybody started it.
+    /// The client that asked for it left the bus before anybody started it: it is gone without a word.
     pub(crate) async fn abandon(self: &Arc<Self>) {
-        self.finish(Err("client disconnected before calling Start".to_owned())).await;
+        *self.phase.lock().unwrap() = Phase::Finished(false, String::new());
+        self.force_close().await;
+    }
+
+    /// The title that clients see: what deploys gets its own with its start.
+    pub(crate) fn shown_title(&self) -> &str {
+        let deploys = ["Rebase", "Upgrade"].contains(&self.method.as_str());
+        if deploys && self.is_waiting() { "new-deployment" } else { &self.title }
     }
 
     async fn finish(self: &Arc<Self>, outcome: Result<(), String>) {
@@ -258,7 +265,7 @@ impl Service for Peer {
             name: INTERFACE,
             members: MEMBERS,
             properties: vec![
-                ("Title", variant(self.transaction.title.as_str())),
+                ("Title", variant(self.transaction.shown_title())),
                 ("InitiatingClientDescription", variant(self.transaction.client.as_str())),
             ],
         }]
