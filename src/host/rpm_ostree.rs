@@ -413,8 +413,11 @@ impl<'h> Client<'h> {
                     if !asked {
                         (until, limit) = (Instant::now() + deadlines.stall, deadlines.stall);
                     }
-                    if let Some(outcome) = heard(what, &message, progress) {
-                        return outcome;
+                    match heard(what, &message, progress) {
+                        // The daemon's word for it depends on its locale, and on what was interrupted.
+                        Some(Err(HostError::Transaction { .. })) if asked => return Err(HostError::Cancelled(what)),
+                        Some(outcome) => return outcome,
+                        None => {}
                     }
                 }
                 () = cancelled(cancel), if !asked => {
@@ -543,18 +546,18 @@ fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostErr
     if success {
         return Ok(());
     }
-    if text.ends_with("Operation was cancelled") {
-        return Err(HostError::Cancelled(what));
-    }
     let proxy = PROXY.iter().filter_map(|word| text.find(word)).min();
     let (own, theirs) = text.split_at(proxy.unwrap_or(text.len()));
-    let own_has = |parts: &[&str]| parts.iter().any(|part| own.contains(part));
-    let reason = if own_has(&[
-        "No space left on device",
-        "would be exceeded",
-        "Insufficient free space for",
-        "quota exceeded",
-    ]) {
+    // GIO's word, which the daemon also uses itself, and libdnf's where packages are layered.
+    const CANCELLED: [&str; 2] = ["Operation was cancelled", "cancelled by user action"];
+    if theirs.is_empty() && CANCELLED.iter().any(|end| own.ends_with(end)) {
+        return Err(HostError::Cancelled(what));
+    }
+    // Where both ends of a layer failed, the importer's own words follow skopeo's.
+    let both = theirs.strip_prefix(BOTH_FAILED).and_then(|both| both.rsplit_once(" and client error: "));
+    let client = both.map_or("", |(_, client)| client);
+    let own_has = |parts: &[&str]| parts.iter().any(|part| own.contains(part) || client.contains(part));
+    let reason = if own_has(&["No space left on device", "would be exceeded", "quota exceeded"]) {
         Reason::DiskFull
     } else if own_has(&["does not have ostree.bootable label"]) {
         Reason::NotBootable
@@ -570,8 +573,15 @@ fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostErr
 }
 
 /// Where the daemon's own words end.
-const PROXY: [&str; 4] =
-    ["proxy failure: ", "failed to invoke method ", "Failed to invoke skopeo proxy method ", "remote error: "];
+const PROXY: [&str; 5] = [
+    BOTH_FAILED,
+    "failed to invoke method ",
+    "Failed to invoke skopeo proxy method ",
+    "remote error: ",
+    "proxy request returned error: ",
+];
+/// What begins the words of skopeo that the importer's own follow.
+const BOTH_FAILED: &str = "proxy failure: ";
 
 /// The class of what skopeo says, by its first words. Pure.
 fn of_proxy(text: &str) -> Reason {
@@ -698,6 +708,7 @@ mod tests {
     #[test]
     fn the_end_of_a_transaction_is_classified() {
         let twice = "Creating importer: failed to invoke method OpenImage: failed to invoke method OpenImage: ";
+        let layer = "Importing: Parsing layer blob sha256:ab: proxy failure: failed to invoke method FinishPipe:";
         for (text, reason) in [
             (format!("{twice}A signature was required, but no signature exists"), Reason::SignatureMissing),
             (format!("{twice}cryptographic signature verification failed: x"), Reason::SignatureRejected),
@@ -724,6 +735,31 @@ mod tests {
             (format!("{twice}x: Operation was refused: unauthorized"), Reason::StageFailed),
             ("Importing: Unhandled layer type: application/x".to_owned(), Reason::ImageInvalid),
             ("Preparing import: No ostree.final-diffid label found".to_owned(), Reason::ImageInvalid),
+            // The importer's own half comes last, after skopeo's.
+            (
+                format!("{layer} unexpected EOF and client error: Processing tar: Copying: No space left on device"),
+                Reason::DiskFull,
+            ),
+            (
+                format!("{layer} unexpected EOF and client error: Processing tar: failed to fill whole buffer"),
+                Reason::RegistryUnreachable,
+            ),
+            (
+                format!("{layer} x and client error: No space left on device and client error: Processing tar: x"),
+                Reason::StageFailed,
+            ),
+            (format!("{twice}x and client error: No space left on device"), Reason::StageFailed),
+            // skopeo's own end, with what it wrote to its standard error.
+            (
+                "Importing: proxy request returned error: proxy failed: exit status: 1\nNo space left on device"
+                    .to_owned(),
+                Reason::StageFailed,
+            ),
+            // Cancelled in the middle of something, or before it began.
+            ("Checking out tree: Operation was cancelled".to_owned(), Reason::Cancelled),
+            ("Downloading metadata for 'updates': cancelled by user action".to_owned(), Reason::Cancelled),
+            ("Operation was cancelled at 12:00".to_owned(), Reason::StageFailed),
+            (format!("{twice}denied: Operation was cancelled"), Reason::RegistryDenied),
             (String::new(), Reason::StageFailed),
         ] {
             assert_eq!(finished("staging", false, &text).unwrap_err().reason(), reason, "{text}");

@@ -336,6 +336,12 @@ async fn cancelling_ends_it_or_gives_up() {
     assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
     lab.idle().await;
     assert_eq!(lab.staged(), None);
+    // Whatever the daemon calls it, in its locale.
+    daemon.say_when_cancelled("Vorgang wurde abgebrochen");
+    let (sender, staging) = begin(&lab.host, "2").await;
+    sender.send_replace(true);
+    assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
+    lab.idle().await;
     // Past the point: it ends well although it was asked not to.
     daemon.ignore_cancel(true);
     let (sender, staging) = begin(&lab.host, "2").await;

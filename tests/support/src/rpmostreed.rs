@@ -90,6 +90,7 @@ struct Faults {
     address: Option<String>,
     garbage_reply: bool,
     ignore_cancel: bool,
+    cancel_text: Option<String>,
     strangers: bool,
     chatter: u32,
     properties: HashMap<String, OwnedVariant>,
@@ -261,6 +262,11 @@ impl RpmOstreed {
     /// Whether `Cancel` has no effect, as on a transaction that is past the point.
     pub fn ignore_cancel(&self, ignored: bool) {
         self.inner.faults.lock().unwrap().ignore_cancel = ignored;
+    }
+
+    /// What a cancelled transaction says in place of `Operation was cancelled`.
+    pub fn say_when_cancelled(&self, text: &str) {
+        self.inner.faults.lock().unwrap().cancel_text = Some(text.to_owned());
     }
 
     /// Whether callers are taken for users that polkit does not know, whoever they are.
@@ -587,6 +593,11 @@ impl Inner {
 
     pub(crate) fn ignores_cancel(&self) -> bool {
         self.faults.lock().unwrap().ignore_cancel
+    }
+
+    pub(crate) fn cancel_text(&self) -> String {
+        let text = self.faults.lock().unwrap().cancel_text.clone();
+        text.unwrap_or_else(|| "Operation was cancelled".to_owned())
     }
 
     pub(crate) fn chatters(&self) -> u32 {

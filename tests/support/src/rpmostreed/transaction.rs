@@ -129,7 +129,7 @@ impl Transaction {
             let mut cancelled = this.cancelled.subscribe();
             let outcome = tokio::select! {
                 biased;
-                _ = cancelled.wait_for(|cancelled| *cancelled) => Err("Operation was cancelled".to_owned()),
+                _ = cancelled.wait_for(|cancelled| *cancelled) => Err(daemon.cancel_text()),
                 outcome = daemon.execute(&this, work.unwrap_or(Work::Nothing)) => outcome,
             };
             drop(daemon);
