@@ -53,8 +53,13 @@ pub(super) async fn reboot(host: &Host, message: &str) -> Result<(), HostError> 
 
 async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {
     let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, error);
+    let before = read(host, bus).await?;
+    // Already on its way down is what we want, whatever inhibits it now.
+    if before.shutting_down {
+        return Ok(());
+    }
     // Before systemd 257 root overrides what appeared since the last look.
-    if let Some(inhibitor) = read(host, bus).await?.inhibitors.first() {
+    if let Some(inhibitor) = before.inhibitors.first() {
         return Err(HostError::Reboot(format!("`{}` inhibits it: {}", inhibitor.who, inhibitor.why)));
     }
     let manager = manager(bus).await.map_err(|error| failed(&error))?;
@@ -62,21 +67,19 @@ async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostErr
     if let Err(error) = told {
         tracing::warn!("logged-in users are not told of the reboot: {}", printable(&error.to_string(), 200));
     }
-    match manager.call("Reboot", &(false,)).await {
-        Ok(()) => Ok(()),
-        // Already on its way down is what we want.
-        Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.login1.OperationInProgress" => {
-            Ok(())
-        }
-        // Whatever the name: systemd 258 has one of its own for inhibitors.
-        Err(zbus::Error::MethodError(_, Some(why), _)) => Err(HostError::Reboot(printable(&why, 300))),
-        Err(error) => match failed(&error) {
-            HostError::Denied { why, .. } => Err(HostError::Reboot(why)),
-            // The reply may be lost where the request was not.
-            _ if is_shutting_down(&manager).await.unwrap_or(false) => Ok(()),
-            error => Err(error),
-        },
+    let Err(error) = manager.call::<_, _, ()>("Reboot", &(false,)).await else { return Ok(()) };
+    // The reply may be lost where the request was not; `OperationInProgress` is also the answer during a suspend.
+    if is_shutting_down(&manager).await.unwrap_or(false) {
+        return Ok(());
     }
+    Err(match &error {
+        // Whatever the name: systemd 258 has one of its own for inhibitors.
+        zbus::Error::MethodError(_, Some(why), _) => HostError::Reboot(printable(why, 300)),
+        _ => match failed(&error) {
+            HostError::Denied { why, .. } => HostError::Reboot(why),
+            error => error,
+        },
+    })
 }
 
 #[cfg(test)]

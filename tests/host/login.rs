@@ -19,7 +19,25 @@ async fn a_reboot_is_announced_and_repeating_it_is_success() {
     let told = format!("rebooting into the desired OS image {}", lab.verified("2").image().digest().short());
     assert_eq!(logind.wall_message(), Some((told, true)));
     assert!(lab.host.read_machine().await.unwrap().shutting_down);
-    // OperationInProgress.
+    // OperationInProgress, and what inhibits it now comes too late.
+    lab.host.reboot(lab.verified("2")).await.unwrap();
+    logind.add_inhibitor(Inhibitor::block("backup", "x"));
+    lab.host.reboot(lab.verified("2")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_suspend_in_progress_is_no_reboot() {
+    let lab = Lab::new().await;
+    let logind = lab.machine.logind();
+    logind.on_reboot(|| {});
+    logind.suspend(true);
+    for overrides in [true, false] {
+        logind.root_overrides_inhibitors(overrides);
+        let error = lab.host.reboot(lab.verified("2")).await.unwrap_err();
+        assert!(matches!(&error, HostError::Reboot(why) if why.contains("in progress")), "{error}");
+    }
+    assert!(!lab.host.read_machine().await.unwrap().shutting_down);
+    logind.suspend(false);
     lab.host.reboot(lab.verified("2")).await.unwrap();
 }
 

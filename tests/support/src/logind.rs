@@ -12,6 +12,7 @@ use crate::events::{Event, Events};
 const NAME: &str = "org.freedesktop.login1";
 const PATH: &str = "/org/freedesktop/login1";
 const MANAGER: &str = "org.freedesktop.login1.Manager";
+const WALL_MESSAGE_MAX: usize = 4096;
 
 /// One inhibitor lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,7 @@ struct Inner {
     inhibitors: Mutex<Vec<Inhibitor>>,
     wall: Mutex<Option<(String, bool)>>,
     going_down: AtomicBool,
+    asleep: AtomicBool,
     root_overrides: AtomicBool,
     refusal: Mutex<Option<(String, String)>>,
     lose_reply: AtomicBool,
@@ -81,6 +83,7 @@ impl Logind {
             inhibitors: Mutex::default(),
             wall: Mutex::default(),
             going_down: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
             root_overrides: AtomicBool::new(false),
             refusal: Mutex::default(),
             lose_reply: AtomicBool::new(false),
@@ -133,6 +136,11 @@ impl Logind {
     #[must_use]
     pub fn preparing_for_shutdown(&self) -> bool {
         self.inner.going_down.load(Ordering::SeqCst)
+    }
+
+    /// Whether somebody suspends the machine now.
+    pub fn suspend(&self, asleep: bool) {
+        self.inner.asleep.store(asleep, Ordering::SeqCst);
     }
 
     /// Somebody else reboots the machine, e.g. a human with `systemctl reboot -i`.
@@ -191,33 +199,30 @@ impl Inner {
         }
     }
 
-    async fn asked(&self, call: &Call, flags: u64) -> Answer {
-        const KNOWN_252: u64 = 1 | 2;
-        const KNOWN_257: u64 = KNOWN_252 | 4 | 8 | 16;
-        let old = self.root_overrides.load(Ordering::SeqCst);
-        if flags & !(if old { KNOWN_252 } else { KNOWN_257 }) != 0 {
-            return Err(Failure::new("org.freedesktop.DBus.Error.InvalidArgs", "Invalid flags parameter"));
-        }
+    /// systemd 252 looks at what goes on and lets root pass inhibitors; 257 looks at inhibitors first, root's or not.
+    async fn asked(&self, call: &Call) -> Answer {
         let refusal = self.refusal.lock().unwrap().clone();
         if let Some((name, text)) = refusal {
             return Err(Failure::new(&name, text));
         }
-        if self.going_down.load(Ordering::SeqCst) {
-            return Err(Failure::new(
-                "org.freedesktop.login1.OperationInProgress",
-                "There's already a shutdown or sleep operation in progress",
-            ));
-        }
-        let root_check = flags & 1 != 0;
-        let blocked = match old {
-            true => root_check && self.blocks(&["block"]),
-            false => flags & 16 == 0 && (self.blocks(&["block"]) || (root_check && self.blocks(&["block-weak"]))),
+        let active = match (self.going_down.load(Ordering::SeqCst), self.asleep.load(Ordering::SeqCst)) {
+            (true, _) => Some("reboot"),
+            (false, true) => Some("suspend"),
+            (false, false) => None,
         };
-        if blocked {
+        let old = self.root_overrides.load(Ordering::SeqCst);
+        if !old && self.blocks(&["block"]) {
             return Err(Failure::new(
                 "org.freedesktop.DBus.Error.AccessDenied",
                 "Access denied due to active block inhibitor",
             ));
+        }
+        if let Some(active) = active {
+            let text = match old {
+                true => "There's already a shutdown or sleep operation in progress".to_owned(),
+                false => format!("Action {active} already in progress, refusing requested reboot operation."),
+            };
+            return Err(Failure::new("org.freedesktop.login1.OperationInProgress", text));
         }
         self.begin().await;
         if self.lose_reply.swap(false, Ordering::SeqCst) {
@@ -229,10 +234,8 @@ impl Inner {
 
 const MEMBERS: &str = r#"
 <method name="Reboot"><arg name="interactive" type="b" direction="in"/></method>
-<method name="RebootWithFlags"><arg name="flags" type="t" direction="in"/></method>
 <method name="SetWallMessage"><arg name="wall_message" type="s" direction="in"/><arg name="enable" type="b" direction="in"/></method>
 <method name="ListInhibitors"><arg name="inhibitors" type="a(ssssuu)" direction="out"/></method>
-<method name="CanReboot"><arg name="result" type="s" direction="out"/></method>
 <signal name="PrepareForShutdown"><arg name="start" type="b"/></signal>
 "#;
 
@@ -260,14 +263,15 @@ impl Service for Inner {
         match call.member.as_str() {
             "Reboot" => {
                 let (_interactive,): (bool,) = body.deserialize()?;
-                self.asked(call, 0).await
-            }
-            "RebootWithFlags" => {
-                let (flags,): (u64,) = body.deserialize()?;
-                self.asked(call, flags).await
+                self.asked(call).await
             }
             "SetWallMessage" => {
                 let (text, enabled): (String, bool) = body.deserialize()?;
+                if text.len() > WALL_MESSAGE_MAX {
+                    let why =
+                        format!("Wall message too long, maximum permitted length is {WALL_MESSAGE_MAX} characters.");
+                    return Err(Failure::new("org.freedesktop.DBus.Error.InvalidArgs", why));
+                }
                 *self.wall.lock().unwrap() = Some((text, enabled));
                 call.reply(&())
             }
@@ -282,7 +286,6 @@ impl Service for Inner {
                     .collect();
                 call.reply(&(rows,))
             }
-            "CanReboot" => call.reply(&("yes",)),
             _ => call.unknown(),
         }
     }
@@ -305,9 +308,19 @@ mod tests {
         let reply = client.call_method(Some(NAME), PATH, Some(MANAGER), "ListInhibitors", &()).await.unwrap();
         assert_eq!(reply.body().signature().to_string(), "a(ssssuu)");
         logind.root_overrides_inhibitors(true);
+        logind.suspend(true);
+        let error = reboot().await.unwrap_err().to_string();
+        assert!(error.contains("already a shutdown or sleep"), "{error}");
+        logind.suspend(false);
         reboot().await.unwrap();
         let error = reboot().await.unwrap_err().to_string();
         assert!(error.contains("already a shutdown"), "{error}");
+        logind.root_overrides_inhibitors(false);
+        let error = reboot().await.unwrap_err().to_string();
+        assert!(error.contains("Access denied due to active block inhibitor"), "{error}");
+        logind.remove_inhibitor("backup");
+        let error = reboot().await.unwrap_err().to_string();
+        assert!(error.contains("Action reboot already in progress, refusing requested reboot operation."), "{error}");
         assert!(logind.preparing_for_shutdown());
     }
 }
