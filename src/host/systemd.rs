@@ -28,10 +28,10 @@ pub(super) async fn states<const N: usize>(
     let failed = |e: zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, &e);
     let manager = manager(bus).await.map_err(failed)?;
     let listed: Vec<Listed> = manager.call("ListUnitsByNames", &(names.as_slice(),)).await.map_err(failed)?;
-    Ok(names.map(|name| match listed.iter().find(|row| row.0 == name) {
-        Some(row) => state(&row.2, &row.3),
-        None => UnitState::Absent,
-    }))
+    // One row for each, in order; a row has the unit's own name, which another one may stand for.
+    let rows = <[Listed; N]>::try_from(listed);
+    let rows = rows.map_err(|rows| HostError::confused(WHAT, format!("{} rows for {N} names", rows.len())))?;
+    Ok(rows.map(|row| state(&row.2, &row.3)))
 }
 
 /// systemd adds words between releases, so unknown ones count as not active. Pure.
@@ -133,8 +133,9 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
             message = removed.next() => {
                 let Some(message) = message else { break };
                 let body = message.body();
-                if let Ok((_, path, of, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>()
-                    && of == unit
+                // Told apart by the job: the signal has the unit's own name, which another one may stand for.
+                if let Ok((_, path, _, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>()
+                    && job.as_ref().is_none_or(|job| *job == path)
                 {
                     ended.push((path, result));
                 }

@@ -53,6 +53,23 @@ async fn jobs_that_do_not_end_well_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unit_may_be_called_otherwise() {
+    let lab = Lab::new().await;
+    let systemd = lab.machine.systemd();
+    systemd.uninstall(UPDATE);
+    systemd.alias(UPDATE, "loader-update.service");
+    systemd.set("loader-update.service", "inactive", "dead");
+    // Both the rows of a list and the signal of a job's end name the unit itself.
+    for early in [true, false] {
+        systemd.job_removed_early(early);
+        let host = lab.hasty(|deadlines| deadlines.job = Duration::from_secs(5));
+        host.update_bootloader().await.unwrap();
+    }
+    assert_eq!(systemd.started(), ["loader-update.service", "loader-update.service"]);
+    assert_eq!(lab.host.read_machine().await.unwrap().bootloader_update, UnitState::Active);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_never_ends_has_a_deadline() {
     let lab = Lab::new().await;
     lab.machine.systemd().on_start(UPDATE, std::future::pending::<Result<(), String>>);
@@ -97,6 +114,7 @@ async fn both_versions_of_systemd_are_read_alike() {
     let lab = Lab::new().await;
     let systemd = lab.machine.systemd();
     until("kubelet", || systemd.unit("kubelet.service").unwrap().active == "active").await;
+    until("the agent", || systemd.unit("rebase-agent.service").unwrap().active == "activating").await;
     systemd.fail("ostree-boot-complete.service", "exit-code");
     for version in ["252-51.el9", "257.3-1.el10"] {
         systemd.set_version(version);

@@ -82,6 +82,8 @@ struct Inner {
     connection: Connection,
     units: Mutex<BTreeMap<String, Unit>>,
     hooks: Mutex<HashMap<String, Hook>>,
+    /// The unit behind another name.
+    aliases: Mutex<HashMap<String, String>>,
     /// By what stands before the instance, `@` included.
     templates: Mutex<HashMap<String, TemplateHook>>,
     starting: Mutex<HashMap<String, Starting>>,
@@ -117,6 +119,7 @@ impl Systemd {
             connection: connection.clone(),
             units: Mutex::default(),
             hooks: Mutex::default(),
+            aliases: Mutex::default(),
             templates: Mutex::default(),
             starting: Mutex::default(),
             refusals: Mutex::default(),
@@ -212,6 +215,11 @@ impl Systemd {
     /// Removes a unit's file.
     pub fn uninstall(&self, name: &str) {
         self.inner.units.lock().unwrap().remove(name);
+    }
+
+    /// Makes `alias` another name of the unit `name`.
+    pub fn alias(&self, alias: &str, name: &str) {
+        self.inner.aliases.lock().unwrap().insert(alias.to_owned(), name.to_owned());
     }
 
     /// What a start of `name` does beside changing its state.
@@ -392,12 +400,34 @@ impl Inner {
         ]
     }
 
-    async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool, mode: &str) -> Answer {
-        if self.units.lock().unwrap().get(&name).is_some_and(|unit| unit.load == "masked") {
-            return Err(Failure::new("org.freedesktop.systemd1.UnitMasked", format!("Unit {name} is masked.")));
+    /// The unit that a name of a caller's stands for, which is loaded if it must be.
+    fn load(&self, name: &str) -> Result<String, Failure> {
+        let invalid = |text| Failure::new("org.freedesktop.DBus.Error.InvalidArgs", text);
+        if !is_unit_name(name) {
+            return Err(invalid(format!("Unit name {name} is not valid.")));
         }
-        if !self.installed(&name) {
-            return Err(no_such_unit(format!("Unit {name} not found.")));
+        if name.contains("@.") {
+            return Err(invalid(format!("Unit name {name} is missing the instance name.")));
+        }
+        let id = self.aliases.lock().unwrap().get(name).cloned().unwrap_or_else(|| name.to_owned());
+        self.installed(&id);
+        self.unit_interfaces(&id, true);
+        Ok(id)
+    }
+
+    fn is_masked(&self, name: &str) -> bool {
+        self.units.lock().unwrap().get(name).is_some_and(|unit| unit.load == "masked")
+    }
+
+    async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool, mode: &str) -> Answer {
+        // What is masked may be stopped, and of what is not found only the words differ.
+        match (self.installed(&name), self.is_masked(&name), stop) {
+            (true, ..) | (false, true, true) => {}
+            (false, true, false) => {
+                return Err(Failure::new("org.freedesktop.systemd1.UnitMasked", format!("Unit {name} is masked.")));
+            }
+            (false, false, true) => return Err(no_such_unit(format!("Unit {name} not loaded."))),
+            (false, false, false) => return Err(no_such_unit(format!("Unit {name} not found."))),
         }
         let running = self.starting.lock().unwrap().get(&name).cloned();
         if stop && mode == "fail" && running.is_some() {
@@ -483,6 +513,15 @@ fn matches(pattern: &str, name: &str) -> bool {
         }
         None => pattern == name,
     }
+}
+
+/// `unit_name_is_valid`, as far as characters, length and suffix go.
+fn is_unit_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b":-_.\\@".contains(&byte);
+    let known =
+        ["service", "socket", "target", "scope", "mount", "timer", "path", "slice", "device", "swap", "automount"];
+    let suffix = name.rsplit_once('.').filter(|(stem, _)| !stem.is_empty() && !stem.starts_with('@'));
+    name.len() < 256 && name.bytes().all(allowed) && suffix.is_some_and(|(_, suffix)| known.contains(&suffix))
 }
 
 fn no_such_unit(text: String) -> Failure {
@@ -577,11 +616,12 @@ impl Service for Inner {
             }
             "LoadUnit" => {
                 let (name,): (String,) = body.deserialize()?;
-                self.unit_interfaces(&name, true);
+                let name = self.load(&name)?;
                 call.reply(&(ObjectPath::try_from(unit_path(&name))?,))
             }
             "StartUnit" | "StopUnit" => {
                 let (name, mode): (String, String) = body.deserialize()?;
+                let name = self.load(&name)?;
                 if !["replace", "fail", "isolate", "ignore-dependencies", "ignore-requirements"]
                     .contains(&mode.as_str())
                 {
@@ -610,8 +650,9 @@ impl Service for Inner {
             "ListUnitsByNames" => {
                 let (names,): (Vec<String>,) = body.deserialize()?;
                 let mut rows = Vec::new();
-                for name in names {
-                    self.unit_interfaces(&name, true);
+                // A row says what the unit is called, which need not be the name that was asked for.
+                for name in names.iter().filter(|name| is_unit_name(name)) {
+                    let name = self.load(name)?;
                     let unit = self.units.lock().unwrap().get(&name).cloned().unwrap_or_else(Unit::missing);
                     let path = ObjectPath::try_from(unit_path(&name))?;
                     let none = ObjectPath::try_from("/")?;
@@ -625,8 +666,10 @@ impl Service for Inner {
                 let units = self.units.lock().unwrap().clone();
                 let mut rows = Vec::new();
                 for (name, unit) in units {
-                    let wanted = states.is_empty() || states.contains(&unit.active);
-                    if unit.in_memory && wanted && patterns.iter().any(|pattern| matches(pattern, &name)) {
+                    let words = [&unit.load, &unit.active, &unit.sub];
+                    let wanted = states.is_empty() || words.iter().any(|word| states.contains(word));
+                    let named = patterns.is_empty() || patterns.iter().any(|pattern| matches(pattern, &name));
+                    if unit.in_memory && wanted && named {
                         let path = ObjectPath::try_from(unit_path(&name))?;
                         let none = ObjectPath::try_from("/")?;
                         let description = name.clone();
@@ -745,7 +788,30 @@ mod tests {
         systemd.set("kubelet.service", "inactive", "dead");
         systemd.activate("kubelet.service").await.unwrap_err();
         assert_eq!(systemd.unit("kubelet.service").unwrap().result, "timeout");
-        let error = call(&client, MANAGER, MANAGER_INTERFACE, "StartUnit", &("no.service", "fail")).await.unwrap_err();
-        assert!(error.to_string().contains("not found"), "{error}");
+        systemd.update("masked.service", |unit| "masked".clone_into(&mut unit.load));
+        systemd.install_template("switch@", |_| async { Ok(()) });
+        for (method, name, why) in [
+            ("StartUnit", "no.service", "NoSuchUnit: Unit no.service not found."),
+            ("StopUnit", "no.service", "NoSuchUnit: Unit no.service not loaded."),
+            ("StartUnit", "masked.service", "UnitMasked: Unit masked.service is masked."),
+            ("StartUnit", "a b.service", "InvalidArgs: Unit name a b.service is not valid."),
+            ("StartUnit", "noname", "InvalidArgs: Unit name noname is not valid."),
+            ("StartUnit", "switch@.service", "InvalidArgs: Unit name switch@.service is missing the instance name."),
+        ] {
+            let error = call(&client, MANAGER, MANAGER_INTERFACE, method, &(name, "fail")).await.unwrap_err();
+            assert!(error.to_string().contains(why), "{method} {name}: {error}");
+        }
+        // Known with its template, and what is masked may be stopped.
+        for name in ["switch@1.service", "masked.service"] {
+            call(&client, MANAGER, MANAGER_INTERFACE, "StopUnit", &(name, "replace")).await.unwrap();
+        }
+        systemd.alias("other.service", "kubelet.service");
+        let names = vec!["other.service", "a b.service", "no.service"];
+        let reply = call(&client, MANAGER, MANAGER_INTERFACE, "ListUnitsByNames", &(names,)).await.unwrap();
+        type Row =
+            (String, String, String, String, String, String, zbus::OwnedObjectPath, u32, String, zbus::OwnedObjectPath);
+        let (rows,): (Vec<Row>,) = reply.body().deserialize().unwrap();
+        let rows: Vec<_> = rows.iter().map(|row| (row.0.as_str(), row.2.as_str())).collect();
+        assert_eq!(rows, [("kubelet.service", "loaded"), ("no.service", "not-found")]);
     }
 }
