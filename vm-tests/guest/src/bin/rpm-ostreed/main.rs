@@ -14,7 +14,8 @@ use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use zbus::message::Header;
-use zbus::{Connection, DBusError, OwnedObjectPath, OwnedVariant};
+use zbus::names::{BusName, ErrorName};
+use zbus::{Connection, DBusError, Message, OwnedObjectPath, OwnedVariant};
 
 use transaction::{Request, Transaction};
 use work::{Deployment, Dict, Job, Refusal};
@@ -24,27 +25,51 @@ const SYSROOT: &str = "/org/projectatomic/rpmostree1/Sysroot";
 /// Without clients and transaction, the daemon exits after this long.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// GIO's errors as they arrive on the bus.
-#[derive(Debug, DBusError)]
-#[zbus(prefix = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark")]
-enum Failure {
-    #[zbus(error)]
-    ZBus(zbus::Error),
-    /// Failed.
-    Code0(String),
-    /// Not found.
-    Code1(String),
-    /// Busy.
-    Code26(String),
+/// An error as it arrives on the bus.
+#[derive(Debug)]
+struct Failure {
+    name: &'static str,
+    text: String,
 }
 
-/// The daemon's own errors.
-#[derive(Debug, DBusError)]
-#[zbus(prefix = "org.projectatomic.rpmostreed.Error")]
-enum Invalid {
-    #[zbus(error)]
-    ZBus(zbus::Error),
-    Failed(String),
+impl Failure {
+    /// `G_IO_ERROR_FAILED`.
+    fn failed(text: impl Into<String>) -> Self {
+        Self { name: "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code0", text: text.into() }
+    }
+
+    /// `G_IO_ERROR_NOT_FOUND`.
+    fn not_found(text: impl Into<String>) -> Self {
+        Self { name: "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code1", text: text.into() }
+    }
+
+    /// `G_IO_ERROR_BUSY`.
+    fn busy(text: impl Into<String>) -> Self {
+        Self { name: "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code26", text: text.into() }
+    }
+
+    /// An error of the daemon's own.
+    fn invalid(text: impl Into<String>) -> Self {
+        Self { name: "org.projectatomic.rpmostreed.Error.Failed", text: text.into() }
+    }
+
+    fn denied(text: impl Into<String>) -> Self {
+        Self { name: "org.freedesktop.DBus.Error.AccessDenied", text: text.into() }
+    }
+}
+
+impl DBusError for Failure {
+    fn create_reply(&self, call: &Header<'_>) -> zbus::Result<Message> {
+        Message::error(call, self.name()).build(&(self.text.as_str(),))
+    }
+
+    fn name(&self) -> ErrorName<'_> {
+        ErrorName::from_static_str_unchecked(self.name)
+    }
+
+    fn description(&self) -> Option<&str> {
+        Some(&self.text)
+    }
 }
 
 /// The daemon.
@@ -109,30 +134,67 @@ impl Daemon {
         options: &HashMap<String, OwnedVariant>,
         header: &Header<'_>,
     ) -> Result<String, Failure> {
-        let title = text(options, "initiating-command-line").unwrap_or_else(|| method.to_lowercase());
+        let otherwise = if method == "KernelArgs" { "kargs".to_owned() } else { method.to_lowercase() };
+        let title = text(options, "initiating-command-line").unwrap_or(otherwise);
         let client = header.sender().map(|sender| sender.to_string()).unwrap_or_default();
         let request = Request { job, title };
         if let Some(active) = &self.state().active {
             if active.request == request {
                 return Ok(Transaction::address());
             }
-            return Err(Failure::Code26(format!("Transaction in progress: {}", active.request.title)));
+            return Err(Failure::busy(format!(
+                "Transaction in progress: {}\n You can cancel the current transaction with `rpm-ostree cancel`",
+                active.title()
+            )));
         }
         let (said, saying) = mpsc::unbounded_channel();
         let (cancelled, is_cancelled) = watch::channel(false);
         let worker = work::prepare(request.job.clone(), said, is_cancelled).await.map_err(|refusal| match refusal {
-            Refusal::Busy => Failure::Code26("System transaction in progress".to_owned()),
-            Refusal::Failed(text) => Failure::Code0(text),
+            Refusal::Busy => Failure::busy("System transaction in progress"),
+            Refusal::Failed(text) => Failure::failed(text),
         })?;
         let transaction = Transaction::listen(self, request, method, client, worker, saying, cancelled)
-            .map_err(|error| Failure::Code0(error.to_string()))?;
+            .map_err(|error| Failure::failed(error.to_string()))?;
         self.state().active = Some(transaction);
         Ok(Transaction::address())
     }
 }
 
+/// An option by its type: one of another type counts as absent.
 fn text(options: &HashMap<String, OwnedVariant>, key: &str) -> Option<String> {
     String::try_from(options.get(key)?.try_clone().ok()?).ok()
+}
+
+fn flag(options: &HashMap<String, OwnedVariant>, key: &str) -> Option<bool> {
+    bool::try_from(options.get(key)?.try_clone().ok()?).ok()
+}
+
+/// Options that change what the original does and that this one does not know: refused, so that no test takes them for
+/// done (these bindings of libostree's cannot lock what they stage). What the original does not know is passed over.
+fn check_options(options: &HashMap<String, OwnedVariant>) -> Result<(), Failure> {
+    const FLAGS: [&str; 7] =
+        ["lock-finalization", "download-only", "no-pull-base", "dry-run", "cache-only", "reboot", "apply-live"];
+    const OTHERS: [&str; 3] = ["revision", "append-if-missing", "delete-if-present"];
+    let set = FLAGS.into_iter().find(|key| flag(options, key) == Some(true));
+    let present = OTHERS.into_iter().find(|key| options.contains_key(*key));
+    let older = Some("allow-downgrade").filter(|key| flag(options, key) == Some(false));
+    match set.or(present).or(older) {
+        Some(key) => Err(Failure::failed(format!("the stand-in for rpm-ostree does not do `{key}`"))),
+        None => Ok(()),
+    }
+}
+
+/// Root may do everything, and the bus says who calls; others may do what polkit says, here nothing.
+async fn authorize(bus: &Connection, header: &Header<'_>, object: &str) -> Result<(), Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure::failed(format!("Failed direct authorization: {error}"));
+    let sender = header.sender().ok_or_else(|| failed(&"no sender"))?;
+    let daemon = zbus::fdo::DBusProxy::new(bus).await.map_err(|error| failed(&error))?;
+    let uid = daemon.get_connection_unix_user(BusName::Unique(sender.to_owned())).await;
+    if uid.map_err(|error| failed(&error))? == 0 {
+        return Ok(());
+    }
+    let member = header.member().map(|member| member.to_string()).unwrap_or_default();
+    Err(Failure::denied(format!("rpmostreed {object} operation {member} not allowed for user")))
 }
 
 /// As the original escapes names in object paths; clients must not compute it.
@@ -156,18 +218,32 @@ struct Sysroot(Arc<Daemon>);
 
 #[zbus::interface(name = "org.projectatomic.rpmostree1.Sysroot")]
 impl Sysroot {
-    fn register_client(&self, _options: HashMap<String, OwnedVariant>, #[zbus(header)] header: Header<'_>) {
+    async fn register_client(
+        &self,
+        _options: HashMap<String, OwnedVariant>,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
+    ) -> Result<(), Failure> {
+        authorize(bus, &header, "Sysroot").await?;
         if let Some(sender) = header.sender() {
             self.0.state().clients.insert(sender.to_string());
         }
         self.0.changed.notify_one();
+        Ok(())
     }
 
-    fn unregister_client(&self, _options: HashMap<String, OwnedVariant>, #[zbus(header)] header: Header<'_>) {
+    async fn unregister_client(
+        &self,
+        _options: HashMap<String, OwnedVariant>,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
+    ) -> Result<(), Failure> {
+        authorize(bus, &header, "Sysroot").await?;
         if let Some(sender) = header.sender() {
             self.0.state().clients.remove(sender.as_str());
         }
         self.0.changed.notify_one();
+        Ok(())
     }
 
     async fn reload(&self) {
@@ -177,9 +253,9 @@ impl Sysroot {
     #[zbus(name = "GetOS")]
     fn get_os(&self, name: &str) -> Result<OwnedObjectPath, Failure> {
         if !self.0.state().deployments.iter().any(|one| one.osname == name) {
-            return Err(Failure::Code1(format!("OS name \"{name}\" not found")));
+            return Err(Failure::not_found(format!("OS name \"{name}\" not found")));
         }
-        OwnedObjectPath::try_from(os_path(name)).map_err(|error| Failure::Code0(error.to_string()))
+        OwnedObjectPath::try_from(os_path(name)).map_err(|error| Failure::failed(error.to_string()))
     }
 
     #[zbus(property)]
@@ -228,18 +304,29 @@ impl Os {
         refspec: String,
         _packages: Vec<String>,
         #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
     ) -> Result<String, Failure> {
-        self.0.transact("Rebase", Job::Rebase { reference: refspec }, &options, &header).await
+        authorize(bus, &header, "OS").await?;
+        check_options(&options)?;
+        let job = Job::Rebase { reference: refspec };
+        self.0.transact("Rebase", job, &options, &header).await
     }
 
-    async fn cleanup(&self, kinds: Vec<String>, #[zbus(header)] header: Header<'_>) -> Result<String, Failure> {
+    async fn cleanup(
+        &self,
+        kinds: Vec<String>,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
+    ) -> Result<String, Failure> {
         const KINDS: [&str; 4] = ["base", "pending-deploy", "rollback-deploy", "repomd"];
+        authorize(bus, &header, "OS").await?;
         if let Some(kind) = kinds.iter().find(|kind| !KINDS.contains(&kind.as_str())) {
-            return Err(Failure::Code0(format!("Invalid cleanup type: {kind}")));
+            return Err(Failure::failed(format!("Invalid cleanup type: {kind}")));
         }
         self.0.transact("Cleanup", Job::Cleanup { kinds }, &HashMap::new(), &header).await
     }
 
+    #[allow(clippy::too_many_arguments, reason = "as many as the original's method has, and two of the bus's")]
     async fn kernel_args(
         &self,
         existing: String,
@@ -248,7 +335,10 @@ impl Os {
         removed: Vec<String>,
         options: HashMap<String, OwnedVariant>,
         #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
     ) -> Result<String, Failure> {
+        authorize(bus, &header, "OS").await?;
+        check_options(&options)?;
         let last = text(&options, "final-kernel-args");
         let job = Job::KernelArguments { existing, added, replaced, removed, last };
         self.0.transact("KernelArgs", job, &options, &header).await
@@ -258,24 +348,32 @@ impl Os {
         &self,
         options: HashMap<String, OwnedVariant>,
         #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] bus: &Connection,
     ) -> Result<String, Failure> {
+        authorize(bus, &header, "OS").await?;
+        check_options(&options)?;
         self.0.transact("Rollback", Job::Rollback, &options, &header).await
     }
 
-    /// By index, whatever the original's XML calls it; and fatal where a deployment lacks a key.
+    /// By index, whatever the original's XML calls it, or what a new deployment would start from; and fatal where a
+    /// deployment lacks a key.
     fn get_deployment_boot_config(
         &self,
         index: &str,
-        _is_pending: bool,
-    ) -> Result<HashMap<String, OwnedVariant>, Invalid> {
+        is_pending: bool,
+    ) -> Result<HashMap<String, OwnedVariant>, Failure> {
         let state = self.0.state();
         if index.bytes().any(|byte| !byte.is_ascii_digit()) {
-            return Err(Invalid::Failed(format!("Invalid deployment index {index}, must be a number and >= 0")));
+            return Err(Failure::invalid(format!("Invalid deployment index {index}, must be a number and >= 0")));
         }
-        let number = if index.is_empty() { 0 } else { index.parse().unwrap_or(usize::MAX) };
+        let number = match index {
+            "" if is_pending => 0,
+            "" => state.deployments.iter().position(|one| one.booted).unwrap_or(0),
+            index => index.parse().unwrap_or(usize::MAX),
+        };
         let deployment = state.deployments.get(number).ok_or_else(|| {
             let count = state.deployments.len();
-            Invalid::Failed(format!("Out of range deployment index {number}, expected < {count}"))
+            Failure::invalid(format!("Out of range deployment index {number}, expected < {count}"))
         })?;
         if !deployment.boot.iter().any(|(key, _)| *key == "options") {
             eprintln!("os_handle_get_deployment_boot_config: assertion failed: (value)");
@@ -285,7 +383,7 @@ impl Os {
         deployment
             .boot
             .iter()
-            .map(|(key, text)| Ok(((*key).to_owned(), value(text).map_err(|e| Invalid::Failed(e.to_string()))?)))
+            .map(|(key, text)| Ok(((*key).to_owned(), value(text).map_err(|e| Failure::invalid(e.to_string()))?)))
             .collect()
     }
 }

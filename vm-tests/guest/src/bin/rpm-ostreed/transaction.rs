@@ -89,12 +89,18 @@ impl Transaction {
         format!("unix:path={SOCKET}")
     }
 
+    /// The title that clients see: what deploys gets its own with its start.
+    pub fn title(&self) -> &str {
+        let waits = matches!(*self.phase.lock().expect("not poisoned"), Phase::Waiting(_));
+        if waits && self.method == "Rebase" { "new-deployment" } else { &self.request.title }
+    }
+
     /// Whoever asked for it left before anybody started it.
     pub fn abandon(&self) {
         let mut phase = self.phase.lock().expect("not poisoned");
         if matches!(*phase, Phase::Waiting(_)) {
             // Dropping the sender ends the worker.
-            *phase = Phase::Finished(false, "client disconnected before calling Start".to_owned());
+            *phase = Phase::Finished(false, String::new());
         }
     }
 
@@ -106,26 +112,30 @@ impl Transaction {
     ) {
         let accepting = tokio::spawn(self.clone().accept(listener));
         let talking = tokio::spawn(self.clone().talk(said));
-        let outcome = outcome.await.unwrap_or_else(|_| Err("client disconnected before calling Start".to_owned()));
-        // All of what was said comes before the end.
-        let _ = talking.await;
-        match &outcome {
-            Ok(()) => println!("Txn {} successful", self.method),
-            Err(text) => println!("Txn {} failed: {text}", self.method),
+        // An error is a worker that was never let go: then it ends without a word.
+        if let Ok(outcome) = outcome.await {
+            // All of what was said comes before the end.
+            let _ = talking.await;
+            match &outcome {
+                Ok(()) => println!("Txn {} successful", self.method),
+                Err(text) => println!("Txn {} failed: {text}", self.method),
+            }
+            let Some(daemon) = self.daemon.upgrade() else { return };
+            daemon.reload().await;
+            let finished = (outcome.is_ok(), outcome.err().unwrap_or_default());
+            *self.phase.lock().expect("not poisoned") = Phase::Finished(finished.0, finished.1.clone());
+            self.signal("Finished", &finished).await;
+            // It counts as active until the last client has gone.
+            let _ = tokio::time::timeout(PATIENCE, self.left()).await;
         }
-        let Some(daemon) = self.daemon.upgrade() else { return };
-        daemon.reload().await;
-        let finished = (outcome.is_ok(), outcome.err().unwrap_or_default());
-        *self.phase.lock().expect("not poisoned") = Phase::Finished(finished.0, finished.1.clone());
-        self.signal("Finished", &finished).await;
-        // It counts as active until the last client has gone.
-        let _ = tokio::time::timeout(PATIENCE, self.left()).await;
         accepting.abort();
         let peers: Vec<Connection> = self.peers.lock().expect("not poisoned").drain().map(|(_, peer)| peer).collect();
         for peer in peers {
             let _ = peer.close().await;
         }
-        daemon.closed(&self);
+        if let Some(daemon) = self.daemon.upgrade() {
+            daemon.closed(&self);
+        }
     }
 
     async fn left(&self) {
@@ -212,7 +222,7 @@ impl Peer {
 
     #[zbus(property)]
     fn title(&self) -> String {
-        self.0.request.title.clone()
+        self.0.title().to_owned()
     }
 
     #[zbus(property)]

@@ -119,11 +119,14 @@ async fn run(
         match job {
             Job::Rebase { .. } if std::path::Path::new(CHANGES_NOTHING).exists() => Ok(()),
             Job::Rebase { reference } => rebase(sysroot, reference, said).await,
-            Job::Cleanup { kinds } => cleanup(sysroot, kinds),
+            Job::Cleanup { kinds } => cleanup(sysroot, kinds, said),
             Job::KernelArguments { existing, added, replaced, removed, last } => {
                 match final_arguments(existing, [removed, replaced, added], last.as_deref())? {
                     Some(arguments) => kernel_arguments(sysroot, &arguments),
-                    None => Ok(()),
+                    None => {
+                        let _ = said.send(Said::Message("No changes.".to_owned()));
+                        Ok(())
+                    }
                 }
             }
             Job::Rollback => rollback(sysroot),
@@ -152,7 +155,7 @@ async fn rebase(sysroot: &SysrootLock, reference: &str, said: &mpsc::UnboundedSe
     tidy(sysroot)
 }
 
-fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
+fn cleanup(sysroot: &SysrootLock, kinds: &[String], said: &mpsc::UnboundedSender<Said>) -> Result<()> {
     let has = |kind: &str| kinds.iter().any(|wanted| wanted == kind);
     let booted = booted(sysroot)?;
     let all = sysroot.deployments();
@@ -160,14 +163,17 @@ fn cleanup(sysroot: &SysrootLock, kinds: &[String]) -> Result<()> {
     let mut kept = Vec::new();
     for (index, one) in all.iter().enumerate() {
         let goes = (index < place && has("pending-deploy")) || (index > place && has("rollback-deploy"));
-        if !goes || one.is_pinned() {
+        if !goes || one.is_pinned() || one.osname() != booted.osname() {
             kept.push(one.clone());
         }
     }
-    if kept.len() < all.len() {
+    let changed = kept.len() < all.len();
+    if changed {
         sysroot.write_deployments(&kept, Cancellable::NONE)?;
+    } else if has("pending-deploy") || has("rollback-deploy") {
+        let _ = said.send(Said::Message("Deployments unchanged.".to_owned()));
     }
-    tidy(sysroot)
+    if changed || has("base") { tidy(sysroot) } else { Ok(()) }
 }
 
 /// As rpm-ostreed's `kernel_arg_transaction_execute`: what is there is what the client says. `None` without a change.
@@ -259,6 +265,11 @@ fn describe(
     let shown: HashMap<String, Variant<'static>> =
         OF_IMAGES.iter().filter_map(|key| Some(((*key).to_owned(), Variant::from(text(key)?)))).collect();
     set("base-commit-meta", Variant::from(shown))?;
+    // There however little was changed.
+    for key in ["requested-packages", "requested-local-packages", "requested-base-removals", "packages"] {
+        set(key, Variant::from(Vec::<String>::new()))?;
+    }
+    set("regenerate-initramfs", false.into())?;
 
     const OF_BOOT: [&str; 5] = ["title", "version", "linux", "initrd", "options"];
     let config = deployment.bootconfig();
