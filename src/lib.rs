@@ -8,6 +8,7 @@ pub mod agent;
 pub mod backoff;
 pub mod cli;
 pub mod cluster;
+pub mod commands;
 pub mod confine;
 pub mod decide;
 #[cfg(feature = "faults")]

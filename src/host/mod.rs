@@ -110,7 +110,9 @@ pub enum HostError {
         why: String,
     },
     /// Not an ostree system.
-    #[error("the host is not booted from an ostree deployment, so there is nothing to rebase")]
+    #[error(
+        "this host is not image-mode (no ostree deployment is booted), so the agent has nothing to do; `systemctl disable --now rebase-agent` turns it off"
+    )]
     NotImageMode,
     /// An image kept without ostree.
     #[error(

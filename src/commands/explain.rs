@@ -1,0 +1,81 @@
+//! `explain`: which rule applies to what is observed now, or what a reason means.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::{Decided, Seen, exit_code, foreign, line, now, print, rule, see};
+use crate::cli::Look;
+use crate::decide::decide;
+use crate::model::{NodeState, Observed, Reason};
+use crate::observe::Neighbours;
+use crate::report::{Patch, report};
+
+/// Prints the rule that applies; the exit code.
+pub(super) async fn explain(neighbours: &Neighbours, look: &Look) -> u8 {
+    if let Some(code) = foreign(neighbours, look.json) {
+        return code;
+    }
+    let Seen { observed, memory, .. } = see(neighbours, look).await;
+    let decision = decide(&observed, &memory, &look.tuning.limits(), now(neighbours));
+    let code = exit_code(&observed, &decision);
+    let patch = observed.cluster.known().map(|node| report(node, &decision)).unwrap_or_default();
+    let explanation = Explanation { observed, decision: Decided::from(&decision), row: decision.rule.row(), patch };
+    print(look.json, &explanation, || explanation.text());
+    code
+}
+
+/// Prints what `reason` means and what to do about it.
+pub(super) fn reason(reason: Reason, json: bool) -> u8 {
+    let (severity, meaning, help) = (reason.severity().as_str(), reason.meaning(), reason.help());
+    let value = json!({ "reason": reason, "severity": severity, "meaning": meaning, "help": help });
+    print(json, &value, || {
+        let mut out = String::new();
+        let _ = writeln!(out, "{reason} ({severity})");
+        line(&mut out, "Meaning", meaning);
+        line(&mut out, "What to do", help);
+        out
+    });
+    0
+}
+
+/// Everything `explain` shows.
+#[derive(Debug, Serialize)]
+struct Explanation {
+    /// What was observed; in the form of the golden cases.
+    observed: Observed,
+    /// What follows from it.
+    decision: Decided,
+    /// The rule's row: when, then, state.
+    row: [&'static str; 3],
+    /// The annotations that would be written.
+    patch: Patch,
+}
+
+impl Explanation {
+    /// For people.
+    fn text(&self) -> String {
+        let mut out = String::new();
+        line(&mut out, "Rule", &rule(&self.decision));
+        let [when, then, state] = self.row;
+        line(&mut out, "", &format!("when {when}: {then}; state {state}"));
+        let action = serde_json::to_string(&self.decision.action).unwrap_or_default();
+        line(&mut out, "Action", action.trim_matches('"'));
+        let state = self.decision.state.map_or("left as it is", NodeState::as_str);
+        line(&mut out, "State", state);
+        if self.patch.is_empty() {
+            line(&mut out, "Patch", "none");
+        }
+        for (index, (key, value)) in self.patch.iter().enumerate() {
+            let label = if index == 0 { "Patch" } else { "" };
+            line(&mut out, label, &format!("{key}={}", value.as_deref().unwrap_or("(removed)")));
+        }
+        let wake = self.decision.next_look.map_or_else(
+            || "when something changes".to_owned(),
+            |seconds| format!("in {seconds} s, or when something changes"),
+        );
+        line(&mut out, "Next look", &wake);
+        out
+    }
+}

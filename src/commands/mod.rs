@@ -1,0 +1,197 @@
+//! What a person asks on the node: each command gathers, makes one value of it, and prints that as text or as JSON.
+//!
+//! The JSON is a contract: its `version` changes when a field is renamed or removed, not when one is added.
+
+mod explain;
+mod run;
+mod status;
+mod verify;
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::cli::{Command, Look, exit};
+use crate::confine::Confinement;
+use crate::decide::{Decision, Memory, Outcome};
+use crate::host::HostError;
+use crate::model::{Action, Fault, NodeState, Now, Observed, Reading, Reason, Work};
+use crate::observe::{Neighbours, everything};
+use crate::registry;
+use status::Trust;
+
+/// The version of all JSON.
+const VERSION: u32 = 1;
+/// Width of a terminal, in characters.
+const WIDTH: usize = 80;
+/// Column where values begin.
+const INDENT: usize = 10;
+
+/// Does what `command` says.
+pub async fn dispatch(command: Command, neighbours: Neighbours, confinement: Confinement) -> ExitCode {
+    let code = match command {
+        Command::Run(tuning) => run::run(neighbours, confinement, &tuning).await,
+        Command::Status(look) => status::status(&neighbours, &look).await,
+        Command::Explain { reason: Some(reason), look } => explain::reason(reason, look.json),
+        Command::Explain { reason: None, look } => explain::explain(&neighbours, &look).await,
+        Command::Verify { pullspec, json } => verify::verify(&neighbours, &pullspec, json).await,
+    };
+    ExitCode::from(code)
+}
+
+/// What is observed now, and what a fresh process would remember: nothing, or the verification it was asked for.
+struct Seen {
+    observed: Observed,
+    memory: Memory,
+    trust: Option<Trust>,
+}
+
+async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
+    let observed = everything(neighbours).await;
+    let desired = observed.cluster.known().and_then(|node| node.desired().cloned());
+    let mut memory = Memory::default();
+    let trust = match desired {
+        Some(image) if look.verify => {
+            let (outcome, trust) = match registry::verify(&neighbours.engine, &image).await {
+                Ok(verified) => {
+                    let facts = verified.facts().clone();
+                    (Outcome::Succeeded(Some(facts.clone())), Trust::Verified(Box::new(facts)))
+                }
+                Err(error) => {
+                    let fault = Fault::from(&error);
+                    (Outcome::Failed(fault.clone()), Trust::Refused(fault.message))
+                }
+            };
+            memory.finished(&Work::Verify { image }, outcome, now(neighbours));
+            Some(trust)
+        }
+        desired => status::required(&neighbours.engine.settings().policy, desired.as_ref()),
+    };
+    Seen { observed, memory, trust }
+}
+
+/// A process that only looks has no past: its monotonic clock stands at zero.
+fn now(neighbours: &Neighbours) -> Now {
+    let unix = neighbours.api.time().unwrap_or_else(|| {
+        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)
+    });
+    Now { mono: 0, unix }
+}
+
+/// A decision, as the JSON has it.
+#[derive(Debug, Serialize)]
+struct Decided {
+    /// The rule's name and number.
+    rule: &'static str,
+    number: u8,
+    action: Action,
+    reason: Reason,
+    message: String,
+    /// The state to report; `null` leaves it as it is.
+    state: Option<NodeState>,
+    /// Seconds until the service looks again at the latest; `null`: when something changes.
+    next_look: Option<u64>,
+}
+
+impl From<&Decision> for Decided {
+    fn from(decision: &Decision) -> Self {
+        Self {
+            rule: decision.rule.name(),
+            number: decision.rule.number(),
+            action: decision.action.clone(),
+            reason: decision.reason,
+            message: decision.message.clone(),
+            state: decision.state,
+            next_look: decision.wake.map(|wake| wake.div_ceil(1000)),
+        }
+    }
+}
+
+/// On a host that is not image-mode there is nothing to look at: says so in one line, and gives the exit code.
+fn foreign(neighbours: &Neighbours, json: bool) -> Option<u8> {
+    let error = neighbours.host.check_kind().err()?;
+    let code = if matches!(error, HostError::NotImageMode) { exit::NOT_IMAGE_MODE } else { exit::REFUSED };
+    Some(answer(json, error.reason().as_str(), &error.to_string(), code))
+}
+
+fn answer(json: bool, reason: &str, message: &str, code: u8) -> u8 {
+    print(json, &json!({ "reason": reason, "message": message }), || format!("{reason}: {message}\n"));
+    code
+}
+
+fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
+    #[derive(Serialize)]
+    struct Versioned<'a, T> {
+        version: u32,
+        #[serde(flatten)]
+        value: &'a T,
+    }
+    use std::io::Write as _;
+    let out = if json {
+        let versioned = Versioned { version: VERSION, value };
+        serde_json::to_string_pretty(&versioned).unwrap_or_else(|error| error.to_string()) + "\n"
+    } else {
+        text()
+    };
+    // A reader that went away is not an error worth a word.
+    let _ = std::io::stdout().write_all(out.as_bytes());
+}
+
+/// The exit code for a decision.
+fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
+    let not_image_mode = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostNotImageMode);
+    let unsupported = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostUnsupported);
+    match decision.state {
+        _ if not_image_mode => exit::NOT_IMAGE_MODE,
+        _ if unsupported => exit::REFUSED,
+        Some(NodeState::Degraded | NodeState::Unreconcilable) => exit::REFUSED,
+        Some(NodeState::Working | NodeState::Done) => exit::NOT_YET,
+        None if observed.cluster.known().is_none() || observed.host.known().is_none() => exit::UNREADABLE,
+        None if decision.reason == Reason::RunsUntrusted => exit::REFUSED,
+        None if decision.reason.is_at_rest() || decision.reason == Reason::NotLayered => 0,
+        None => exit::NOT_YET,
+    }
+}
+
+/// The running service's rule is in its status text; this is the rule for what was just read, by a fresh process.
+fn rule(decision: &Decided) -> String {
+    format!("{} ({}): {}: {}", decision.rule, decision.number, decision.reason, decision.message)
+}
+
+/// `label`, then `value` wrapped and indented.
+fn line(out: &mut String, label: &str, value: &str) {
+    let mut column = INDENT;
+    let _ = write!(out, "{label:INDENT$}");
+    for (index, word) in value.split(' ').enumerate() {
+        let length = word.chars().count();
+        if index > 0 && column.saturating_add(length).saturating_add(1) > WIDTH {
+            let _ = write!(out, "\n{:INDENT$}", "");
+            column = INDENT;
+        } else if index > 0 {
+            out.push(' ');
+            column = column.saturating_add(1);
+        }
+        out.push_str(word);
+        column = column.saturating_add(length);
+    }
+    out.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_stays_in_its_columns() {
+        let mut out = String::new();
+        line(&mut out, "Label", &"word ".repeat(60));
+        line(&mut out, "", &"x".repeat(200));
+        let lines: Vec<_> = out.lines().collect();
+        assert!(lines[0].starts_with("Label     word word"));
+        assert!(lines[..lines.len() - 1].iter().all(|line| line.chars().count() <= WIDTH));
+        assert!(lines[1].starts_with("          word"));
+    }
+}
