@@ -12,7 +12,7 @@ pub const CONFINEMENT: &str = " | ";
 
 /// Follows the pool's desired OS image on this node: verifies its signature, has it staged, drains, reboots, reports.
 #[derive(Debug, Parser)]
-#[command(name = "rebase-agent", version, after_help = EXIT_CODES)]
+#[command(name = "rebase-agent", version, after_help = notes())]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -29,15 +29,44 @@ pub struct Cli {
     pub require_landlock: bool,
 }
 
-const EXIT_CODES: &str = "Every option has an environment form, so a unit drop-in is the configuration.
+/// Exit codes, and what each says.
+pub const EXIT_CODES: &[(&str, &str)] = &[
+    ("0", "run: stopped by a signal; status, explain: Done, or nothing to follow; verify: verified"),
+    ("1", "something needed for the answer could not be read"),
+    ("2", "the command line is wrong"),
+    ("3", "status, explain: refused (Degraded, Unreconcilable), or the policy refuses what runs; verify: refused"),
+    ("4", "status, explain: on the way (Working); verify: not known yet, try again"),
+    ("5", "this host is not image-mode (no ostree deployment is booted)"),
+];
+
+/// What the agent reads, and who writes it.
+pub const FILES: &[(&str, &str)] = &[
+    ("/var/lib/kubelet/kubeconfig", "The kubelet's credentials for the API server; the kubelet writes it."),
+    ("/etc/containers/policy.json", "The signature policy, and the keys that it names; MCO writes it."),
+    (
+        "/etc/containers/registries.d, /etc/containers/registries.conf",
+        "Where signatures are, mirrors; MCO writes them.",
+    ),
+    (
+        "/run/ostree/auth.json, /etc/ostree/auth.json, /usr/lib/ostree/auth.json",
+        "Registry credentials, the first that is there.",
+    ),
+    ("/etc/systemd/system/rebase-agent.service.d/*.conf", "Drop-ins with REBASE_AGENT_ variables: the configuration."),
+];
+
+fn notes() -> String {
+    let codes: Vec<String> = EXIT_CODES.iter().map(|(code, text)| format!("  {code}  {text}")).collect();
+    format!(
+        "Every option has an environment form, so a unit drop-in is the configuration.
 
 Exit codes:
-  0  run: stopped by a signal; status, explain: Done, or nothing to follow; verify: verified
-  1  something needed for the answer could not be read
-  2  the command line is wrong
-  3  status, explain: refused (Degraded, Unreconcilable), or the policy refuses what runs; verify: refused
-  4  status, explain: on the way (Working); verify: cannot tell yet, try again
-  5  this host is not image-mode (no ostree deployment is booted); nothing to do here";
+{}",
+        codes.join(
+            "
+"
+        )
+    )
+}
 
 /// Exit codes beyond success.
 pub mod exit {
