@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::engine_text::{Question, classify_text, is_scarcity};
+use super::engine_text::{Level, Question, Unsigned, classify_text, is_scarcity, signature_tag, where_to_sign};
 use super::proxy::{MAX_PROXY_FILE, PROXY_FILE, PROXY_VARIABLES};
 use super::{NodePolicy, RegistryError, Settings, mirrors, proxy};
 use crate::host::boot::read_bounded;
@@ -28,6 +28,10 @@ const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
 const START_MARGIN: Duration = Duration::from_millis(100);
 /// For an engine to end by itself once all is read; it is ended after that.
 const FINALIZE: Duration = Duration::from_secs(5);
+/// For a look at where an unsigned image is; without an answer by then the refusal says less.
+const LOOK: Duration = Duration::from_secs(10);
+/// For that look alone, whose outcome is words.
+const NO_DEMANDS: &[u8] = br#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
 /// Largest auth file read, in bytes; a cluster's pull secret comes to a few kilobytes.
 const MAX_AUTH_FILE: u64 = 1 << 20;
 /// What the engine read under the verified digest.
@@ -146,7 +150,13 @@ impl Engine {
                 self.unfit(format!("its proxy protocol {version} does not enforce the policy; skopeo 1.14 does"))
             );
         }
-        let opened = proxy.open_image(&format!("docker://{image}")).await.map_err(classify)?;
+        let opened = match proxy.open_image(&format!("docker://{image}")).await.map_err(classify) {
+            Err(RegistryError::SignatureMissing { image, scope, .. }) => {
+                let found = tokio::time::timeout(left().min(LOOK), self.look(&proxy, asked)).await.unwrap_or_default();
+                return Err(RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked, &found) });
+            }
+            opened => opened?,
+        };
         // `finalize` panics while a request is under way, which it may be after a failure: then the end of the thread
         // ends the engine.
         let fetched = read(&proxy, &opened).await.map_err(classify)?;
@@ -157,6 +167,33 @@ impl Engine {
             Err(_) => tracing::debug!("the engine did not end by itself"),
         }
         Ok(fetched)
+    }
+
+    /// Where an image without a signature is, and what it is. `enforcing` is the engine that refused it.
+    async fn look(&self, enforcing: &ImageProxy, asked: &Question) -> Unsigned {
+        let mut found = Unsigned::default();
+        let Ok(policy) = sealed(NO_DEMANDS) else { return found };
+        let Ok(proxy) = ImageProxy::new_with_config(self.config(&policy)).await else { return found };
+        let (name, digest) = (asked.image.name(), asked.image.digest().as_str());
+        for mirror in &asked.mirrors {
+            if proxy.open_image(&format!("docker://{mirror}@{digest}")).await.is_ok() {
+                found.mirror = Some(mirror.clone());
+                break;
+            }
+        }
+        found.looked = true;
+        let place = found.mirror.as_deref().unwrap_or(name);
+        found.attached = proxy.open_image(&format!("docker://{place}:{}", signature_tag(digest))).await.is_ok();
+        let Ok(opened) = proxy.open_image(&format!("docker://{name}@{digest}")).await else { return found };
+        let Ok((instance, _)) = proxy.fetch_manifest_raw_oci(&opened).await else { return found };
+        found.level = if instance == digest {
+            Level::Image
+        } else if enforcing.open_image(&format!("docker://{name}@{instance}")).await.is_ok() {
+            Level::SignedInstance(printable(&instance, 100))
+        } else {
+            Level::Index
+        };
+        found
     }
 
     fn config(&self, policy: &File) -> ImageProxyConfig {

@@ -36,6 +36,33 @@ pub(super) struct Question {
     pub mirrors: Vec<String>,
 }
 
+/// What is seen of an image without a signature by opening it without the policy. For the sentence only.
+#[derive(Debug, Default)]
+pub(super) struct Unsigned {
+    /// Whether all mirrors were tried.
+    pub looked: bool,
+    /// The mirror that has the image.
+    pub mirror: Option<String>,
+    /// Whether something has the tag of its sigstore signature.
+    pub attached: bool,
+    /// What the reference names.
+    pub level: Level,
+}
+
+/// What a reference names.
+#[derive(Debug, Default)]
+pub(super) enum Level {
+    /// Nothing was seen.
+    #[default]
+    Unknown,
+    /// One image.
+    Image,
+    /// An index.
+    Index,
+    /// An index, and the digest of this machine's instance, which has what the policy demands.
+    SignedInstance(String),
+}
+
 /// One place that was asked, and what came of it.
 struct Attempt<'a> {
     /// `host/repository`, without digest.
@@ -86,7 +113,7 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Regis
     let why = printable(&without_queries(text), WORDS);
     let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
-        RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked) }
+        RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked, &Unsigned::default()) }
     } else if starts(&REJECTED) {
         RegistryError::SignatureRejected { image, scope, why, hint: identity_hint(text, asked) }
     } else if text == format!("Running image docker://{image} is rejected by policy.") {
@@ -230,7 +257,7 @@ impl Attempt<'_> {
                 _ => Answer::None,
             };
         }
-        let attached = reading(&format!("{}.sig", digest.replace(':', "-"))).map(|(_, rest)| rest);
+        let attached = reading(&signature_tag(digest)).map(|(_, rest)| rest);
         // The first blob that is read is what was signed.
         let signed = blob(self.text).filter(|_| method == OPEN_IMAGE);
         if attached.or(signed).is_some_and(is_denied) {
@@ -263,6 +290,11 @@ fn attempts<'a>(text: &'a str, image: &'a PinnedImage) -> Vec<Attempt<'a>> {
         Some(all)
     });
     several.unwrap_or_else(|| vec![Attempt { place: image.name(), mirror: false, text }])
+}
+
+/// The tag under which cosign attaches an image's signatures.
+pub(super) fn signature_tag(digest: &str) -> String {
+    format!("{}.sig", digest.replace(':', "-"))
 }
 
 /// The class by what answered: the source if it did, else the last mirror that did.
@@ -298,24 +330,43 @@ pub(crate) fn without_queries(text: &str) -> String {
     out
 }
 
-/// What to do about a signature that is not there. The engine does not say from which place it read the image, and
-/// looks for the signature at that place only.
-fn where_to_sign(asked: &Question) -> String {
+/// What to do about a signature that is not there. The engine looks for it only at the place it read the image from,
+/// and does not say which that is.
+pub(super) fn where_to_sign(asked: &Question, found: &Unsigned) -> String {
     let source = asked.image.name();
-    let place = match asked.mirrors.as_slice() {
-        [] => source.to_owned(),
-        mirrors => format!("the first that has the image of {} (mirrors) and {source}", mirrors.join(", ")),
+    let place = match (&found.mirror, asked.mirrors.as_slice()) {
+        (Some(mirror), _) => format!("the mirror {mirror}"),
+        (None, []) => format!("the registry {source}"),
+        (None, _) if found.looked => format!("the registry {source}, as no mirror has it"),
+        (None, mirrors) => format!("the first that has it of {} (mirrors) and {source}", mirrors.join(", ")),
     };
-    let place = printable(&place, 300);
-    if asked.demands.iter().all(|demand| demand.gpg) && !asked.demands.is_empty() {
-        format!("it asks for a GPG signature: write one to the lookaside that registries.d names for {place}")
+    let place = format!("it is read from {}", printable(&place, 300));
+    let (gpg, sigstore) =
+        (asked.demands.iter().any(|demand| demand.gpg), asked.demands.iter().any(|demand| !demand.gpg));
+    let lookaside =
+        "the rule asks for a GPG signature: write one to the lookaside that registries.d names for that place";
+    let attachment = if found.attached {
+        "the sigstore signature that is attached there is not looked at: enable use-sigstore-attachments for that place \
+         in registries.d"
     } else {
-        format!(
-            "it has to be where the image is read from, {place}: sign it there or copy the signature too (cosign 3: with \
-             --new-bundle-format=false; an index itself needs one: --recursive), and enable use-sigstore-attachments \
-             for that place in registries.d"
-        )
-    }
+        "no sigstore signature is attached there: sign it there or copy the signature too (cosign 3: with \
+         --new-bundle-format=false), and enable use-sigstore-attachments for that place in registries.d"
+    };
+    let kind = match (gpg, sigstore) {
+        (true, false) => lookaside.to_owned(),
+        (true, true) => format!("{lookaside}; and for a sigstore signature: {attachment}"),
+        _ => attachment.to_owned(),
+    };
+    let level = match &found.level {
+        Level::Unknown => String::new(),
+        Level::Image => "; a signature of an index that has this image does not count for it".to_owned(),
+        Level::Index => "; this is an index, which needs a signature of its own (cosign sign --recursive)".to_owned(),
+        Level::SignedInstance(instance) => format!(
+            "; this is an index, and only this machine's instance {instance} is signed: sign the index, too (cosign sign \
+             --recursive)"
+        ),
+    };
+    format!("{place}, and {kind}{level}")
 }
 
 /// What is usually the matter with a signature whose identity is not accepted; empty for any other failure.
@@ -623,11 +674,16 @@ mod tests {
     #[test]
     fn where_a_signature_has_to_be_is_named() {
         let mirrored = Question { mirrors: vec!["m.example/i".into()], ..asked() };
-        assert!(
-            where_to_sign(&mirrored).contains("the first that has the image of m.example/i (mirrors) and quay.io/o/i")
-        );
-        let gpg = Question { demands: vec![Demand { gpg: true, identity: Identity::Exact }], ..asked() };
-        assert!(where_to_sign(&gpg).contains("lookaside") && !where_to_sign(&gpg).contains("cosign"));
-        assert!(where_to_sign(&asked()).contains("cosign 3") && where_to_sign(&asked()).contains("--recursive"));
+        let said = where_to_sign(&mirrored, &Unsigned::default());
+        assert!(said.contains("the first that has it of m.example/i (mirrors) and quay.io/o/i"), "{said}");
+        let said = where_to_sign(&mirrored, &Unsigned { looked: true, ..Unsigned::default() });
+        assert!(said.contains("read from the registry quay.io/o/i, as no mirror has it"), "{said}");
+        let demands = |kinds: &[bool]| {
+            let demands = kinds.iter().map(|gpg| Demand { gpg: *gpg, identity: Identity::Exact });
+            where_to_sign(&Question { demands: demands.collect(), ..asked() }, &Unsigned::default())
+        };
+        let (gpg, both) = (demands(&[true]), demands(&[true, false]));
+        assert!(gpg.contains("lookaside") && !gpg.contains("cosign"), "{gpg}");
+        assert!(both.contains("lookaside") && both.contains("cosign 3"), "{both}");
     }
 }

@@ -10,7 +10,15 @@ pub const MAX_CONF: u64 = 1 << 20;
 struct Registry {
     prefix: String,
     location: String,
-    mirrors: Vec<String>,
+    mirrors: Vec<Mirror>,
+}
+
+/// One `[[registry.mirror]]`.
+#[derive(Default)]
+struct Mirror {
+    location: String,
+    /// Not asked for a digest, which all our images have.
+    tag_only: bool,
 }
 
 /// The mirrors of `name` (`host/repository`), in the order they are asked. `conf` is `registries.conf` followed by
@@ -25,13 +33,19 @@ pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
                 registries.push(Registry::default());
                 in_mirror = false;
             }
-            "[[registry.mirror]]" => in_mirror = true,
+            "[[registry.mirror]]" => {
+                in_mirror = true;
+                if let Some(registry) = registries.last_mut() {
+                    registry.mirrors.push(Mirror::default());
+                }
+            }
             _ => {
                 let (Some(registry), Some((key, value))) = (registries.last_mut(), setting(line)) else { continue };
-                match (in_mirror, key) {
-                    (true, "location") => registry.mirrors.push(value.to_owned()),
-                    (false, "prefix") => value.clone_into(&mut registry.prefix),
-                    (false, "location") => value.clone_into(&mut registry.location),
+                match (registry.mirrors.last_mut().filter(|_| in_mirror), key) {
+                    (Some(mirror), "location") => value.clone_into(&mut mirror.location),
+                    (Some(mirror), "pull-from-mirror") => mirror.tag_only = value == "tag-only",
+                    (None, "prefix") => value.clone_into(&mut registry.prefix),
+                    (None, "location") => value.clone_into(&mut registry.location),
                     _ => {}
                 }
             }
@@ -46,7 +60,8 @@ pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
     let chosen = registries.iter().rev().filter_map(|registry| Some((registry, rest(registry)?)));
     let chosen = chosen.min_by_key(|(_, rest)| rest.len());
     chosen.map_or_else(Vec::new, |(registry, rest)| {
-        registry.mirrors.iter().map(|mirror| format!("{mirror}{rest}")).collect()
+        let asked = registry.mirrors.iter().filter(|mirror| !mirror.tag_only && !mirror.location.is_empty());
+        asked.map(|mirror| format!("{}{rest}", mirror.location)).collect()
     })
 }
 
@@ -80,6 +95,9 @@ mod tests {
             [[registry.mirror]]
             location = "m2.example"
             insecure = true
+            [[registry.mirror]]
+            pull-from-mirror = "tag-only"
+            location = "tags.example"
         "#;
         assert_eq!(mirrors(conf, "quay.example/team/os"), ["m1.example/a/os", "m2.example/os"]);
         assert_eq!(mirrors(conf, "quay.example/teams/os"), ["m0.example/teams/os"]);

@@ -52,11 +52,85 @@ async fn what_the_mirror_said_counts_where_the_source_says_nothing() {
     let outcome = node.verify_with(&zeros, &env).await;
     let said = outcome.refused(Reason::ManifestMissing);
     assert!(said.contains(&format!("the mirror {mirror} has no manifest {zeros}")), "{said}");
-    // The mirror has the image and not its signature.
-    let unsigned = node.push(&ImageSpec::new("unsigned")).await;
-    let outcome = node.verify_with(&format!("{CLOSED}@{}", unsigned.digest), &env).await;
+}
+
+/// Where a signature is missing, of which kind, and of what: the engine says none of that.
+#[tokio::test]
+async fn the_place_the_kind_and_the_level_of_a_missing_signature_are_named() {
+    let node = Node::new().await;
+    let source = Registry::start(&node.path("source"), node.tls.clone()).await.unwrap();
+    let ca = node.path("ca");
+    fs::create_dir(&ca).unwrap();
+    fs::write(ca.join("ca.crt"), &node.tls.ca_pem).unwrap();
+    let (engine, conf) = configured(&node);
+    let mut env = vec![("REBASE_AGENT_SKOPEO", text(&engine)), ("REBASE_AGENT_CERT_DIR", text(&ca))];
+    let both = RegistriesD::new().attachments(&node.registry.host(), true).attachments(&source.host(), true);
+    node.attachments(&both);
+    let exact = Identity::ExactRepository("build.example/os".to_owned());
+    let sigstore = Requirement::sigstore_key_path(&node.key()).identity(&exact);
+    node.policy(&Policy::new([sigstore.clone()]));
+
+    // Signed at its source, and served by the mirror without the signature.
+    RegistriesConf::new().write(&conf).unwrap();
+    let spec = ImageSpec::new("mirrored");
+    let pushed = source.push(REPO, "tag", &spec).await.unwrap();
+    sign(&source, &pushed.digest, REPO, "build.example/os", &node.signer).await.unwrap();
+    node.verify_with(&pushed.pullspec(), &env).await.facts();
+    let mirror = format!("{}/{REPO}", node.registry.host());
+    RegistriesConf::new().mirrors(&pushed.repository(), [mirror.as_str()]).write(&conf).unwrap();
+    // The mirror does not have it yet.
+    node.verify_with(&pushed.pullspec(), &env).await.facts();
+    let copied = node.push(&spec).await;
+    assert_eq!(copied.digest, pushed.digest);
+    let outcome = node.verify_with(&pushed.pullspec(), &env).await;
     let said = outcome.refused(Reason::SignatureMissing);
-    assert!(said.contains(&format!("{mirror} (mirrors) and {CLOSED}")), "{said}");
+    assert!(said.contains(&format!("read from the mirror {mirror}, and no sigstore signature is attached")), "{said}");
+    assert!(said.contains("does not count for it"), "{said}");
+    // Not signed anywhere, and not in the mirror.
+    let other = source.push(REPO, "other", &ImageSpec::new("other")).await.unwrap();
+    let outcome = node.verify_with(&other.pullspec(), &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains(&format!("read from the registry {}, as no mirror", other.repository())), "{said}");
+    // Signed in the mirror, where attachments are not enabled.
+    sign(&node.registry, &pushed.digest, REPO, "build.example/os", &node.signer).await.unwrap();
+    node.attachments(&RegistriesD::new().attachments(&source.host(), true));
+    let outcome = node.verify_with(&pushed.pullspec(), &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(
+        said.contains(&format!("the mirror {mirror}, and the sigstore signature that is attached there is not")),
+        "{said}"
+    );
+    node.attachments(&both);
+    node.verify_with(&pushed.pullspec(), &env).await.facts();
+
+    // An index, of which nothing, the instance, or the index is signed.
+    let pushed = node.push(&ImageSpec::new("index").architectures([support::image::host_architecture()]).index()).await;
+    let instance = &pushed.instance_digests[support::image::host_architecture()];
+    let outcome = node.verify_with(&pushed.pullspec(), &env).await;
+    assert!(outcome.refused(Reason::SignatureMissing).contains("this is an index, which needs"), "{outcome:?}");
+    sign(&node.registry, instance, REPO, "build.example/os", &node.signer).await.unwrap();
+    let outcome = node.verify_with(&pushed.pullspec(), &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains(&format!("only this machine's instance {instance} is signed")), "{said}");
+    support::sign::unsign(&node.registry, instance, REPO).await.unwrap();
+    sign(&node.registry, &pushed.digest, REPO, "build.example/os", &node.signer).await.unwrap();
+    node.verify_with(&pushed.pullspec(), &env).await.facts();
+    let own = pushed.instance_pullspec(support::image::host_architecture());
+    let outcome = node.verify_with(&own, &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains("a signature of an index that has this image does not count"), "{said}");
+
+    // A rule that asks for GnuPG's kind.
+    let signer = support::gpg::GpgSigner::generate().unwrap();
+    signer.write_public(&node.path("os.gpg")).unwrap();
+    node.policy(&Policy::new([Requirement::gpg_key_path(&node.path("os.gpg")).identity(&exact)]));
+    let scratch = node.path("scratch");
+    fs::create_dir(&scratch).unwrap();
+    env.push(("REBASE_AGENT_SCRATCH", text(&scratch)));
+    let outcome = node.verify_with(&copied.pullspec(), &env).await;
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(said.contains(&format!("read from the registry {mirror}, and the rule asks for a GPG")), "{said}");
+    assert!(said.contains("lookaside") && !said.contains("cosign"), "{said}");
 }
 
 #[tokio::test]
