@@ -11,6 +11,7 @@ use openssl::base64::encode_block;
 use openssl::pkey::{PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::symm::Cipher;
+use rebase_agent::model::Reason;
 use support::proxy::Proxy;
 
 use super::*;
@@ -173,6 +174,45 @@ async fn tls_server_name_is_what_the_certificate_must_say() {
     for bad in ["10.0.0.1", "'a b'", "'[::1]'", "a/b"] {
         let text = stage.refusal(&named(bad), None).await;
         assert!(text.contains("tls-server-name: is no host name"), "{text}");
+    }
+}
+
+/// The server was reached: what is said is about its certificate and the clocks, never about the network.
+#[tokio::test]
+async fn what_is_wrong_with_the_servers_certificate_is_told() {
+    const DAY: i64 = 24 * 3600;
+    let stage = Stage::new();
+    let good = yaml(&stage.cluster(""), &stage.user());
+    let named = yaml(&stage.cluster("tls-server-name: other.test.example"), &stage.user());
+    let valid = |pki: &Pki, from, until| pki.server_valid(&["kubernetes"], from, until);
+    for (server, yaml, why) in [
+        (valid(&stage.pki, DAY, 2 * DAY), &good, "it is not valid yet, so this node's clock is behind"),
+        (valid(&stage.pki, -2 * DAY, -DAY), &good, "it has expired, or this node's clock is ahead; renew"),
+        (valid(&Pki::new(), -DAY, DAY), &good, "it is by another CA than the kubeconfig's certificate-authority"),
+        (valid(&stage.pki, -DAY, DAY), &named, "it is for another name than the kubeconfig's server; correct server"),
+    ] {
+        stage.server.present(&stage.pki, server).unwrap();
+        let error = stage.read(yaml, None).await.unwrap_err();
+        let said = error.to_string();
+        assert_eq!(error.reason(), Reason::ClusterUntrusted, "{said}");
+        assert!(said.starts_with("the API server was reached and its certificate is not trusted: "), "{said}");
+        assert!(said.contains(why), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn own_expired_certificate_is_told_inline_and_in_a_file() {
+    let stage = Stage::new();
+    let pem = stage.pki.kubelet_pem_valid(NODE, -7200, -3600);
+    let (file, inline) = (stage.put("old.pem", &pem), encode_block(pem.as_bytes()));
+    for (user, place) in [
+        (format!("client-certificate: {file}\nclient-key: {file}"), format!("client-certificate {file}")),
+        (format!("client-certificate-data: {inline}\nclient-key-data: {inline}"), "client-certificate-data".to_owned()),
+    ] {
+        let error = stage.read(&yaml(&stage.cluster(""), &user), None).await.unwrap_err();
+        let said = error.to_string();
+        assert!(said.contains(&format!(": {place} has been expired since ")) && said.contains(" GMT; "), "{said}");
+        assert!(matches!(error, ClusterError::CertificateExpired(_)), "{said}");
     }
 }
 

@@ -76,9 +76,15 @@ impl Pki {
     /// key in PKCS#8.
     #[must_use]
     pub fn server(&self, names: &[&str]) -> (String, String) {
+        self.server_valid(names, -HOUR, 365 * 24 * HOUR)
+    }
+
+    /// Like [`Pki::server`], valid from `from` to `until` seconds after now; negative lies in the past.
+    #[must_use]
+    pub fn server_valid(&self, names: &[&str], from: i64, until: i64) -> (String, String) {
         let key = PKey::from_ec_key(generate()).unwrap();
         let subject = name("api-int", &["kube-master"]);
-        let mut builder = builder(&subject, self.certificate.subject_name(), &key, -HOUR, 365 * 24 * HOUR);
+        let mut builder = builder(&subject, self.certificate.subject_name(), &key, from, until);
         builder.append_extension(ExtendedKeyUsage::new().server_auth().build().unwrap()).unwrap();
         let mut alternative = SubjectAlternativeName::new();
         for name in ["localhost", "127.0.0.1", "::1"].iter().chain(names) {

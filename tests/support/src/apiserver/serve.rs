@@ -55,7 +55,10 @@ struct Trust {
 
 impl Trust {
     fn new(pki: &Pki) -> Result<Self> {
-        let (certificate, key) = pki.server(&["kubernetes", "api-int.test.example"]);
+        Self::presenting(pki, pki.server(&["kubernetes", "api-int.test.example"]))
+    }
+
+    fn presenting(pki: &Pki, (certificate, key): (String, String)) -> Result<Self> {
         let mut acceptor = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server())?;
         acceptor.set_certificate(&*X509::from_pem(certificate.as_bytes())?)?;
         acceptor.set_private_key(&*PKey::private_key_from_pem(key.as_bytes())?)?;
@@ -193,6 +196,15 @@ impl ApiServer {
     /// If the certificates cannot be made.
     pub fn rotate(&self, pki: &Pki) -> Result<()> {
         *self.trust.lock().unwrap() = Trust::new(pki)?;
+        Ok(())
+    }
+
+    /// Connections from now on use this certificate and key (PEM), and accept clients of `pki`.
+    ///
+    /// # Errors
+    /// If they are not what they should be.
+    pub fn present(&self, pki: &Pki, server: (String, String)) -> Result<()> {
+        *self.trust.lock().unwrap() = Trust::presenting(pki, server)?;
         Ok(())
     }
 }
