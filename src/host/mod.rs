@@ -93,6 +93,16 @@ pub enum HostError {
         /// The bus's words.
         why: String,
     },
+    /// The daemon ends at every call, or does not start.
+    #[error("{unit} ends each time it is asked ({tries} times; {why}); see `journalctl -u {}`", unit.trim_end_matches(".service"))]
+    Dies {
+        /// Its unit.
+        unit: &'static str,
+        /// How often it was asked.
+        tries: u32,
+        /// The bus's words.
+        why: String,
+    },
     /// The daemon refuses us.
     #[error("{what} is refused: {why}; the agent must run as uid 0 in its own unit")]
     Denied {
@@ -208,7 +218,7 @@ impl HostError {
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Read { .. } | Self::Call { .. } | Self::Vanished(_) => Reason::HostUnreachable,
+            Self::Read { .. } | Self::Call { .. } | Self::Dies { .. } | Self::Vanished(_) => Reason::HostUnreachable,
             Self::Denied { .. } => Reason::HostDenied,
             Self::Confused { .. } | Self::NoEffect { .. } => Reason::HostConfused,
             Self::NotImageMode => Reason::HostNotImageMode,

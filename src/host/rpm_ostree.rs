@@ -114,6 +114,11 @@ impl<'h> Client<'h> {
             match registered {
                 Ok(()) => break,
                 Err(error) if is_lost(&error) && tries < FIRST_CALLS => tries += 1,
+                // A bus that gave up waiting says nothing of the daemon's end.
+                Err(error) if is_lost(&error) && !is_timeout(&error) => {
+                    let why = printable(&error.to_string(), 300);
+                    return Err(HostError::Dies { unit: UNIT, tries, why });
+                }
                 Err(error) => match failed(&error) {
                     // Transactions work unregistered, too.
                     HostError::Denied { .. } => break,
@@ -495,6 +500,10 @@ fn is_lost(error: &zbus::Error) -> bool {
     use zbus::fdo::Error as Fdo;
     matches!(error, zbus::Error::FDO(fdo)
         if matches!(**fdo, Fdo::NoReply(_) | Fdo::ServiceUnknown(_) | Fdo::NameHasNoOwner(_) | Fdo::TimedOut(_)))
+}
+
+fn is_timeout(error: &zbus::Error) -> bool {
+    matches!(error, zbus::Error::FDO(fdo) if matches!(**fdo, zbus::fdo::Error::TimedOut(_)))
 }
 
 pub(super) fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {

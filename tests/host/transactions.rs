@@ -210,6 +210,20 @@ async fn idle_exit_on_the_first_call_is_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_that_dies_each_time_is_named_with_its_journal() {
+    let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().crash_on_calls(4);
+    let error = lab.host.read().await.unwrap_err();
+    let said = error.to_string();
+    assert!((error.reason(), error.retryable()) == (Reason::HostUnreachable, true), "{said}");
+    assert!(said.starts_with("rpm-ostreed.service ends each time it is asked (4 times; "), "{said}");
+    assert!(said.ends_with("; see `journalctl -u rpm-ostreed`"), "{said}");
+    // Fewer are got over.
+    lab.machine.rpm_ostreed().crash_on_calls(3);
+    lab.read().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemon_that_loads_long_is_waited_for() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().set_start_delay(Duration::from_millis(1500));

@@ -87,6 +87,8 @@ struct Faults {
     crash: Option<String>,
     lose_reply: bool,
     exit_on_call: bool,
+    /// How many calls still end the daemon.
+    crash_on_calls: usize,
     address: Option<String>,
     garbage_reply: bool,
     ignore_cancel: bool,
@@ -303,6 +305,11 @@ impl RpmOstreed {
     /// The daemon exits on the next call without answering it: the race of a client with idle exit.
     pub fn idle_exit_on_next_call(&self) {
         self.inner.faults.lock().unwrap().exit_on_call = true;
+    }
+
+    /// The daemon crashes at each of this many calls without answering it; activation brings it back.
+    pub fn crash_on_calls(&self, calls: usize) {
+        self.inner.faults.lock().unwrap().crash_on_calls = calls;
     }
 
     /// Whether the daemon runs.
@@ -1102,8 +1109,23 @@ impl Service for Inner {
     }
 
     async fn leaves(self: &Arc<Self>) -> bool {
-        let asked = std::mem::take(&mut self.faults.lock().unwrap().exit_on_call);
-        asked && self.idle_exit().await
+        let (exits, crashes) = {
+            let mut faults = self.faults.lock().unwrap();
+            let crashes = faults.crash_on_calls > 0;
+            faults.crash_on_calls = faults.crash_on_calls.saturating_sub(1);
+            (std::mem::take(&mut faults.exit_on_call), crashes)
+        };
+        if crashes {
+            // A unit that dies while its start is still under way would be taken for one that runs.
+            while let Units::Double(systemd) = &self.units
+                && systemd.unit(UNIT).is_some_and(|unit| unit.active == "activating")
+            {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            self.crash().await;
+            return true;
+        }
+        exits && self.idle_exit().await
     }
 
     async fn call(self: &Arc<Self>, connection: &Connection, call: &Call) -> Answer {
