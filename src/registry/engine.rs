@@ -113,9 +113,13 @@ impl Engine {
     async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
         // Later than the limit of a start, which names the engine.
         let limit = self.settings.deadline.saturating_add(START_MARGIN);
-        match tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await {
-            Ok(result) => result,
-            Err(_) => Err(self.deadline(&asked.image)),
+        let result = tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await;
+        match result.unwrap_or_else(|_| Err(self.deadline(&asked.image))) {
+            // The engine passes over a proxy whose URL it does not understand, or asks a host that is none.
+            Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Deadline { .. })) => {
+                Err(self.faulty_proxy().unwrap_or(error))
+            }
+            result => result,
         }
     }
 
@@ -224,13 +228,31 @@ impl Engine {
         if let Some(scratch) = &self.settings.scratch {
             command.env("TMPDIR", scratch);
         }
-        for name in PROXY_VARIABLES {
-            if let Some(value) = std::env::var_os(name) {
-                command.env(name, value);
-            }
-        }
-        command.envs(proxy::variables(&self.proxy_file()));
+        command.envs(self.proxies().into_iter().map(|(name, value, _)| (name, value)));
         command
+    }
+
+    /// The proxy's variables, and where each is from.
+    fn proxies(&self) -> Vec<(&'static str, String, String)> {
+        let file = self.proxy_file();
+        let in_file = proxy::variables(&file);
+        let of = |name: &'static str| {
+            let value = in_file.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned());
+            let from_file = value.map(|value| (name, value, self.settings.etc.join(PROXY_FILE).display().to_string()));
+            let from_environment = || {
+                let value = std::env::var(name).ok()?;
+                Some((name, value, "the environment of rebase-agent.service".to_owned()))
+            };
+            from_file.or_else(from_environment)
+        };
+        PROXY_VARIABLES.into_iter().filter_map(of).collect()
+    }
+
+    /// The first proxy that is none.
+    fn faulty_proxy(&self) -> Option<RegistryError> {
+        let urls = self.proxies().into_iter().filter(|(name, ..)| !name.eq_ignore_ascii_case("NO_PROXY"));
+        let mut faults = urls.filter_map(|(name, value, place)| Some((name, place, proxy::fault(&value)?)));
+        faults.next().map(|(name, place, why)| RegistryError::Proxy { name, place, why })
     }
 
     /// What MCO says of the cluster's proxy, which wins over a drop-in's variables; empty where there is none.

@@ -179,6 +179,19 @@ pub enum RegistryError {
         /// The file, the line and what is wrong.
         why: String,
     },
+    /// The proxy on the way to the registry.
+    #[error(
+        "{name} in {place} is no proxy that can be used: {why}; correct it where it comes from (`oc edit \
+         proxy.config/cluster` for proxy.env), with `%` as %25, `#` as %23, `/` as %2F and `?` as %3F in user and password"
+    )]
+    Proxy {
+        /// The variable.
+        name: &'static str,
+        /// The file, or whose environment.
+        place: String,
+        /// What is wrong, without the URL: it may hold a password.
+        why: &'static str,
+    },
     /// No file descriptor, process or memory left.
     #[error("this node is short of file descriptors, processes or memory, so nothing can be verified now: {why}")]
     Scarce {
@@ -264,7 +277,7 @@ impl RegistryError {
             Self::SignatureMissing { .. } => Reason::SignatureMissing,
             Self::SignatureRejected { .. } => Reason::SignatureRejected,
             Self::GpgScratch { .. } => Reason::GpgNeedsScratch,
-            Self::Config { .. } => Reason::RegistryConfigInvalid,
+            Self::Config { .. } | Self::Proxy { .. } => Reason::RegistryConfigInvalid,
             Self::Scarce { .. } => Reason::ResourcesExhausted,
             Self::ManifestMissing { .. } => Reason::ManifestMissing,
             Self::Denied { .. } => Reason::RegistryDenied,

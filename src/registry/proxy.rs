@@ -24,6 +24,30 @@ pub fn variables(text: &str) -> Vec<(&'static str, &str)> {
     PROXY_VARIABLES.into_iter().filter_map(last).collect()
 }
 
+/// What is wrong with a proxy's URL, which is never shown: it may hold a password. The engine takes a host without a
+/// scheme for HTTP. A URL that it does not understand it passes over, or asks a host that is none.
+#[must_use]
+pub fn fault(url: &str) -> Option<&'static str> {
+    const SCHEMES: [&str; 4] = ["http", "https", "socks5", "socks5h"];
+    if url.is_empty() {
+        return None;
+    }
+    let is_escape = |part: &str| part.get(..2).is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
+    if !url.split('%').skip(1).all(is_escape) {
+        return Some("it has a raw `%`");
+    }
+    let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
+    if !SCHEMES.contains(&scheme) {
+        return Some("its scheme is none of http, https and socks5");
+    }
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    if rest.get(end..).is_some_and(|behind| behind.contains('@')) {
+        return Some("it has a raw `#`, `/` or `?` before the `@`");
+    }
+    let parsed = reqwest::Url::parse(&format!("http://{rest}"));
+    (!parsed.is_ok_and(|url| url.has_host())).then_some("it does not parse")
+}
+
 fn unquoted(value: &str) -> &str {
     let inner = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
     inner('"').or_else(|| inner('\'')).unwrap_or(value)
@@ -43,5 +67,25 @@ mod tests {
             [("HTTP_PROXY", "http://p:3128"), ("NO_PROXY", ".cluster.local,10.0.0.0/16"), ("https_proxy", "http://q")]
         );
         assert_eq!(variables("HTTP_PROXY=\"\nHTTPS_PROXY=\n"), [("HTTP_PROXY", "\""), ("HTTPS_PROXY", "")]);
+    }
+
+    #[test]
+    fn urls_that_the_engine_would_misread_are_faulty() {
+        for good in ["", "http://p:3128", "p:3128", "https://u:a%23b@p.example/", "socks5://[::1]:1080", "http://p/x?y"]
+        {
+            assert_eq!(fault(good), None, "{good}");
+        }
+        for (bad, why) in [
+            ("http://u:a%b@p:1", "a raw `%`"),
+            ("http://u:a%", "a raw `%`"),
+            ("http://u:a#b@p:1", "a raw `#`"),
+            ("u:a/b@p:1", "a raw `#`, `/`"),
+            ("http://u:a?b@p:1", "or `?` before"),
+            ("ftp://p:1", "scheme"),
+            ("http://p:x", "does not parse"),
+            ("http://", "does not parse"),
+        ] {
+            assert!(fault(bad).is_some_and(|said| said.contains(why)), "{bad}: {:?}", fault(bad));
+        }
     }
 }

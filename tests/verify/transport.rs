@@ -172,6 +172,38 @@ async fn proxy_variables_reach_the_engine() {
     );
 }
 
+/// The engine asks a registry that it cannot reach without a proxy, whose URL it misreads.
+#[tokio::test]
+async fn a_proxy_that_is_none_is_named_without_its_password() {
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    node.policy(&Policy::new([node.requirement()]));
+    let spec = format!("{NAMED}/{REPO}@{}", pushed.digest);
+    for (url, why) in [
+        ("http://node:s3cret%@proxy.example:1", "it has a raw `%`"),
+        ("http://node:s3cret#@proxy.example:1", "it has a raw `#`"),
+        ("http://node:s3cret@proxy.example:port", "it does not parse"),
+        ("ftp://node:s3cret@proxy.example", "its scheme is none of"),
+    ] {
+        let outcome = node.verify_with(&spec, &[("HTTPS_PROXY", url)]).await;
+        let said = outcome.refused(Reason::RegistryConfigInvalid);
+        assert!(said.starts_with("HTTPS_PROXY in the environment of rebase-agent.service is no proxy"), "{said}");
+        assert!(said.contains(why) && said.contains("`#` as %23") && !said.contains("s3cret"), "{said}");
+        // A registry that is reached without it does not care.
+        node.verify_with(&pushed.pullspec(), &[("HTTPS_PROXY", url)]).await.facts();
+    }
+    let file = node.path("root/etc/mco/proxy.env");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    fs::write(&file, "HTTPS_PROXY=http://node:s3cret#@proxy.example:1\n").unwrap();
+    let outcome = node.verify(&spec).await;
+    let said = outcome.refused(Reason::RegistryConfigInvalid);
+    assert!(said.starts_with(&format!("HTTPS_PROXY in {} is no proxy", file.display())), "{said}");
+    assert!(said.contains("oc edit proxy.config/cluster") && !said.contains("s3cret"), "{said}");
+    // A list of hosts is no URL.
+    fs::write(&file, "NO_PROXY=100%,#\n").unwrap();
+    node.verify(&spec).await.refused(Reason::RegistryUnreachable);
+}
+
 /// `registries.conf` is the node's own: the agent passes no other, and the engine does as it says.
 #[tokio::test]
 async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
@@ -200,7 +232,11 @@ async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
     // Signatures are looked for where the image came from: attachments of the logical name are no use.
     node.attachments(&RegistriesD::new().attachments("quay.test.example", true));
     let outcome = node.verify_with(&spec, &env).await;
-    assert!(outcome.refused(Reason::SignatureMissing).contains("mirrors"), "{outcome:?}");
+    let said = outcome.refused(Reason::SignatureMissing);
+    assert!(
+        said.contains(&format!("the mirror {mirror}, and the sigstore signature that is attached there")),
+        "{said}"
+    );
     node.attachments(&RegistriesD::new().attachments(&node.registry.host(), true));
 
     // A rule for the mirror does not cover the name.
