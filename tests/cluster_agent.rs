@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use support::apiserver::{Fault, RequestRecord, Scope};
 use support::events::Event;
 use support::image::Pushed;
-use support::mcc::{PREFIX, annotation, is_node_done};
+use support::mcc::{PREFIX, PoolController, PoolSpec, annotation, is_node_done};
 use support::pki::{Pki, rotate_client_pem, write_kubeconfig};
 use support::policy::Policy;
 use support::sign::{self, KeyKind, Signer};
@@ -447,6 +447,32 @@ async fn node_deleted_and_created_anew_is_published_again() {
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);
     arrived(&world, &two).await;
+}
+
+/// MCC finds the custom pool that a node was booted into by what the agent publishes of its first boot.
+#[tokio::test]
+async fn node_booted_into_a_custom_pool_lands_there() {
+    let world = World::new(WorldOptions { pool: "infra".to_owned(), ..options() }).await.unwrap();
+    let told = Arc::new(AtomicBool::new(false));
+    let seen = told.clone();
+    world.events.listen(move |event| {
+        if wrote(event, "desiredConfig", "rendered-worker-") {
+            seen.store(true, Ordering::SeqCst);
+        }
+    });
+    world.machine.power_on().await.unwrap();
+    // A real node is not Ready before, so that no pool tells it anything.
+    world.wait("the first boot's annotations", |node| annotation(node, "currentConfig").is_some()).await.unwrap();
+    let two = world.signed("2").await.unwrap();
+    let workers = PoolSpec { custom: vec!["infra".to_owned()], ..PoolSpec::worker(&[NODE]) };
+    let workers = PoolController::start(world.store(), workers);
+    workers.set_target("rendered-worker-2", two.pullspec().as_str());
+    let is_labelled = |node: &Value| node["metadata"]["labels"]["node-role.kubernetes.io/infra"] == "";
+    world.wait("the custom pool's label", is_labelled).await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    assert_eq!(world.annotation("currentConfig").as_deref(), Some("rendered-infra-2"));
+    assert!(!told.load(Ordering::SeqCst), "told what the pool worker runs");
 }
 
 /// A verdict under a policy that is gone counts for nothing, even where it was asked for before.

@@ -20,6 +20,8 @@ pub const MANAGER: &str = "machine-config-controller";
 pub const PREFIX: &str = "machineconfiguration.openshift.io/";
 
 const TAINT: &str = "UpdateInProgress";
+/// Set with the labels of the custom pool that a node was booted into.
+const LABELS_APPLIED: &str = "customPoolLabelsApplied";
 
 /// One annotation of the protocol, without the prefix in the key.
 #[must_use]
@@ -136,12 +138,14 @@ pub fn get_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailable: 
 pub struct PoolSpec {
     /// The pool's name.
     pub name: String,
-    /// The nodes that its selector matches; they need not exist yet.
+    /// The nodes that may be in it; they need not exist yet.
     pub nodes: Vec<String>,
     /// How many may be unavailable at a time; 0 counts as 1.
     pub max_unavailable: usize,
     /// `HighlyAvailable`, `SingleReplica` and so on.
     pub topology: String,
+    /// The custom pools of the cluster. A node is in the first of them whose role it has, else in `worker`.
+    pub custom: Vec<String>,
 }
 
 impl PoolSpec {
@@ -153,6 +157,7 @@ impl PoolSpec {
             nodes: nodes.iter().map(|node| (*node).to_owned()).collect(),
             max_unavailable: 1,
             topology: "HighlyAvailable".to_owned(),
+            custom: Vec::new(),
         }
     }
 }
@@ -251,7 +256,27 @@ impl Drop for PoolController {
 }
 
 fn nodes_of(store: &Store, pool: &PoolSpec) -> Vec<Value> {
-    pool.nodes.iter().filter_map(|name| store.node(name)).collect()
+    let is_in = |node: &Value| {
+        let has_role = |custom: &&String| !node["metadata"]["labels"][role(custom)].is_null();
+        pool.custom.iter().find(has_role).map_or("worker", String::as_str) == pool.name
+    };
+    pool.nodes.iter().filter_map(|name| store.node(name)).filter(is_in).collect()
+}
+
+/// The label that a custom pool selects its nodes by.
+fn role(pool: &str) -> String {
+    format!("node-role.kubernetes.io/{pool}")
+}
+
+/// The custom pool that a node was booted into and not yet labelled for: the owner of its `firstPivotConfig`, which is
+/// read off the name `rendered-<pool>-<hash>` here.
+#[must_use]
+pub fn booted_pool<'a>(node: &Value, custom: &'a [String]) -> Option<&'a String> {
+    if annotation(node, LABELS_APPLIED).is_some() {
+        return None;
+    }
+    let config = annotation(node, "firstPivotConfig")?.strip_prefix("rendered-")?;
+    custom.iter().find(|pool| config.strip_prefix(pool.as_str()).is_some_and(|rest| rest.starts_with('-')))
 }
 
 async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolControl>) {
@@ -274,7 +299,7 @@ async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolContr
 
 fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<(), ApiError> {
     let Some(target) = control.target.as_ref().filter(|_| !control.paused) else { return Ok(()) };
-    let nodes = nodes_of(store, pool);
+    let mut nodes = nodes_of(store, pool);
     for node in &nodes {
         let name = node["metadata"]["name"].as_str().unwrap();
         if annotation(node, "controlPlaneTopology") != Some(&pool.topology) {
@@ -292,6 +317,18 @@ fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<()
             store.patch_as(MANAGER, name, json!({"spec": {"taints": taints}}))?;
         }
     }
+    // A candidate that was booted into a custom pool is labelled for that instead of told.
+    let (candidates, _) = get_all_candidates(&nodes, target, pool.max_unavailable);
+    let booted =
+        candidates.iter().filter_map(|node| Some((node["metadata"]["name"].clone(), booted_pool(node, &pool.custom)?)));
+    let booted: Vec<_> = booted.collect();
+    for (name, custom) in &booted {
+        let labels = json!({ role(custom): "" });
+        let annotations = json!({ format!("{PREFIX}{LABELS_APPLIED}"): "" });
+        let patch = json!({"metadata": {"labels": labels, "annotations": annotations}});
+        store.patch_as(MANAGER, name.as_str().unwrap(), patch)?;
+    }
+    nodes.retain(|node| booted.iter().all(|(name, _)| *name != node["metadata"]["name"]));
     for node in get_candidates(&nodes, target, pool.max_unavailable) {
         let name = node["metadata"]["name"].as_str().unwrap();
         let wanted = [("desiredConfig", Some(target.config.as_str())), ("desiredImage", target.image.as_deref())];
@@ -663,6 +700,33 @@ mod tests {
         until(&store, "w1", "desiredImage", "j").await;
         finish(&store, "w1", "b", "j");
         assert!(pool.wait_for_status(DEADLINE, |status| status.updated == 2 && status.unavailable == 0).await);
+    }
+
+    #[tokio::test]
+    async fn a_node_booted_into_a_custom_pool_is_labelled_for_it() {
+        let (store, _) = store(&["w0", "i0"]);
+        store.patch_as("rebase-agent", "i0", patch_of(&[("firstPivotConfig", Some("rendered-infra-1"))])).unwrap();
+        store.patch_as("rebase-agent", "w0", patch_of(&[("firstPivotConfig", Some("rendered-infrared-1"))])).unwrap();
+        let custom = vec!["infra".to_owned()];
+        let all = PoolSpec { max_unavailable: 2, custom, ..PoolSpec::worker(&["w0", "i0"]) };
+        let workers = PoolController::start(store.clone(), all.clone());
+        let infra = PoolController::start(store.clone(), PoolSpec { name: "infra".to_owned(), ..all });
+        workers.set_target("rendered-worker-2", "j");
+        until(&store, "w0", "desiredImage", "j").await;
+        until(&store, "i0", LABELS_APPLIED, "").await;
+        workers.settle().await;
+        let node = store.node("i0").unwrap();
+        assert_eq!(
+            (annotation(&node, "desiredImage"), &node["metadata"]["labels"][role("infra")]),
+            (Some("i"), &json!(""))
+        );
+        assert_eq!((workers.status().machine_count, infra.status().machine_count), (1, 1));
+        infra.set_target("rendered-infra-2", "k");
+        until(&store, "i0", "desiredImage", "k").await;
+        // Once: a label that is taken off stays off.
+        store.patch_as("admin", "i0", json!({"metadata": {"labels": {role("infra"): null}}})).unwrap();
+        finish(&store, "i0", "rendered-infra-2", "k");
+        until(&store, "i0", "desiredImage", "j").await;
     }
 
     #[tokio::test]

@@ -35,6 +35,8 @@ pub struct WorldOptions {
     pub agent: PathBuf,
     /// `controlPlaneTopology`.
     pub topology: String,
+    /// The pool that the node is booted into: `worker` or a custom one.
+    pub pool: String,
     /// Variables for the agent, over the world's own.
     pub env: Vec<(String, String)>,
     /// `policy.json` of the node; the default is OpenShift's own with one scope that demands a signature.
@@ -54,6 +56,7 @@ impl WorldOptions {
         Self {
             agent: agent.to_owned(),
             topology: "HighlyAvailable".to_owned(),
+            pool: "worker".to_owned(),
             env: Vec::new(),
             policy: None,
             agent_skopeo: None,
@@ -81,10 +84,12 @@ pub struct World {
     pub signer: Signer,
     /// The node.
     pub machine: Machine,
-    /// The image that the node was installed with, built from `rendered-worker-1`, signed.
+    /// The image that the node was installed with, built from `rendered-<pool>-1`, signed.
     pub installed: Pushed,
     /// How the agent is started.
     pub agent: AgentCommand,
+    /// The pool's name.
+    name: String,
     directory: TempDir,
 }
 
@@ -140,16 +145,19 @@ impl World {
         (options.machine)(&mut machine);
         let machine = Machine::new(machine).await?;
 
-        let spec = PoolSpec { topology: options.topology, ..PoolSpec::worker(&[NODE]) };
+        let name = options.pool;
+        let custom = if name == "worker" { Vec::new() } else { vec![name.clone()] };
+        let spec = PoolSpec { name: name.clone(), custom, topology: options.topology, ..PoolSpec::worker(&[NODE]) };
         let pool = PoolController::start(store.clone(), spec);
         let drains =
             DrainController::start(store.clone(), Delays { evict: Duration::from_millis(300), ..Delays::short() });
-        let installed = push(&registry, "1", &ImageSpec::new("1").rendered_config("rendered-worker-1")).await?;
+        let config = format!("rendered-{name}-1");
+        let installed = push(&registry, "1", &ImageSpec::new("1").rendered_config(&config)).await?;
         sign(&registry, &installed.digest, &installed.repo, &format!("{}:1", installed.repository()), &signer).await?;
         machine.install(&format!("ostree-unverified-registry:{}", installed.pullspec())).await?;
-        write_first_boot(&machine.root(), "rendered-worker-1", &installed.pullspec())?;
+        write_first_boot(&machine.root(), &config, &installed.pullspec())?;
         tokio::spawn(report_ready(events.subscribe(), store));
-        Ok(Self { events, pki, api, pool, drains, registry, signer, machine, installed, agent, directory })
+        Ok(Self { events, pki, api, pool, drains, registry, signer, machine, installed, agent, name, directory })
     }
 
     /// The API server's objects.
@@ -164,9 +172,9 @@ impl World {
         self.directory.path()
     }
 
-    /// A freshly built, unsigned image for `rendered-worker-<version>`.
+    /// A freshly built, unsigned image for `rendered-<pool>-<version>`.
     pub async fn unsigned(&self, version: &str) -> anyhow::Result<Pushed> {
-        let spec = ImageSpec::new(version).rendered_config(&format!("rendered-worker-{version}"));
+        let spec = ImageSpec::new(version).rendered_config(&format!("rendered-{}-{version}", self.name));
         push(&self.registry, version, &spec).await
     }
 
@@ -184,7 +192,7 @@ impl World {
 
     /// Gives the pool a new target.
     pub fn target(&self, version: &str, image: &Pushed) {
-        self.pool.set_target(&format!("rendered-worker-{version}"), image.pullspec().as_str());
+        self.pool.set_target(&format!("rendered-{}-{version}", self.name), image.pullspec().as_str());
     }
 
     /// An annotation of the node, MCO's prefix left out.
