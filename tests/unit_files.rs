@@ -137,6 +137,12 @@ fn systemd_accepts_the_unit() {
     assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
 }
 
+/// Takes the proxy's variables out of MCO's file.
+const PROXY_ONLY: &str = concat!(
+    r#"-/usr/bin/sed -nE "/^[[:space:]]*(https?|no)_proxy[[:space:]]*=/Iw /run/rebase-agent-bootc/proxy.env""#,
+    " /etc/mco/proxy.env"
+);
+
 /// What stages through bootc, as reviewed; `SIGNED` of them differs in what it is for and in one option.
 const SWITCH: &[(&str, &str, &str)] = &[
     ("Unit", "Description", "Stage %I with bootc"),
@@ -146,7 +152,10 @@ const SWITCH: &[(&str, &str, &str)] = &[
     ("Service", "Type", "oneshot"),
     ("Service", "ExecStart", ":/usr/bin/bootc switch --quiet -- %I"),
     ("Service", "PrivateMounts", "yes"),
-    ("Service", "EnvironmentFile", "-/etc/mco/proxy.env"),
+    ("Service", "RuntimeDirectory", "rebase-agent-bootc"),
+    ("Service", "RuntimeDirectoryMode", "0700"),
+    ("Service", "ExecStartPre", PROXY_ONLY),
+    ("Service", "EnvironmentFile", "-/run/rebase-agent-bootc/proxy.env"),
     ("Service", "TimeoutStartSec", "2h"),
     ("Service", "TimeoutStopSec", "30"),
     ("Service", "SuccessExitStatus", "SIGTERM"),
@@ -202,7 +211,8 @@ fn the_units_of_bootc_are_the_reviewed_ones() {
         let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
         assert_eq!(unit, reviewed, "{name}");
         // Only a unit's own program changes into the domain that may change the system.
-        for (_, key, command) in unit.iter().filter(|(_, key, _)| key.starts_with("Exec")) {
+        let programs = unit.iter().filter(|(_, key, command)| key.starts_with("Exec") && *command != PROXY_ONLY);
+        for (_, key, command) in programs {
             assert!(*key == "ExecStart" && command.trim_start_matches(':').starts_with("/usr/bin/bootc "), "{command}");
             assert!(!command.contains('$') && !command.replace("%I", "").contains('%'), "{command}");
         }
@@ -211,6 +221,30 @@ fn the_units_of_bootc_are_the_reviewed_ones() {
     let deadlines = Deadlines::default();
     assert!(Duration::from_secs(2 * 60 * 60) < deadlines.whole);
     assert!(Duration::from_secs(60) >= deadlines.status, "bootc would be cut off while the agent waits");
+}
+
+/// The real sed, on what a file of MCO's could have in it.
+#[test]
+fn only_the_proxys_variables_reach_bootc() {
+    let directory = tempfile::tempdir().unwrap();
+    let (from, to) = (directory.path().join("from.env"), directory.path().join("to.env"));
+    let script =
+        PROXY_ONLY.split('"').nth(1).unwrap().replace("/run/rebase-agent-bootc/proxy.env", to.to_str().unwrap());
+    let filter = || run(Command::new("/usr/bin/sed").arg("-nE").arg(&script).arg(&from)).status.success();
+    let proxies = ["HTTP_PROXY=http://p:1", "HTTPS_PROXY=\"http://q\"", " NO_PROXY =.local,10.0.0.0/8", "no_proxy=a"];
+    let others = ["LD_PRELOAD=/x.so", "PATH=/x", "# HTTP_PROXY=x", "XHTTP_PROXY=x", "ALL_PROXY=x", "A=B\\", "=", ""];
+    std::fs::write(&from, [proxies, ["LD_AUDIT=/x", "HTTP_PROXYX=x", "x no_proxy=x", "HOME=/x"]].concat().join("\n"))
+        .unwrap();
+    assert!(filter());
+    assert_eq!(std::fs::read_to_string(&to).unwrap().lines().collect::<Vec<_>>(), proxies);
+    std::fs::write(&from, others.join("\n")).unwrap();
+    assert!(filter());
+    assert_eq!(std::fs::read_to_string(&to).unwrap(), "");
+    // Without the file nothing of an earlier start is left.
+    std::fs::write(&to, "HTTP_PROXY=old").unwrap();
+    std::fs::remove_file(&from).unwrap();
+    assert!(!filter());
+    assert_eq!(std::fs::read_to_string(&to).unwrap(), "");
 }
 
 #[test]
@@ -282,6 +316,7 @@ fn an_instance_is_one_argument_and_nothing_else() {
     let output = run(command.env("SYSTEMD_UNIT_PATH", &units).args(["--user", "--test"]));
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     let started: Vec<&str> = said.lines().filter_map(|line| line.trim().strip_prefix("Command Line: ")).collect();
+    let started: Vec<&str> = started.into_iter().filter(|line| !line.starts_with("/usr/bin/sed ")).collect();
     assert_eq!(started.len(), cases.len(), "{said}");
     for (name, arguments) in cases {
         let found = started.iter().any(|line| line.starts_with("/usr/bin/bootc switch ") && line.ends_with(arguments));
