@@ -84,7 +84,7 @@ pub enum HostError {
         source: std::io::Error,
     },
     /// The bus or the daemon behind it does not answer.
-    #[error("{what} does not answer: {why}; see `systemctl status {unit}`")]
+    #[error("{what} does not answer: {why}; see `systemctl status {unit}` and `journalctl -u {unit}`")]
     Call {
         /// The call.
         what: &'static str,
