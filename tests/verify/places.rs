@@ -262,6 +262,11 @@ async fn an_identity_that_does_not_match_comes_with_a_hint() {
         (own.clone(), Identity::MatchRepoDigestOrExact, "matchRepository"),
         (format!("s.example/{REPO}"), remap, "remapIdentity wants one"),
         (own.clone(), Identity::ExactReference(format!("{own}:v1")), "accepts the identity"),
+        (
+            own.clone(),
+            Identity::ExactRepository("q.example/os".to_owned()),
+            "accepts signatures for q.example/os alone",
+        ),
         (copied, Identity::MatchRepository, "this is a copy"),
         (format!("{own}:tag"), Identity::MatchExact, "matchExact never accepts a reference by digest"),
     ] {
@@ -279,9 +284,12 @@ async fn an_identity_that_does_not_match_comes_with_a_hint() {
 async fn a_scope_that_only_looks_right_is_named() {
     let node = Node::new().await;
     let pushed = node.signed().await;
-    for scope in
-        [format!("docker://{}", pushed.host), format!("{}:tag", pushed.repository()), format!("{}/", pushed.host)]
-    {
+    for scope in [
+        format!("docker://{}", pushed.host),
+        format!("{}:tag", pushed.repository()),
+        format!("{}/", pushed.host),
+        format!("{}/NS", pushed.host),
+    ] {
         for (policy, reason) in [
             (Policy::reject_by_default(), Reason::PolicyRejects),
             (Policy::accept_by_default(), Reason::PolicyAcceptsAnything),
