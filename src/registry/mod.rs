@@ -219,7 +219,7 @@ pub enum RegistryError {
         why: String,
     },
     /// The registry's certificate.
-    #[error("{place} serves {image} with a certificate that this node does not trust: {why}; add its CA to certs.d")]
+    #[error("{place} serves {image} with a certificate that this node does not trust: {why}; {}", cure(why))]
     Untrusted {
         /// The image.
         image: PinnedImage,
@@ -263,6 +263,18 @@ pub enum RegistryError {
         /// What is wrong.
         why: String,
     },
+}
+
+/// What to do about a certificate, by Go's words for what is wrong with it.
+fn cure(why: &str) -> &'static str {
+    if why.contains("x509: certificate has expired or is not yet valid") {
+        "renew it, or correct this node's clock"
+    } else if why.contains("x509: certificate is valid for ") || why.contains("x509: cannot validate certificate for ")
+    {
+        "give it the name by which the registry is asked"
+    } else {
+        "add its CA to certs.d"
+    }
 }
 
 impl RegistryError {

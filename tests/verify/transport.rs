@@ -1,6 +1,6 @@
 //! The way to the registry: credentials, certificates, mirrors, proxies.
 
-use support::hostile_registry::{ConnectProxy, mumble};
+use support::hostile_registry::{ConnectProxy, HostileRegistry, Place, Trick, mumble};
 use support::policy::RegistriesConf;
 
 use super::*;
@@ -89,9 +89,52 @@ async fn credentials_come_from_the_first_ostree_auth_file() {
     set("run", "no JSON");
     let outcome = node.verify(&pushed.pullspec()).await;
     assert!(outcome.refused(Reason::RegistryDenied).contains("run/ostree/auth.json"), "{outcome:?}");
+    // Forms that people's other tools understand.
+    let helper = format!(r#"{{"auths":{{}},"credHelpers":{{"{host}":"nowhere"}}}}"#);
+    let (store, old) = (r#"{"auths":{},"credsStore":"nowhere"}"#, good.strip_prefix("{\"auths\":").unwrap());
+    let old = old.strip_suffix('}').unwrap();
+    for (content, why) in [
+        (other.as_str(), format!("run/ostree/auth.json has no entry for {host}")),
+        (&wrong, format!("with the entry for {host} in ")),
+        (store, "credential store (credsStore), which is not run here".to_owned()),
+        (&helper, "credential helper (credHelpers), which is not run here".to_owned()),
+        (old, "in the old form of .dockercfg".to_owned()),
+    ] {
+        set("run", content);
+        let outcome = node.verify(&pushed.pullspec()).await;
+        let said = outcome.refused(Reason::RegistryDenied);
+        assert!(said.contains(&why), "{content}: {said}");
+    }
     set("run", &good);
     set("etc", &wrong);
     node.verify(&pushed.pullspec()).await.facts();
+}
+
+/// The CA is not what is wrong with every certificate.
+#[tokio::test]
+async fn a_registrys_certificate_is_told_by_what_is_wrong_with_it() {
+    const DAY: i64 = 24 * 3600;
+    let node = Node::new().await;
+    let pushed = node.signed().await;
+    node.policy(&Policy::new([node.requirement()]));
+    let pki = Pki::new();
+    for (ca, from, until, why) in [
+        (pki.ca_pem(), -2 * DAY, -DAY, "; renew it, or correct this node's clock"),
+        (pki.ca_pem(), DAY, 2 * DAY, "; renew it, or correct this node's clock"),
+        (node.tls.ca_pem.clone(), -DAY, DAY, "; add its CA to certs.d"),
+    ] {
+        let (cert_pem, key_pem) = pki.server_valid(&[], from, until);
+        let tls = ServerTls { cert_pem, key_pem, ca_pem: node.tls.ca_pem.clone() };
+        let host = node.registry.host();
+        let registry = HostileRegistry::start(&tls, &host, Place::Ping, Trick::Honest).await.unwrap();
+        let trusted = node.path("trusted");
+        fs::create_dir_all(&trusted).unwrap();
+        fs::write(trusted.join("ca.crt"), ca).unwrap();
+        let spec = format!("{}/{REPO}@{}", registry.host(), pushed.digest);
+        let outcome = node.verify_with(&spec, &[("REBASE_AGENT_CERT_DIR", text(&trusted))]).await;
+        let said = outcome.refused(Reason::RegistryUntrusted);
+        assert!(said.ends_with(why), "{said}");
+    }
 }
 
 /// What the unit's drop-in sets for a cluster-wide proxy reaches the engine, in both spellings; nothing else does.
