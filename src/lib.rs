@@ -1,7 +1,7 @@
 //! The rebase agent: observe, decide, act, report.
 //!
 //! Each directory is one neighbour: nothing outside `host` speaks D-Bus, nothing outside `cluster` HTTP, nothing
-//! outside `registry` reads a signature policy.
+//! outside `trust` reads a signature policy.
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests lay out the files that the agent only reads"))]
 
 pub mod agent;
@@ -13,14 +13,14 @@ pub mod confine;
 pub mod decide;
 #[cfg(feature = "faults")]
 pub mod faults;
+pub mod files;
 pub mod host;
 pub mod journal;
 pub mod kernel_arguments;
 pub mod lane;
 pub mod model;
 pub mod observe;
-pub mod registry;
 pub mod report;
-pub mod stamp;
 pub mod text;
 pub mod time;
+pub mod trust;

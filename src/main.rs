@@ -13,7 +13,7 @@ use rebase_agent::host::Host;
 use rebase_agent::host::boot::Root;
 use rebase_agent::journal;
 use rebase_agent::observe::Neighbours;
-use rebase_agent::registry::{Engine, Settings};
+use rebase_agent::trust::{Engine, Settings};
 
 /// As ostree-ext looks for them, so that the agent asks with the credentials that the pull will use.
 const AUTH_FILES: [&str; 3] = ["run/ostree/auth.json", "etc/ostree/auth.json", "usr/lib/ostree/auth.json"];

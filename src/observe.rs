@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::cluster::{Api, ClusterError};
 use crate::host::{Host, HostError};
 use crate::model::{Fault, HostFacts, MachineFacts, NodeFacts, Observed, Reading};
-use crate::registry::Engine;
+use crate::trust::Engine;
 
 /// The three neighbours.
 #[derive(Clone, Debug)]

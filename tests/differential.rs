@@ -12,8 +12,8 @@ use std::fs;
 use std::process::Command;
 
 use containers_image_proxy::{ImageProxy, ImageProxyConfig};
-use rebase_agent::registry::policy::{Policy, Verdict};
-use rebase_agent::registry::reference;
+use rebase_agent::trust::gate::{Policy, Verdict};
+use rebase_agent::trust::reference;
 use serde_json::json;
 use support::image::ImageSpec;
 use support::pki::Pki;

@@ -15,7 +15,7 @@ use std::process::Command;
 const USES: &str = "#![allow(unused, dead_code)]
     use rebase_agent::host::{Cancel, Host};
     use rebase_agent::model::{ImageFacts, PinnedImage};
-    use rebase_agent::registry::VerifiedImage;";
+    use rebase_agent::trust::VerifiedImage;";
 
 const CONTROL: &str = "fn control(host: &Host, image: &VerifiedImage, cancel: &mut Cancel) {
     drop(host.stage(image, cancel, &|_| {}));

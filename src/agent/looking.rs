@@ -7,7 +7,7 @@ use crate::cluster::Told;
 use crate::host::boot::DeploymentsStamp;
 use crate::model::{HostFacts, MachineFacts, Reading, Work};
 use crate::observe;
-use crate::registry::TrustStamp;
+use crate::trust::TrustStamp;
 
 /// How far to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

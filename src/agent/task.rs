@@ -12,7 +12,7 @@ use crate::host::{Cancel, Progress};
 use crate::journal::id;
 use crate::model::{Fault, PinnedImage, Reason, Work};
 use crate::observe::Neighbours;
-use crate::registry::{TrustStamp, VerifiedImage, verify};
+use crate::trust::{TrustStamp, VerifiedImage, verify};
 
 /// Work that is under way.
 pub(super) struct Task {

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::ClusterError;
-use crate::host::boot::read_bounded;
+use crate::files::read_bounded;
 use crate::model::printable;
 
 /// Largest kubeconfig or PEM file, in bytes; the CA bundle in it may hold dozens of certificates.

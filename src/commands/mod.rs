@@ -19,7 +19,7 @@ use crate::decide::{Decision, Memory, Outcome};
 use crate::host::HostError;
 use crate::model::{Action, Fault, NodeState, Now, Observed, Reading, Reason, Work};
 use crate::observe::{Neighbours, everything};
-use crate::registry;
+use crate::trust;
 use status::Trust;
 
 /// The version of all JSON.
@@ -54,7 +54,7 @@ async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
     let mut memory = Memory::default();
     let trust = match desired {
         Some(image) if look.verify => {
-            let (outcome, trust) = match registry::verify(&neighbours.engine, &image).await {
+            let (outcome, trust) = match trust::verify(&neighbours.engine, &image).await {
                 Ok(verified) => {
                     let facts = verified.facts().clone();
                     (Outcome::Succeeded(Some(facts.clone())), Trust::Verified(Box::new(facts)))

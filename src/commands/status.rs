@@ -13,7 +13,7 @@ use crate::model::{
     name_of, printable,
 };
 use crate::observe::Neighbours;
-use crate::registry::NodePolicy;
+use crate::trust::NodePolicy;
 
 /// Prints it; the exit code.
 pub(super) async fn status(neighbours: &Neighbours, look: &Look) -> u8 {

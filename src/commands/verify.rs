@@ -4,8 +4,8 @@ use super::{answer, print};
 use crate::cli::exit;
 use crate::model::{Fault, PinnedImage, Reason, Severity, parse};
 use crate::observe::Neighbours;
-use crate::registry::{self, RegistryError};
 use crate::time;
+use crate::trust::{self, TrustError};
 
 /// Prints what verification finds; the exit code.
 pub(super) async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> u8 {
@@ -13,7 +13,7 @@ pub(super) async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) 
         Ok(image) => image,
         Err(error) => return answer(json, Reason::ImageMalformed.as_str(), &error.to_string(), exit::REFUSED),
     };
-    match registry::verify(&neighbours.engine, &image).await {
+    match trust::verify(&neighbours.engine, &image).await {
         Ok(verified) => {
             let facts = verified.facts();
             print(json, facts, || {
@@ -35,7 +35,7 @@ pub(super) async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) 
         }
         Err(error) => {
             let code = match &error {
-                RegistryError::ReadPolicy { .. } => exit::UNREADABLE,
+                TrustError::ReadPolicy { .. } => exit::UNREADABLE,
                 error if error.reason().severity() == Severity::Transient => exit::NOT_YET,
                 _ => exit::REFUSED,
             };

@@ -1,8 +1,7 @@
 //! Boot facts: what the kernel and the file system say without asking any daemon. Reads only.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -11,9 +10,9 @@ use nix::sys::statvfs::statvfs;
 use nix::sys::utsname::uname;
 use serde::Deserialize;
 
+use crate::files::{Stamp, read_beneath, read_bounded};
 pub use crate::kernel_arguments::split as split_arguments;
 use crate::model::{BootId, printable};
-use crate::stamp::Stamp;
 
 /// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
@@ -51,38 +50,6 @@ fn size_of_tree(directory: &Path, left: &mut usize) -> u64 {
         sum = sum.saturating_add(size);
     }
     sum
-}
-
-/// Reads at most `limit` bytes of a regular file; a longer one is an error, not a truncation.
-///
-/// # Errors
-/// The usual, and `InvalidData` for a file that is longer or not regular.
-pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    // Opening a pipe would wait for its other end.
-    if !std::fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
-    }
-    let file = File::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
-    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > limit {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {limit} bytes")));
-    }
-    Ok(bytes)
-}
-
-/// Reads a file below a deployment, which is its image's content. An image may contain links that lead out of it, to what
-/// is another machine's or this one's own, so none is followed.
-fn read_beneath(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let mut at = directory.to_owned();
-    for component in path.components() {
-        at.push(component);
-        if std::fs::symlink_metadata(&at)?.is_symlink() {
-            let why = format!("{} is a symbolic link, and none is followed inside an image", at.display());
-            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
-        }
-    }
-    read_bounded(&at, limit)
 }
 
 fn read_text(path: &Path) -> io::Result<String> {

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, staged, systemd};
 use crate::model::{Backend, Deployment, HostFacts, Reason, Transaction, UnitState, is_image, is_staged, printable};
-use crate::registry::VerifiedImage;
+use crate::trust::VerifiedImage;
 
 /// Where the shipped units run it.
 pub(super) const PROGRAM: &str = "usr/bin/bootc";

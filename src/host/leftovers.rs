@@ -6,7 +6,8 @@ use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::boot::{MAX_CONFIG, Root, read_bounded};
+use super::boot::{MAX_CONFIG, Root};
+use crate::files::read_bounded;
 
 /// The rendered config that the MCD wrote last, or else the image's own.
 const CONFIGS: [&str; 2] = ["etc/machine-config-daemon/currentconfig", "usr/etc/machine-config-daemon/currentconfig"];

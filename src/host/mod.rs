@@ -22,7 +22,7 @@ use zbus::proxy::CacheProperties;
 use zbus::{Connection, Proxy};
 
 use crate::model::{Backend, Deployment, Digest, Fault, HostFacts, MachineFacts, PinnedImage, Reason, printable};
-use crate::registry::VerifiedImage;
+use crate::trust::VerifiedImage;
 use boot::Root;
 pub use choose::Chosen;
 

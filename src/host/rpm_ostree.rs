@@ -14,7 +14,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant, Proxy, Vari
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, close, digest_in_title, staged};
 use crate::kernel_arguments::{apply, join};
 use crate::model::{Backend, Deployment, Digest, HostFacts, Reason, Transaction, is_image, is_staged, printable};
-use crate::registry::{VerifiedImage, reference, rendered_config_label, without_queries};
+use crate::trust::{VerifiedImage, reference, rendered_config_label, without_queries};
 
 pub(super) const NAME: &str = "org.projectatomic.rpmostree1";
 const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";

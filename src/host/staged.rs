@@ -3,7 +3,8 @@
 //! of a deployment that was staged without any, and does not show that one is locked. Reads that much of the format
 //! and no more.
 
-use super::boot::{Root, read_bounded};
+use super::boot::Root;
+use crate::files::read_bounded;
 
 /// The note.
 const NOTE: &str = "run/ostree/staged-deployment";

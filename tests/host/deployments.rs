@@ -69,7 +69,7 @@ async fn stateroots_pins_layers_and_digests_are_told_apart() {
     let last = &facts.deployments[3];
     assert_eq!(last.digest.as_ref().unwrap().as_str(), digest);
     assert_eq!(last.reference.as_deref(), Some("quay.io/o/i:latest"));
-    let image = rebase_agent::registry::reference::parse(&format!("quay.io/other/name@{digest}")).unwrap();
+    let image = rebase_agent::trust::reference::parse(&format!("quay.io/other/name@{digest}")).unwrap();
     assert!(is_image(last, &image, None), "a tag of any name, with the digest wanted");
     assert!(!is_image(&facts.deployments[2], &image, None), "no digest is no claim");
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rebase_agent::host::boot::Root;
 use rebase_agent::host::{Cancel, Deadlines, Host, HostError};
 use rebase_agent::model::HostFacts;
-use rebase_agent::registry::{Engine as Verifier, Settings, VerifiedImage, reference, verify};
+use rebase_agent::trust::{Engine as Verifier, Settings, VerifiedImage, reference, verify};
 use support::events::{Event, Events};
 use support::image::{ImageSpec, Pushed};
 use support::machine::{AgentCommand, Engine, HostTools, Machine, MachineOptions};

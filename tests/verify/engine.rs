@@ -1,6 +1,6 @@
 //! The engine as a program: unfit, stuck, replaced, orphaned, and what it is given.
 
-use rebase_agent::registry::{Engine, Settings, reference, verify};
+use rebase_agent::trust::{Engine, Settings, reference, verify};
 use support::hostile_registry::{HostileRegistry, Place, Trick};
 use tokio::task::JoinSet;
 

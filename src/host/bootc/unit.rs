@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use super::super::HostError;
 use crate::model::PinnedImage;
-use crate::registry::{VerifiedImage, reference};
+use crate::trust::{VerifiedImage, reference};
 
 /// `bootc switch`, for policies whose global default accepts anything: bootc refuses the other one there.
 const PLAIN: &str = "rebase-agent-bootc@";

@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use rebase_agent::host::HostError;
 use rebase_agent::host::fuzzing::{bootc_status, image_of_unit, staged_arguments};
 use rebase_agent::model::{Digest, Fault};
-use rebase_agent::registry::reference;
+use rebase_agent::trust::reference;
 
 fn status(json: &[u8]) {
     let deployments = match bounded(json.len(), 256, || bootc_status(json)) {

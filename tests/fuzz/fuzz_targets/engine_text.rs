@@ -8,7 +8,7 @@ use std::time::Duration;
 use fuzz::{bounded, shown};
 use libfuzzer_sys::fuzz_target;
 use rebase_agent::model::{Fault, PinnedImage, Reason, printable};
-use rebase_agent::registry::{Engine, NodePolicy, Settings, fuzzing, reference};
+use rebase_agent::trust::{Engine, NodePolicy, Settings, fuzzing, reference};
 
 static ASKED: LazyLock<(Engine, NodePolicy, PinnedImage)> = LazyLock::new(|| {
     let engine = Engine::new(Settings {

@@ -12,7 +12,7 @@ use rebase_agent::decide::decide;
 use rebase_agent::model::{
     Action, Attempt, Fault, HostFacts, Limits, MachineFacts, Memory, NodeFacts, Now, Observed, Reading, Reason, Step,
 };
-use rebase_agent::registry::reference;
+use rebase_agent::trust::reference;
 use rebase_agent::report::{ATTEMPT, MCO, report};
 use serde_json::json;
 use tokio::time::Instant;

@@ -7,8 +7,8 @@ use std::path::Path;
 use fuzz::{bounded, first_line, shown};
 use libfuzzer_sys::fuzz_target;
 use rebase_agent::model::{Fault, PinnedImage, Reason};
-use rebase_agent::registry::policy::{Policy, Verdict};
-use rebase_agent::registry::{fuzzing, reference};
+use rebase_agent::trust::gate::{Policy, Verdict};
+use rebase_agent::trust::{fuzzing, reference};
 use serde_json::Value;
 
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";

@@ -3,7 +3,7 @@
 
 use fuzz::{bounded, shown};
 use libfuzzer_sys::fuzz_target;
-use rebase_agent::registry::reference::{name_of, of_deployment, parse, to_pull};
+use rebase_agent::trust::reference::{name_of, of_deployment, parse, to_pull};
 
 fuzz_target!(|text: &str| {
     match bounded(text.len(), 16, || parse(text)) {

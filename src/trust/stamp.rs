@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::policy::MAX_POLICY;
-use super::{Policy, RegistryError, Settings};
-use crate::host::boot::read_bounded;
+use super::gate::{MAX_POLICY, Policy};
+use super::{Settings, TrustError};
+use crate::files::Stamp;
+use crate::files::read_bounded;
 use crate::model::PinnedImage;
-use crate::stamp::Stamp;
 
 /// containers-registries.conf(5): mirrors decide where a signature is looked up, and a registry may be blocked. The
 /// agent passes no other, and the engine has no home directory.
@@ -68,12 +68,12 @@ impl TrustStamp {
     }
 
     /// Refuses what cannot be watched whole.
-    pub(super) fn check(settings: &Settings, image: &PinnedImage) -> Result<(), RegistryError> {
+    pub(super) fn check(settings: &Settings, image: &PinnedImage) -> Result<(), TrustError> {
         match Self::read(settings, image).excess {
             None => Ok(()),
             Some(path) => {
                 let why = format!("it has or names more than {MAX_FILES} files, and all are watched; remove some");
-                Err(RegistryError::Policy { path, why })
+                Err(TrustError::Policy { path, why })
             }
         }
     }
@@ -107,7 +107,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::registry::reference;
+    use crate::trust::reference;
 
     struct Lab {
         directory: tempfile::TempDir,

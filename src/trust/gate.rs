@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use crate::model::PinnedImage;
+use super::{TrustError, engine};
+use crate::files::read_bounded;
+use crate::model::{PinnedImage, printable};
 
 /// Largest policy file read, in bytes; ClusterImagePolicies with inline keys come to a few tens of kilobytes.
 pub const MAX_POLICY: u64 = 1 << 20;
@@ -284,10 +287,62 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
     }
 }
 
+/// The policy file as read once: gate and engine see the same bytes.
+#[derive(Debug)]
+pub struct NodePolicy {
+    pub(super) bytes: Vec<u8>,
+    pub(super) policy: Policy,
+    pub(super) path: PathBuf,
+}
+
+impl NodePolicy {
+    /// Reads and parses the file.
+    ///
+    /// # Errors
+    /// [`TrustError::ReadPolicy`] and [`TrustError::Policy`].
+    pub fn read(path: &Path) -> Result<Self, TrustError> {
+        let bytes = read_bounded(path, MAX_POLICY).map_err(|source| match engine::is_scarce(&source) {
+            true => TrustError::Scarce { why: format!("{}: {source}", path.display()) },
+            false => TrustError::ReadPolicy { path: path.to_owned(), source },
+        })?;
+        let policy = Policy::parse(&bytes).map_err(|e| unusable(path, &e))?;
+        Ok(Self { bytes, policy, path: path.to_owned() })
+    }
+
+    /// The rule that applies to `image`, which must demand a signature.
+    ///
+    /// # Errors
+    /// [`TrustError::AcceptsAnything`], [`TrustError::Rejects`] and [`TrustError::Policy`].
+    pub fn gate(&self, image: &PinnedImage) -> Result<String, TrustError> {
+        let gate = self.policy.gate(image).map_err(|e| unusable(&self.path, &e))?;
+        let hint = match self.policy.lookalikes(image).as_slice() {
+            [] => String::new(),
+            alike => printable(
+                &format!(
+                    "; {} looks like it and does not apply: a scope is compared letter for letter, without docker://, \
+                     tag or / at its end",
+                    alike.join(", ")
+                ),
+                400,
+            ),
+        };
+        let (path, image, scope) = (self.path.clone(), image.clone(), gate.scope);
+        match gate.verdict {
+            Verdict::RequiresSignature => Ok(scope),
+            Verdict::AcceptsAnything => Err(TrustError::AcceptsAnything { path, image, scope, hint }),
+            Verdict::AlwaysRejects => Err(TrustError::Rejects { path, image, scope, hint }),
+        }
+    }
+}
+
+fn unusable(path: &Path, error: &PolicyError) -> TrustError {
+    TrustError::Policy { path: path.to_owned(), why: printable(&error.to_string(), 300) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::reference;
+    use crate::trust::reference;
 
     const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 

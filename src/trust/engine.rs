@@ -16,8 +16,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::engine_text::{Level, Question, Unsigned, classify_text, is_scarcity, signature_tag, where_to_sign};
 use super::proxy::{MAX_PROXY_FILE, PROXY_FILE, PROXY_VARIABLES};
-use super::{NodePolicy, RegistryError, Settings, mirrors, proxy};
-use crate::host::boot::read_bounded;
+use super::{NodePolicy, Settings, TrustError, mirrors, proxy};
+use crate::files::read_bounded;
 use crate::model::{PinnedImage, printable};
 
 /// First protocol that evaluates the policy at all; older engines accept everything.
@@ -77,7 +77,7 @@ impl Engine {
         policy: &NodePolicy,
         image: &PinnedImage,
         scope: &str,
-    ) -> Result<Fetched, RegistryError> {
+    ) -> Result<Fetched, TrustError> {
         let one = Arc::clone(&self.one).lock_owned().await;
         let asked = self.question(policy, image, scope);
         let (engine, bytes) = (self.clone(), policy.bytes.clone());
@@ -110,20 +110,20 @@ impl Engine {
         answered.await.unwrap_or_else(|_| Err(self.unfit("its thread ended without an answer")))
     }
 
-    async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
+    async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, TrustError> {
         // Later than the limit of a start, which names the engine.
         let limit = self.settings.deadline.saturating_add(START_MARGIN);
         let result = tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await;
         match result.unwrap_or_else(|_| Err(self.deadline(&asked.image))) {
             // The engine passes over a proxy whose URL it does not understand, or asks a host that is none.
-            Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Deadline { .. })) => {
+            Err(error @ (TrustError::Unreachable { .. } | TrustError::Deadline { .. })) => {
                 Err(self.faulty_proxy().unwrap_or(error))
             }
             result => result,
         }
     }
 
-    async fn fetch_unbounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, RegistryError> {
+    async fn fetch_unbounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, TrustError> {
         let started = std::time::Instant::now();
         let image = &asked.image;
         let classify = |error: ProxyError| classify(error, asked);
@@ -155,9 +155,9 @@ impl Engine {
             );
         }
         let opened = match proxy.open_image(&format!("docker://{image}")).await.map_err(classify) {
-            Err(RegistryError::SignatureMissing { image, scope, .. }) => {
+            Err(TrustError::SignatureMissing { image, scope, .. }) => {
                 let found = tokio::time::timeout(left().min(LOOK), self.look(&proxy, asked)).await.unwrap_or_default();
-                return Err(RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked, &found) });
+                return Err(TrustError::SignatureMissing { image, scope, hint: where_to_sign(asked, &found) });
             }
             opened => opened?,
         };
@@ -249,10 +249,10 @@ impl Engine {
     }
 
     /// The first proxy that is none.
-    fn faulty_proxy(&self) -> Option<RegistryError> {
+    fn faulty_proxy(&self) -> Option<TrustError> {
         let urls = self.proxies().into_iter().filter(|(name, ..)| !name.eq_ignore_ascii_case("NO_PROXY"));
         let mut faults = urls.filter_map(|(name, value, place)| Some((name, place, proxy::fault(&value)?)));
-        faults.next().map(|(name, place, why)| RegistryError::Proxy { name, place, why })
+        faults.next().map(|(name, place, why)| TrustError::Proxy { name, place, why })
     }
 
     /// What MCO says of the cluster's proxy, which wins over a drop-in's variables; empty where there is none.
@@ -271,7 +271,7 @@ impl Engine {
 
     /// An engine that ignores `--policy` would fail open, so its version is read before its first use and again
     /// whenever the file changes.
-    async fn check_version(&self) -> Result<(), RegistryError> {
+    async fn check_version(&self) -> Result<(), TrustError> {
         use std::os::unix::fs::MetadataExt;
         let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.broken("not found", &e))?;
         let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
@@ -304,22 +304,22 @@ impl Engine {
         Ok(())
     }
 
-    fn unfit(&self, why: impl Into<String>) -> RegistryError {
-        RegistryError::Engine { skopeo: self.settings.skopeo.clone(), why: why.into() }
+    fn unfit(&self, why: impl Into<String>) -> TrustError {
+        TrustError::Engine { skopeo: self.settings.skopeo.clone(), why: why.into() }
     }
 
-    fn scarce(&self, why: impl Into<String>) -> RegistryError {
-        RegistryError::Scarce { why: format!("{}: {}", self.settings.skopeo.display(), why.into()) }
+    fn scarce(&self, why: impl Into<String>) -> TrustError {
+        TrustError::Scarce { why: format!("{}: {}", self.settings.skopeo.display(), why.into()) }
     }
 
     /// What the kernel refused: for want of something, or because the engine is unfit.
-    fn broken(&self, what: &str, error: &std::io::Error) -> RegistryError {
+    fn broken(&self, what: &str, error: &std::io::Error) -> TrustError {
         let why = format!("{what}: {error}");
         if is_scarce(error) { self.scarce(why) } else { self.unfit(why) }
     }
 
-    fn deadline(&self, image: &PinnedImage) -> RegistryError {
-        RegistryError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
+    fn deadline(&self, image: &PinnedImage) -> TrustError {
+        TrustError::Deadline { image: image.clone(), seconds: self.settings.deadline.as_secs() }
     }
 
     pub(super) fn question(&self, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> Question {
@@ -360,11 +360,11 @@ pub(super) fn is_scarce(error: &std::io::Error) -> bool {
         .contains(&error.raw_os_error())
 }
 
-fn classify(error: ProxyError, asked: &Question) -> RegistryError {
+fn classify(error: ProxyError, asked: &Question) -> TrustError {
     match error {
         ProxyError::RequestInitiationFailure { error, method }
         | ProxyError::RetryableRequestFailure { error, method } => classify_text(&method, &error, asked),
-        other => RegistryError::Unreachable { image: asked.image.clone(), why: printable(&other.to_string(), 500) },
+        other => TrustError::Unreachable { image: asked.image.clone(), why: printable(&other.to_string(), 500) },
     }
 }
 

@@ -1,6 +1,7 @@
-//! What identifies a file without reading it, so that a change can be noticed later.
+//! Files: reads that are bounded, and what identifies a file without reading it, so that a change is noticed.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
+use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -26,6 +27,38 @@ impl Stamp {
         let name = std::fs::symlink_metadata(path).ok().map(identity);
         Self { name, file: std::fs::metadata(path).ok().map(identity) }
     }
+}
+
+/// Reads at most `limit` bytes of a regular file; a longer one is an error, not a truncation.
+///
+/// # Errors
+/// The usual, and `InvalidData` for a file that is longer or not regular.
+pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    // Opening a pipe would wait for its other end.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
+    }
+    let file = File::open(path)?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > limit {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Reads a file below a deployment, which is its image's content. An image may contain links that lead out of it, to what
+/// is another machine's or this one's own, so none is followed.
+pub fn read_beneath(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut at = directory.to_owned();
+    for component in path.components() {
+        at.push(component);
+        if std::fs::symlink_metadata(&at)?.is_symlink() {
+            let why = format!("{} is a symbolic link, and none is followed inside an image", at.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+    }
+    read_bounded(&at, limit)
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use super::RegistryError;
-use super::policy::{Demand, Identity};
+use super::TrustError;
+use super::gate::{Demand, Identity};
 use crate::model::{PinnedImage, printable};
 
 /// The method that reads manifest and signatures; the others read the config.
@@ -85,7 +85,7 @@ enum Answer {
 }
 
 /// The class of a failed request and the sentence for it.
-pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> RegistryError {
+pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> TrustError {
     const REJECTED: [&str; 17] = [
         "cryptographic signature verification ",
         "invalid signature when validating",
@@ -113,32 +113,32 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Regis
     let why = printable(&without_queries(text), WORDS);
     let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
-        RegistryError::SignatureMissing { image, scope, hint: where_to_sign(asked, &Unsigned::default()) }
+        TrustError::SignatureMissing { image, scope, hint: where_to_sign(asked, &Unsigned::default()) }
     } else if starts(&REJECTED) {
-        RegistryError::SignatureRejected { image, scope, why, hint: identity_hint(text, asked) }
+        TrustError::SignatureRejected { image, scope, why, hint: identity_hint(text, asked) }
     } else if text == format!("Running image docker://{image} is rejected by policy.") {
-        RegistryError::Rejects { path, image, scope, hint: String::new() }
+        TrustError::Rejects { path, image, scope, hint: String::new() }
     } else if text.starts_with(&format!("mkdir {}/containers-ephemeral-gpg-", asked.scratch)) {
-        RegistryError::GpgScratch { scope, why }
+        TrustError::GpgScratch { scope, why }
     } else if let Some(why) = configuration(text, asked) {
-        RegistryError::Config { why }
+        TrustError::Config { why }
     } else if text.starts_with("open ") && is_scarcity(text) {
-        RegistryError::Scarce { why }
+        TrustError::Scarce { why }
     } else if text.starts_with("open /proc/") {
         let why =
             format!("it cannot read the policy it is given ({why}); /proc must be visible to rebase-agent.service");
-        RegistryError::Engine { skopeo: asked.skopeo.clone(), why }
+        TrustError::Engine { skopeo: asked.skopeo.clone(), why }
     } else if starts(&UNUSABLE) {
         // The engine knows the policy by the name of our descriptor only.
         let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
         let why = named.map_or(why, |(_, rest)| printable(rest, WORDS));
-        RegistryError::Policy { path, why }
+        TrustError::Policy { path, why }
     } else if starts(&DAMAGED) {
-        RegistryError::Invalid { image, why }
+        TrustError::Invalid { image, why }
     } else if let Some(why) = unfit(method, text) {
-        RegistryError::Invalid { image, why }
+        TrustError::Invalid { image, why }
     } else if starts(&NO_INSTANCE) {
-        RegistryError::NoInstance { image, why }
+        TrustError::NoInstance { image, why }
     } else {
         answered(method, text, why, asked)
     }
@@ -298,23 +298,23 @@ pub(super) fn signature_tag(digest: &str) -> String {
 }
 
 /// The class by what answered: the source if it did, else the last mirror that did.
-fn answered(method: &str, text: &str, why: String, asked: &Question) -> RegistryError {
+fn answered(method: &str, text: &str, why: String, asked: &Question) -> TrustError {
     let attempts = attempts(text, &asked.image);
     let mut answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
     let speaking = answers.rfind(|(_, answer)| !matches!(answer, Answer::None | Answer::Blocked));
     let image = asked.image.clone();
-    let Some((attempt, answer)) = speaking else { return RegistryError::Unreachable { image, why } };
+    let Some((attempt, answer)) = speaking else { return TrustError::Unreachable { image, why } };
     let place = format!("{} {}", if attempt.mirror { "the mirror" } else { "the registry" }, attempt.place);
     let elsewhere = if attempts.len() > 1 { "; no other place serves it" } else { "" };
     let why = format!("{}{elsewhere}", printable(&without_queries(attempt.text), WORDS));
     match answer {
-        Answer::Missing => RegistryError::ManifestMissing { image, place },
+        Answer::Missing => TrustError::ManifestMissing { image, place },
         Answer::Denied | Answer::SignatureDenied => {
             let what = if answer == Answer::SignatureDenied { "the signature of " } else { "" };
             let why = format!("{}: {why}", credentials(asked.auth.as_ref(), attempt.place));
-            RegistryError::Denied { image, what, place, why }
+            TrustError::Denied { image, what, place, why }
         }
-        _ => RegistryError::Untrusted { image, place, why },
+        _ => TrustError::Untrusted { image, place, why },
     }
 }
 
@@ -463,7 +463,7 @@ fn credentials(auth: Option<&(PathBuf, Vec<u8>)>, place: &str) -> String {
 mod tests {
     use super::*;
     use crate::model::Reason;
-    use crate::registry::reference;
+    use crate::trust::reference;
 
     fn asked() -> Question {
         let hex = "ab".repeat(32);

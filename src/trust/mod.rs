@@ -1,0 +1,234 @@
+//! Neighbour 2, the image: may it be booted? The containers policy of the node decides, evaluated by the node's own
+//! engine; the gate adds that the policy must demand a signature. Everything else only handles [`Verified`] images.
+
+mod engine;
+mod engine_text;
+mod error;
+pub mod gate;
+pub mod mirrors;
+pub mod proxy;
+pub mod reference;
+mod stamp;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ostree_ext::oci_spec::image::ImageManifest;
+use serde::Deserialize;
+
+use crate::model::{Digest, ImageFacts, PinnedImage, printable};
+
+pub use engine::Engine;
+pub(crate) use engine_text::without_queries;
+pub use error::TrustError;
+pub use gate::NodePolicy;
+pub use stamp::TrustStamp;
+
+/// The label that MCO's image build puts on an image: the rendered config it was built from.
+const CONFIG_LABEL: &str = "machineconfig";
+
+/// How an image is verified; the paths are the node's, overridable for tests.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// containers-policy.json(5).
+    pub policy: PathBuf,
+    /// containers-registries.d(5).
+    pub registries_d: PathBuf,
+    /// skopeo(1).
+    pub skopeo: PathBuf,
+    /// Extra directory with a registry's CA, as skopeo's `--cert-dir`.
+    pub cert_dir: Option<PathBuf>,
+    /// containers-auth.json(5) candidates; the first that exists is used alone, as by ostree-ext; none is anonymous.
+    pub auth_files: Vec<PathBuf>,
+    /// `/etc`, with the proxy's variables in `mco/proxy.env` and the mirrors in `containers/registries.conf`, which are
+    /// read to be named.
+    pub etc: PathBuf,
+    /// Writable directory for GnuPG, if a drop-in grants one.
+    pub scratch: Option<PathBuf>,
+    /// How long one verification may take.
+    pub deadline: Duration,
+}
+
+/// An image that verification vouches for. Only [`verify`] makes one, nothing alters one, and what changes the host's
+/// image, its kernel arguments or its boot takes one; `tests/proofs.rs` shows that code which does otherwise is not
+/// compiled.
+#[derive(Clone, Debug)]
+pub struct VerifiedImage {
+    facts: ImageFacts,
+    default_is_insecure: bool,
+}
+
+impl VerifiedImage {
+    /// What was verified.
+    #[must_use]
+    pub fn image(&self) -> &PinnedImage {
+        &self.facts.image
+    }
+
+    /// What the verified manifest and config say.
+    #[must_use]
+    pub fn facts(&self) -> &ImageFacts {
+        &self.facts
+    }
+
+    /// The reference for the host tools, with the prefix that this policy admits.
+    #[must_use]
+    pub fn to_pull(&self) -> String {
+        reference::to_pull(&self.facts.image, self.default_is_insecure)
+    }
+
+    /// Whether that prefix makes the deployment's origin a signed one.
+    #[must_use]
+    pub fn is_signed_origin(&self) -> bool {
+        !self.default_is_insecure
+    }
+}
+
+/// Verifies `image` against the node's policy and reads its manifest and config. Writes nothing.
+///
+/// # Errors
+/// Every variant of [`TrustError`]; none of them may be taken for success.
+pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImage, TrustError> {
+    let policy = NodePolicy::read(&engine.settings().policy)?;
+    #[cfg(feature = "faults")]
+    if crate::faults::chosen(crate::faults::NO_VERIFY) {
+        return unverified(engine, policy, image).await;
+    }
+    let scope = policy.gate(image)?;
+    TrustStamp::check(engine.settings(), image)?;
+    let fetched = engine.fetch(&policy, image, &scope).await?;
+    for file in policy.policy.files(image).into_iter().filter(|file| root_only(file)) {
+        tracing::warn!(
+            "{file}, which rule {scope} needs, is not readable by everyone; rpm-ostree pulls as an unprivileged user \
+             and will refuse {image}: chmod a+r {file}"
+        );
+    }
+    let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
+    Ok(VerifiedImage { facts, default_is_insecure: policy.policy.default_is_insecure() })
+}
+
+#[cfg(feature = "faults")]
+async fn unverified(engine: &Engine, node: NodePolicy, image: &PinnedImage) -> Result<VerifiedImage, TrustError> {
+    let bytes = br#"{"default":[{"type":"insecureAcceptAnything"}]}"#.to_vec();
+    let policy = NodePolicy { policy: Policy::parse(&bytes).map_err(|e| unusable(&node.path, &e))?, bytes, ..node };
+    let fetched = engine.fetch(&policy, image, "").await?;
+    let facts = facts(image, String::new(), &fetched.instance, &fetched.manifest, &fetched.config)?;
+    Ok(VerifiedImage { facts, default_is_insecure: node.policy.default_is_insecure() })
+}
+
+fn root_only(file: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(file).is_ok_and(|metadata| metadata.mode() & 0o004 == 0)
+}
+
+/// What the manifest and config say. Pure.
+fn facts(
+    image: &PinnedImage,
+    vouched_by: String,
+    instance: &str,
+    manifest: &[u8],
+    config: &[u8],
+) -> Result<ImageFacts, TrustError> {
+    let invalid = |why: String| TrustError::Invalid { image: image.clone(), why: printable(&why, 300) };
+    let instance =
+        Digest::parse(instance).ok_or_else(|| invalid(format!("the engine names it `{instance}`, not a digest")))?;
+    let manifest: ImageManifest =
+        serde_json::from_slice(manifest).map_err(|e| invalid(format!("its manifest does not parse: {e}")))?;
+    let config: ImageConfig =
+        serde_json::from_slice(config).map_err(|e| invalid(format!("its config does not parse: {e}")))?;
+    Ok(ImageFacts {
+        image: image.clone(),
+        instance,
+        architecture: printable(&config.architecture, 64),
+        bootable: ["ostree.bootable", "containers.bootc"].iter().any(|name| config.label(name).is_some()),
+        rendered_config: config.rendered_config(),
+        created: config.created.as_deref().and_then(crate::time::unix),
+        size: manifest.layers().iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size())),
+        vouched_by,
+    })
+}
+
+/// The `machineconfig` label in an OCI image config's JSON, for what the host reports of its deployments. Pure.
+#[must_use]
+pub fn rendered_config_label(config: &str) -> Option<String> {
+    serde_json::from_str::<ImageConfig>(config).ok()?.rendered_config()
+}
+
+/// What counts of an image's config. Builders leave out what the specification calls optional, such as `history`.
+#[derive(Deserialize)]
+struct ImageConfig {
+    architecture: String,
+    #[serde(default)]
+    created: Option<String>,
+    #[serde(default)]
+    config: Option<RunConfig>,
+}
+
+#[derive(Deserialize)]
+struct RunConfig {
+    #[serde(default, rename = "Labels")]
+    labels: Option<BTreeMap<String, String>>,
+}
+
+impl ImageConfig {
+    fn label(&self, name: &str) -> Option<&String> {
+        self.config.as_ref()?.labels.as_ref()?.get(name)
+    }
+
+    fn rendered_config(&self) -> Option<String> {
+        self.label(CONFIG_LABEL).filter(|name| !name.is_empty()).map(|name| printable(name, 253))
+    }
+}
+
+/// What tests/fuzz reaches of the private parsers.
+#[cfg(fuzzing)]
+#[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
+pub mod fuzzing {
+    use super::{Engine, NodePolicy, PinnedImage, Policy, TrustError, engine_text, unusable};
+
+    pub fn policy(bytes: &[u8], path: &std::path::Path) -> Result<NodePolicy, TrustError> {
+        let policy = Policy::parse(bytes).map_err(|e| unusable(path, &e))?;
+        Ok(NodePolicy { bytes: bytes.to_vec(), policy, path: path.to_owned() })
+    }
+
+    pub fn classify(text: &str, by: &Engine, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> TrustError {
+        engine_text::classify_text("OpenImage", text, &by.question(policy, image, scope))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Fault;
+
+    #[test]
+    fn the_message_of_a_fault_is_short_and_printable() {
+        let image = || reference::parse(&format!("quay.io/o/i@sha256:{}", "ab".repeat(32))).unwrap();
+        let long = TrustError::Unreachable { image: image(), why: "\u{1b}".repeat(5000) };
+        let message = Fault::from(&long).message;
+        assert!(message.chars().count() <= 900 && !message.contains('\u{1b}'), "{message}");
+    }
+
+    #[test]
+    fn the_time_of_creation_is_the_verified_configs() {
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        let image = reference::parse(&format!("quay.io/o/i@{digest}")).unwrap();
+        let blob = |media: &str| format!(r#"{{"mediaType":"{media}","digest":"{digest}","size":1}}"#);
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#,
+            blob("application/vnd.oci.image.config.v1+json")
+        );
+        let created = |field: &str| {
+            let config = format!(
+                r#"{{{field}"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":[]}},"history":[]}}"#
+            );
+            let facts = facts(&image, "default".to_owned(), &digest, manifest.as_bytes(), config.as_bytes());
+            facts.unwrap().created
+        };
+        assert_eq!(created(r#""created":"2026-11-22T09:30:00.123456789+01:30","#), Some(1_795_334_400_123));
+        for none in ["", r#""created":"yesterday","#, r#""created":"0001-01-01T00:00:00Z","#] {
+            assert_eq!(created(none), None, "{none}");
+        }
+    }
+}
