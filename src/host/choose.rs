@@ -1,10 +1,9 @@
 //! Which host tool is used: the one that was asked for, or the one that is there. What a host can do is probed; what
 //! it is called is not.
 
-use super::{Host, HostError, call_failed, close, proxy, systemd};
+use super::dbus::{BusProxy, RPM_OSTREE, close, proxy};
+use super::{Host, HostError, call_failed, systemd};
 use crate::model::{Backend, UnitState};
-
-const BUS: &str = "org.freedesktop.DBus";
 
 /// The backend, and why it is this one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +22,7 @@ pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
         let [daemon, socket] =
             systemd::states(host, &bus, [super::rpm_ostree::UNIT, super::bootc::STATUS_UNIT]).await?;
         let activated = daemon != UnitState::Absent;
-        let rpm_ostree = is_on_bus(host, &bus, super::rpm_ostree::NAME, activated).await?;
+        let rpm_ostree = is_on_bus(host, &bus, RPM_OSTREE, activated).await?;
         Ok((rpm_ostree, socket))
     };
     let asked = asked.await;
@@ -51,12 +50,12 @@ fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostErr
     }
 }
 
-/// Owned, or somebody will own it when asked, unless the unit that would is masked.
+/// Whether the name is owned, or would be when asked: a masked unit owns nothing.
 async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str, activated: bool) -> Result<bool, HostError> {
     let asked = async {
-        let daemon = proxy(bus, BUS, "/org/freedesktop/DBus", BUS).await?;
-        let owned: bool = daemon.call("NameHasOwner", &(name,)).await?;
-        let activatable: Vec<String> = daemon.call("ListActivatableNames", &()).await?;
+        let daemon: BusProxy<'_> = proxy(bus).await?;
+        let owned = daemon.name_has_owner(name).await?;
+        let activatable = daemon.list_activatable_names().await?;
         Ok(owned || activated && activatable.iter().any(|activatable| activatable == name))
     };
     asked.await.map_err(|error| call_failed("the system bus", "dbus.service", host.deadlines.call, &error))

@@ -1,7 +1,9 @@
 //! libostree's note on the staged deployment, `/run/ostree/staged-deployment`: a GVariant `a{sv}` that is there until the
 //! deployment is finalized. It says more than the host tools do: rpm-ostreed aborts when it is asked for the arguments
-//! of a deployment that was staged without any, and does not show that one is locked. Reads that much of the format
-//! and no more.
+//! of a deployment that was staged without any, and does not show that one is locked.
+
+use gvariant::aligned_bytes::copy_to_align;
+use gvariant::{Marker as _, Structure as _, gv};
 
 use super::boot::Root;
 use crate::files::read_bounded;
@@ -24,105 +26,39 @@ pub(super) struct Note {
     pub locked: bool,
 }
 
-/// The note on deployment `id`; `None` if there is none, it is damaged, or it is about another deployment.
+/// The note on deployment `id`; `None` if there is none, or it is about another deployment.
 pub(super) fn read(root: &Root, id: &str) -> Option<Note> {
-    let note = read_bounded(&root.join(NOTE), MAX_NOTE).ok().and_then(|bytes| parse(&bytes));
+    let note = read_bounded(&root.join(NOTE), MAX_NOTE).ok().map(|bytes| parse(&bytes));
     let note = note.filter(|note| note.id.as_deref().is_none_or(|named| named == id))?;
     let locked = note.locked || root.join(LOCK).exists();
     Some(Note { locked, ..note })
 }
 
-/// `None` for what is no such note. An entry of an unexpected type counts as absent. Pure.
-pub(super) fn parse(note: &[u8]) -> Option<Note> {
+/// An entry that is missing, damaged or of an unexpected type counts as absent. Pure.
+pub(super) fn parse(note: &[u8]) -> Note {
+    let note = copy_to_align(note);
     let mut parsed = Note::default();
-    for (key, data, kind) in dictionary(note)? {
-        match (key, kind) {
-            (b"kargs", b"as") => {
-                parsed.arguments = Some(array(data, 1)?.into_iter().map(string).collect::<Option<_>>()?);
+    for (key, value) in gv!("a{sv}").cast(note.as_ref()).iter().map(|entry| entry.to_tuple()) {
+        match key.to_str() {
+            "kargs" => {
+                let list = value.get(gv!("as"));
+                parsed.arguments = list.map(|list| list.iter().map(|argument| argument.to_str().to_owned()).collect());
             }
-            (b"locked", b"b") => parsed.locked = data == [1],
-            (b"target", b"a{sv}") => parsed.id = target(data),
+            "locked" => parsed.locked = value.get(gv!("b")).is_some_and(|locked| locked.to_bool()),
+            "target" => {
+                let entries = value.get(gv!("a{sv}"));
+                let text = |wanted: &str| {
+                    let (_, value) =
+                        entries?.iter().map(|entry| entry.to_tuple()).find(|(key, _)| key.to_str() == wanted)?;
+                    Some(value.get(gv!("s"))?.to_str())
+                };
+                // `name` is `<checksum>.<serial>`.
+                parsed.id = text("osname").zip(text("name")).map(|(osname, name)| format!("{osname}-{name}"));
+            }
             _ => {}
         }
     }
-    Some(parsed)
-}
-
-/// The deployment that `target` names: `name` is `<checksum>.<serial>`.
-fn target(bytes: &[u8]) -> Option<String> {
-    let entries = dictionary(bytes)?;
-    let text = |wanted: &[u8]| {
-        entries.iter().find(|(key, _, kind)| *key == wanted && *kind == b"s").and_then(|(_, data, _)| string(data))
-    };
-    Some(format!("{}-{}", text(b"osname")?, text(b"name")?))
-}
-
-/// An entry of an `a{sv}`: key, data, and type of the data.
-type Entry<'a> = (&'a [u8], &'a [u8], &'a [u8]);
-
-fn dictionary(bytes: &[u8]) -> Option<Vec<Entry<'_>>> {
-    let entry = |bytes| {
-        let (key, value) = pair(bytes)?;
-        let (data, kind) = variant(value)?;
-        Some((key, data, kind))
-    };
-    array(bytes, 8)?.into_iter().map(entry).collect()
-}
-
-/// Framing offsets are as wide as the container's size needs.
-fn width(size: usize) -> usize {
-    match size {
-        0..=0xff => 1,
-        0x100..=0xffff => 2,
-        0x1_0000..=0xffff_ffff => 4,
-        _ => 8,
-    }
-}
-
-/// The framing offset at `at`, always little-endian.
-fn offset(bytes: &[u8], at: usize, width: usize) -> Option<usize> {
-    let raw = bytes.get(at..at.checked_add(width)?)?;
-    let value = raw.iter().rev().fold(0_u64, |value, byte| (value << 8) | u64::from(*byte));
-    usize::try_from(value).ok()
-}
-
-/// The elements of an array of variable size: their ends are listed behind the last one.
-fn array(bytes: &[u8], alignment: usize) -> Option<Vec<&[u8]>> {
-    if bytes.is_empty() {
-        return Some(Vec::new());
-    }
-    let width = width(bytes.len());
-    let table = offset(bytes, bytes.len().checked_sub(width)?, width)?;
-    let mut elements = Vec::new();
-    let mut start: usize = 0;
-    for at in (table..bytes.len()).step_by(width) {
-        let end = offset(bytes, at, width)?;
-        if end > table {
-            return None;
-        }
-        elements.push(bytes.get(start.checked_next_multiple_of(alignment)?..end)?);
-        start = end;
-    }
-    Some(elements)
-}
-
-/// A dictionary entry `{sv}`: the end of the key stands at the very end.
-fn pair(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let width = width(bytes.len());
-    let table = bytes.len().checked_sub(width)?;
-    let end = offset(bytes, table, width)?;
-    let key = bytes.get(..end)?.strip_suffix(b"\0")?;
-    Some((key, bytes.get(end.checked_next_multiple_of(8)?..table)?))
-}
-
-/// The data and, behind the last zero, its type.
-fn variant(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let zero = bytes.iter().rposition(|byte| *byte == 0)?;
-    Some((bytes.get(..zero)?, bytes.get(zero.checked_add(1)?..)?))
-}
-
-fn string(bytes: &[u8]) -> Option<String> {
-    String::from_utf8(bytes.strip_suffix(b"\0")?.to_vec()).ok()
+    parsed
 }
 
 #[cfg(test)]
@@ -151,13 +87,13 @@ mod tests {
     }
 
     fn arguments(note: &[u8]) -> Option<Vec<String>> {
-        parse(note)?.arguments
+        parse(note).arguments
     }
 
     proptest! {
         #[test]
         fn reads_what_glib_writes(kargs in prop::collection::vec("[^\0]{0,300}", 0..60), locked in any::<Option<bool>>()) {
-            let note = parse(&written(Some(&kargs.to_variant()), locked)).unwrap();
+            let note = parse(&written(Some(&kargs.to_variant()), locked));
             prop_assert_eq!(note.arguments, Some(kargs));
             prop_assert_eq!(note.locked, locked.unwrap_or(false));
             prop_assert_eq!(note.id, Some(format!("default-{}.0", "1".repeat(64))));

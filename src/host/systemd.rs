@@ -3,20 +3,13 @@
 use std::pin::pin;
 
 use futures_util::StreamExt;
-use zbus::{Connection, OwnedObjectPath, Proxy};
+use zbus::Connection;
 
-use super::{Host, HostError, call_failed, close, proxy};
+use super::dbus::{ManagerProxy, SYSTEMD, ServiceProxy, UnitProxy, UnitRow, close, proxy, proxy_at};
+use super::{Host, HostError, call_failed};
 use crate::model::{UnitState, printable};
 
-const NAME: &str = "org.freedesktop.systemd1";
 const UNIT: &str = "init.scope";
-
-/// One row of `ListUnitsByNames`.
-type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
-
-async fn manager(bus: &Connection) -> zbus::Result<Proxy<'static>> {
-    proxy(bus, NAME, "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager").await
-}
 
 /// The states of `names`, in their order.
 pub(super) async fn states<const N: usize>(
@@ -26,10 +19,10 @@ pub(super) async fn states<const N: usize>(
 ) -> Result<[UnitState; N], HostError> {
     const WHAT: &str = "systemd's ListUnitsByNames";
     let failed = |e: zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, &e);
-    let manager = manager(bus).await.map_err(failed)?;
-    let listed: Vec<Listed> = manager.call("ListUnitsByNames", &(names.as_slice(),)).await.map_err(failed)?;
+    let manager: ManagerProxy<'_> = proxy(bus).await.map_err(failed)?;
+    let listed = manager.list_units_by_names(&names).await.map_err(failed)?;
     // One row for each, in order; a row has the unit's own name, which another one may stand for.
-    let rows = <[Listed; N]>::try_from(listed);
+    let rows = <[UnitRow; N]>::try_from(listed);
     let rows = rows.map_err(|rows| HostError::confused(WHAT, format!("{} rows for {N} names", rows.len())))?;
     Ok(rows.map(|row| state(&row.2, &row.3)))
 }
@@ -49,11 +42,8 @@ fn state(load: &str, active: &str) -> UnitState {
 pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(String, UnitState)>, HostError> {
     const WHAT: &str = "systemd's ListUnitsByPatterns";
     let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = async {
-        let none: [&str; 0] = [];
-        manager(&bus).await?.call("ListUnitsByPatterns", &(none.as_slice(), patterns)).await
-    };
-    let listed: zbus::Result<Vec<Listed>> = asked.await;
+    let asked = async { proxy::<ManagerProxy<'_>>(&bus).await?.list_units_by_patterns(&[], patterns).await };
+    let listed = asked.await;
     close(bus).await;
     let listed = listed.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))?;
     let running = |active: &str| if active == "deactivating" { UnitState::Activating } else { state("loaded", active) };
@@ -64,15 +54,15 @@ pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(Stri
 pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(String, i32)>, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let asked = async {
-        let manager = manager(&bus).await?;
-        let path: OwnedObjectPath = manager.call("LoadUnit", &(unit,)).await?;
-        let service = proxy(&bus, NAME, path.as_str(), "org.freedesktop.systemd1.Service").await?;
-        let result: String = service.get_property("Result").await?;
+        let manager: ManagerProxy<'_> = proxy(&bus).await?;
+        let path = manager.load_unit(unit).await?;
+        let service: ServiceProxy<'_> = proxy_at(&bus, path.as_str()).await?;
+        let result = service.result().await?;
         if result == "success" {
             return Ok(None);
         }
-        let status: i32 = service.get_property("ExecMainStatus").await?;
-        let _: () = manager.call("ResetFailedUnit", &(unit,)).await?;
+        let status = service.exec_main_status().await?;
+        manager.reset_failed_unit(unit).await?;
         Ok(Some((printable(&result, 50), status)))
     };
     let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));
@@ -83,7 +73,7 @@ pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(Stri
 /// Starts `unit` and waits for the job's end.
 pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
     let limit = host.deadlines.job;
-    match tokio::time::timeout(limit, job(host, START, unit)).await {
+    match tokio::time::timeout(limit, job(host, Verb::Start, unit)).await {
         Ok(Ok(result)) if result == "done" => Ok(()),
         Ok(Ok(result)) => Err(HostError::Unit { unit: unit.to_owned(), result }),
         Ok(Err(error)) => Err(error),
@@ -91,13 +81,13 @@ pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostErr
     }
 }
 
-/// What is done with a unit, and how it gets on with a job that there is. A start joins its like and gives way to a
-/// stop; a stop takes the place of a start, which it would contradict.
-pub(super) type Verb = (&'static str, &'static str);
-/// Starts.
-pub(super) const START: Verb = ("StartUnit", "fail");
-/// Stops.
-pub(super) const STOP: Verb = ("StopUnit", "replace");
+/// What is done with a unit, and with a job that it has already. A start joins another start and yields to a stop; a stop
+/// replaces a start, which it would contradict.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Verb {
+    Start,
+    Stop,
+}
 
 /// Makes a job for `unit`, or joins the one that does the same, and waits for its end: the job's result.
 pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, HostError> {
@@ -109,35 +99,37 @@ pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, H
 
 async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result<String, HostError> {
     const WHAT: &str = "systemd's manager";
-    let (method, mode) = verb;
     let failed = |error: zbus::Error| match &error {
         // No such unit, masked, at odds with a job that is queued.
-        zbus::Error::MethodError(name, ..) if name.as_str().starts_with(NAME) => {
-            let result = name.as_str().trim_start_matches(NAME).trim_start_matches('.');
+        zbus::Error::MethodError(name, ..) if name.as_str().starts_with(SYSTEMD) => {
+            let result = name.as_str().trim_start_matches(SYSTEMD).trim_start_matches('.');
             HostError::Unit { unit: unit.to_owned(), result: printable(result, 50) }
         }
         _ => call_failed(WHAT, UNIT, host.deadlines.call, &error),
     };
-    let manager = manager(bus).await.map_err(failed)?;
+    let manager: ManagerProxy<'_> = proxy(bus).await.map_err(failed)?;
     // Signals are broadcast to subscribers only, and the job may be removed before the reply names it.
-    let _: () = manager.call("Subscribe", &()).await.map_err(failed)?;
-    let mut removed = manager.receive_signal("JobRemoved").await.map_err(failed)?;
+    manager.subscribe().await.map_err(failed)?;
+    let mut removed = manager.receive_job_removed().await.map_err(failed)?;
     // Both are listened to at once: signals that nobody takes would keep the reply from being read.
-    let body = (unit, mode);
-    let mut call = pin!(manager.call::<_, _, OwnedObjectPath>(method, &body));
+    let mut call = pin!(async {
+        match verb {
+            Verb::Start => manager.start_unit(unit, "fail").await,
+            Verb::Stop => manager.stop_unit(unit, "replace").await,
+        }
+    });
     let mut job = None;
     let mut ended = Vec::new();
     loop {
         tokio::select! {
             reply = &mut call, if job.is_none() => job = Some(reply.map_err(failed)?),
-            message = removed.next() => {
-                let Some(message) = message else { break };
-                let body = message.body();
+            signal = removed.next() => {
+                let Some(signal) = signal else { break };
                 // Told apart by the job: the signal has the unit's own name, which another one may stand for.
-                if let Ok((_, path, _, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>()
-                    && job.as_ref().is_none_or(|job| *job == path)
+                if let Ok(removed) = signal.args()
+                    && job.as_ref().is_none_or(|job| *job == removed.job)
                 {
-                    ended.push((path, result));
+                    ended.push((removed.job, removed.result));
                 }
             }
         }
@@ -152,12 +144,9 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
 pub(super) async fn status_text(host: &Host, unit: &str) -> Result<(String, String), HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let asked = async {
-        let path: OwnedObjectPath = manager(&bus).await?.call("LoadUnit", &(unit,)).await?;
-        let property = async |interface: &'static str, name: &str| -> zbus::Result<String> {
-            proxy(&bus, NAME, path.as_str(), interface).await?.get_property(name).await
-        };
-        let text = property("org.freedesktop.systemd1.Service", "StatusText").await?;
-        let active = property("org.freedesktop.systemd1.Unit", "ActiveState").await?;
+        let path = proxy::<ManagerProxy<'_>>(&bus).await?.load_unit(unit).await?;
+        let text = proxy_at::<ServiceProxy<'_>>(&bus, path.as_str()).await?.status_text().await?;
+        let active = proxy_at::<UnitProxy<'_>>(&bus, path.as_str()).await?.active_state().await?;
         Ok((printable(&text, 500), printable(&active, 20)))
     };
     let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));

@@ -3,42 +3,32 @@
 //! Not systemd's own `Reboot`, which starts reboot.target at once and skips the delay locks that the kubelet's
 //! graceful node shutdown relies on.
 
-use zbus::{Connection, Proxy};
+use zbus::Connection;
 
-use super::{Host, HostError, call_failed, close, proxy};
+use super::dbus::{InhibitorRow, LoginProxy, close, proxy};
+use super::{Host, HostError, call_failed};
 use crate::model::{Inhibitor, printable};
 
 const WHAT: &str = "logind";
 const UNIT: &str = "systemd-logind.service";
-
-/// One row of `ListInhibitors`: what, who, why, mode, uid, pid.
-type Listed = (String, String, String, String, u32, u32);
 
 pub(super) struct Login {
     pub inhibitors: Vec<Inhibitor>,
     pub shutting_down: bool,
 }
 
-async fn manager(bus: &Connection) -> zbus::Result<Proxy<'static>> {
-    proxy(bus, "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager").await
-}
-
 pub(super) async fn read(host: &Host, bus: &Connection) -> Result<Login, HostError> {
     let asked = async {
-        let manager = manager(bus).await?;
-        let listed: Vec<Listed> = manager.call("ListInhibitors", &()).await?;
-        let shutting_down = is_shutting_down(&manager).await?;
+        let logind: LoginProxy<'_> = proxy(bus).await?;
+        let listed = logind.list_inhibitors().await?;
+        let shutting_down = logind.preparing_for_shutdown().await?;
         Ok(Login { inhibitors: listed.iter().filter_map(blocks_shutdown).collect(), shutting_down })
     };
     asked.await.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))
 }
 
-async fn is_shutting_down(manager: &Proxy<'_>) -> zbus::Result<bool> {
-    manager.get_property("PreparingForShutdown").await
-}
-
 /// systemd 257 lets block-mode locks bind root too; before, root overrode them. We respect them on both. Pure.
-fn blocks_shutdown(row: &Listed) -> Option<Inhibitor> {
+fn blocks_shutdown(row: &InhibitorRow) -> Option<Inhibitor> {
     let (what, who, why, mode, ..) = row;
     (mode == "block" && what.split(':').any(|what| what == "shutdown"))
         .then(|| Inhibitor { who: printable(who, 100), why: printable(why, 200) })
@@ -62,14 +52,13 @@ async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostErr
     if let Some(inhibitor) = before.inhibitors.first() {
         return Err(HostError::Reboot(format!("`{}` inhibits it: {}", inhibitor.who, inhibitor.why)));
     }
-    let manager = manager(bus).await.map_err(|error| failed(&error))?;
-    let told: Result<(), zbus::Error> = manager.call("SetWallMessage", &(message, true)).await;
-    if let Err(error) = told {
+    let logind: LoginProxy<'_> = proxy(bus).await.map_err(|error| failed(&error))?;
+    if let Err(error) = logind.set_wall_message(message, true).await {
         tracing::warn!("logged-in users are not told of the reboot: {}", printable(&error.to_string(), 200));
     }
-    let Err(error) = manager.call::<_, _, ()>("Reboot", &(false,)).await else { return Ok(()) };
+    let Err(error) = logind.reboot(false).await else { return Ok(()) };
     // The reply may be lost where the request was not; `OperationInProgress` is also the answer during a suspend.
-    if is_shutting_down(&manager).await.unwrap_or(false) {
+    if logind.preparing_for_shutdown().await.unwrap_or(false) {
         return Ok(());
     }
     Err(match &error {

@@ -82,7 +82,7 @@ pub(super) async fn stage(
     }
     progress(format!("{SWITCH} runs as {unit}"));
     let result = tokio::select! {
-        result = systemd::job(host, systemd::START, &unit) => result?,
+        result = systemd::job(host, systemd::Verb::Start, &unit) => result?,
         () = gone(host, &unit) => UNTOLD.to_owned(),
         () = cancelled(cancel) => {
             stop(host, &unit).await?;
@@ -238,7 +238,7 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
 
 async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
     let limit = host.deadlines.cancel;
-    match tokio::time::timeout(limit, systemd::job(host, systemd::STOP, unit)).await {
+    match tokio::time::timeout(limit, systemd::job(host, systemd::Verb::Stop, unit)).await {
         Ok(Ok(_)) => Ok(()),
         // Not loaded any more: it has ended.
         Ok(Err(HostError::Unit { result, .. })) if result == "NoSuchUnit" => Ok(()),

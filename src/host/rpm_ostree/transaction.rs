@@ -1,0 +1,315 @@
+//! A transaction of rpm-ostreed, on its own socket: followed to its end, which is classified by the daemon's own words.
+
+use std::pin::pin;
+
+use futures_util::StreamExt;
+use tokio::time::{Instant, sleep_until};
+use zbus::message::Type;
+use zbus::{Connection, MessageStream};
+
+use super::{Client, UNIT};
+use crate::host::dbus::{TRANSACTION, TransactionProxy, close, proxy};
+use crate::host::{Cancel, HostError, Progress, call_failed, cancelled};
+use crate::model::{Reason, printable};
+use crate::trust::without_queries;
+
+impl Client<'_> {
+    /// Starts or joins the transaction at `address` and waits for its end. The peer connection is closed at once then:
+    /// a kept one keeps the daemon busy for everybody.
+    pub(super) async fn follow(
+        &self,
+        what: &'static str,
+        address: &str,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
+        let peer = self.peer(address).await.map_err(|error| match error {
+            // The daemon died between its reply and now.
+            HostError::Call { .. } => HostError::Vanished(what),
+            error => error,
+        })?;
+        let outcome = self.attend(what, &peer, cancel, progress).await;
+        close(peer).await;
+        outcome
+    }
+
+    async fn attend(
+        &self,
+        what: &'static str,
+        peer: &Connection,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
+        let deadlines = &self.host.deadlines;
+        // Before Start: a transaction that has ended already tells so once more, in answer to it.
+        let mut messages = MessageStream::from(peer);
+        let transaction = self.transaction(peer).await?;
+        let ask_to_end =
+            async || transaction.cancel().await.map_err(|error| self.failed("rpm-ostree's Cancel", &error));
+        let mut asked = *cancel.borrow();
+        if asked {
+            ask_to_end().await?;
+        }
+        // Either answer will do: false only means that this call did not start it.
+        let mut start = pin!(transaction.start());
+        let mut started = false;
+        let whole = Instant::now() + deadlines.whole;
+        let (mut until, mut limit) = match asked {
+            true => (Instant::now() + deadlines.cancel, deadlines.cancel),
+            false => (Instant::now() + deadlines.stall, deadlines.stall),
+        };
+        loop {
+            if !asked && until > whole {
+                (until, limit) = (whole, deadlines.whole);
+            }
+            tokio::select! {
+                answer = &mut start, if !started => {
+                    started = true;
+                    match answer {
+                        Ok(_) => {}
+                        // The end of the stream tells more.
+                        Err(zbus::Error::InputOutput(io)) if io.kind() != std::io::ErrorKind::TimedOut => {}
+                        Err(error) => return Err(call_failed(what, UNIT, deadlines.call, &error)),
+                    }
+                }
+                message = messages.next() => {
+                    let Some(Ok(message)) = message else { return Err(HostError::Vanished(what)) };
+                    if !asked {
+                        (until, limit) = (Instant::now() + deadlines.stall, deadlines.stall);
+                    }
+                    match heard(what, &message, progress) {
+                        // The daemon's word for it depends on its locale, and on what was interrupted.
+                        Some(Err(HostError::Transaction { .. })) if asked => return Err(HostError::Cancelled(what)),
+                        Some(outcome) => return outcome,
+                        None => {}
+                    }
+                }
+                () = cancelled(cancel), if !asked => {
+                    asked = true;
+                    (until, limit) = (Instant::now() + deadlines.cancel, deadlines.cancel);
+                    ask_to_end().await?;
+                }
+                () = sleep_until(until) => {
+                    if !asked {
+                        ask_to_end().await?;
+                    }
+                    return Err(HostError::deadline(what, limit));
+                }
+            }
+        }
+    }
+
+    pub(super) async fn title(&self, address: &str) -> Result<String, HostError> {
+        let peer = self.peer(address).await?;
+        let title = match self.transaction(&peer).await {
+            Ok(transaction) => transaction.title().await.map_err(|error| self.failed("rpm-ostree's Title", &error)),
+            Err(error) => Err(error),
+        };
+        close(peer).await;
+        title
+    }
+
+    async fn transaction(&self, peer: &Connection) -> Result<TransactionProxy<'static>, HostError> {
+        proxy(peer).await.map_err(|error| self.failed("rpm-ostree", &error))
+    }
+
+    async fn peer(&self, address: &str) -> Result<Connection, HostError> {
+        const WHAT: &str = "rpm-ostree's transaction socket";
+        // Other kinds of address start programs or leave the machine.
+        if !address.starts_with("unix:") {
+            return Err(HostError::confused(WHAT, format!("`{address}` is no local socket")));
+        }
+        let builder = zbus::connection::Builder::address(address).p2p().method_timeout(self.host.deadlines.call);
+        self.host.connect(builder, WHAT, UNIT).await
+    }
+}
+
+/// What a message of a transaction says: progress, or how it ended.
+pub(in crate::host) fn heard(
+    what: &'static str,
+    message: &zbus::Message,
+    progress: &Progress,
+) -> Option<Result<(), HostError>> {
+    let header = message.header();
+    if message.message_type() != Type::Signal || header.interface().is_none_or(|name| name.as_str() != TRANSACTION) {
+        return None;
+    }
+    let body = message.body();
+    match header.member()?.as_str() {
+        "Finished" => Some(match body.deserialize::<(bool, String)>() {
+            Ok((success, text)) => finished(what, success, &text),
+            Err(error) => Err(HostError::confused("rpm-ostree's Finished", error)),
+        }),
+        "Message" | "TaskBegin" => {
+            if let Ok(text) = body.deserialize::<String>() {
+                progress(printable(&text, 200));
+            }
+            None
+        }
+        _ => None,
+    }
+}
+
+/// The end of a transaction. Its text is English prose and only a hint at the class. The daemon's own words come first;
+/// what follows [`PROXY`] is skopeo's, and behind its first words a registry's, which may say anything. Pure.
+fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostError> {
+    if success {
+        return Ok(());
+    }
+    let proxy = PROXY.iter().filter_map(|word| text.find(word)).min();
+    let (own, theirs) = text.split_at(proxy.unwrap_or(text.len()));
+    // GIO's word, which the daemon also uses itself, and libdnf's where packages are layered.
+    const CANCELLED: [&str; 2] = ["Operation was cancelled", "cancelled by user action"];
+    if theirs.is_empty() && CANCELLED.iter().any(|end| own.ends_with(end)) {
+        return Err(HostError::Cancelled(what));
+    }
+    // Where both ends of a layer failed, the importer's own words follow skopeo's.
+    let both = theirs.strip_prefix(BOTH_FAILED).and_then(|both| both.rsplit_once(" and client error: "));
+    let client = both.map_or("", |(_, client)| client);
+    let own_has = |parts: &[&str]| parts.iter().any(|part| own.contains(part) || client.contains(part));
+    let reason = if own_has(&["No space left on device", "would be exceeded", "quota exceeded"]) {
+        Reason::DiskFull
+    } else if own_has(&["does not have ostree.bootable label"]) {
+        Reason::NotBootable
+    } else if own_has(&["Unhandled layer type", "No ostree.final-diffid label"]) {
+        let why = "the host tool cannot import an image of this form: build it `FROM` a bootable base image with gzip or \
+                   zstd layers, and set it as the desired image";
+        let why = format!("{why} ({})", printable(&without_queries(text), 300));
+        return Err(HostError::Transaction { what, reason: Reason::ImageInvalid, why });
+    } else {
+        of_proxy(theirs)
+    };
+    Err(HostError::Transaction { what, reason, why: printable(&without_queries(text), 500) })
+}
+
+/// Where the daemon's own words end.
+const PROXY: [&str; 5] = [
+    BOTH_FAILED,
+    "failed to invoke method ",
+    "Failed to invoke skopeo proxy method ",
+    "remote error: ",
+    "proxy request returned error: ",
+];
+
+/// What begins the words of skopeo that the importer's own follow.
+const BOTH_FAILED: &str = "proxy failure: ";
+
+/// The class of what skopeo says, by its first words. Pure.
+fn of_proxy(text: &str) -> Reason {
+    let mut rest = text;
+    while let Some(stripped) = PROXY.iter().find_map(|word| rest.strip_prefix(word)) {
+        // A method's name is one word.
+        rest =
+            stripped.split_once(": ").filter(|(method, _)| METHODS.contains(method)).map_or(stripped, |(_, rest)| rest);
+    }
+    let starts = |text: &str, anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
+    // `reading manifest sha256:… in host/name: …`
+    let is_manifest = rest.starts_with("reading manifest ");
+    let answer = if is_manifest { rest.split_once(": ").map_or("", |(_, answer)| answer) } else { rest };
+    const DENIED: [&str; 4] =
+        ["unable to retrieve auth token", "unauthorized", "denied", "requested access to the resource is denied"];
+    if starts(rest, &["A signature was required"]) {
+        Reason::SignatureMissing
+    } else if starts(
+        rest,
+        &["Source image rejected", "cryptographic signature verification", "Signature for ", "None of the"],
+    ) {
+        Reason::SignatureRejected
+    } else if is_manifest && starts(answer, &["manifest unknown", "name unknown"]) {
+        Reason::ManifestMissing
+    } else if starts(answer, &DENIED) {
+        Reason::RegistryDenied
+    } else if is_manifest || starts(rest, &UNREACHABLE) {
+        Reason::RegistryUnreachable
+    } else {
+        Reason::StageFailed
+    }
+}
+
+/// The proxy's methods that a pull calls.
+const METHODS: [&str; 7] =
+    ["OpenImage", "OpenImageOptional", "GetManifest", "GetFullConfig", "GetBlob", "GetRawBlob", "FinishPipe"];
+
+/// How skopeo begins when the registry does not answer, or stops in the middle of a layer.
+const UNREACHABLE: [&str; 9] = [
+    "pinging container registry ",
+    "unexpected EOF",
+    "happened during read: ",
+    "reading blob ",
+    "fetching blob",
+    "Get \"",
+    "read tcp ",
+    "dial tcp ",
+    "(Mirrors also failed: ",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_transaction_is_classified() {
+        let twice = "Creating importer: failed to invoke method OpenImage: failed to invoke method OpenImage: ";
+        let layer = "Importing: Parsing layer blob sha256:ab: proxy failure: failed to invoke method FinishPipe:";
+        for (text, reason) in [
+            (format!("{twice}A signature was required, but no signature exists"), Reason::SignatureMissing),
+            (format!("{twice}cryptographic signature verification failed: x"), Reason::SignatureRejected),
+            (format!("{twice}pinging container registry x: dial tcp"), Reason::RegistryUnreachable),
+            ("Importing: writing: No space left on device".to_owned(), Reason::DiskFull),
+            ("Operation was cancelled".to_owned(), Reason::Cancelled),
+            ("Image x does not have ostree.bootable label".to_owned(), Reason::NotBootable),
+            ("Old and new refs are equal: x".to_owned(), Reason::StageFailed),
+            (
+                "Importing: Parsing layer blob sha256:ab: proxy failure: failed to invoke method FinishPipe: \
+                 unexpected EOF (while reconnecting: Get \"https://q.io/v2/\": dial tcp 192.0.2.1:443: connect: \
+                 connection refused)"
+                    .to_owned(),
+                Reason::RegistryUnreachable,
+            ),
+            (format!("{twice}reading manifest sha256:ab in q.io:5000/o: manifest unknown"), Reason::ManifestMissing),
+            (format!("{twice}reading manifest sha256:ab in q.io:5000/o: denied: no"), Reason::RegistryDenied),
+            // A registry's words are no class.
+            (
+                format!("{twice}reading manifest sha256:ab in q.io/o: x: No space left on device"),
+                Reason::RegistryUnreachable,
+            ),
+            (format!("{twice}reading manifest v1 in q.io/o: x: manifest unknown"), Reason::RegistryUnreachable),
+            (format!("{twice}x: Operation was refused: unauthorized"), Reason::StageFailed),
+            ("Importing: Unhandled layer type: application/x".to_owned(), Reason::ImageInvalid),
+            ("Preparing import: No ostree.final-diffid label found".to_owned(), Reason::ImageInvalid),
+            // The importer's own half comes last, after skopeo's.
+            (
+                format!("{layer} unexpected EOF and client error: Processing tar: Copying: No space left on device"),
+                Reason::DiskFull,
+            ),
+            (
+                format!("{layer} unexpected EOF and client error: Processing tar: failed to fill whole buffer"),
+                Reason::RegistryUnreachable,
+            ),
+            (
+                format!("{layer} x and client error: No space left on device and client error: Processing tar: x"),
+                Reason::StageFailed,
+            ),
+            (format!("{twice}x and client error: No space left on device"), Reason::StageFailed),
+            // skopeo's own end, with what it wrote to its standard error.
+            (
+                "Importing: proxy request returned error: proxy failed: exit status: 1\nNo space left on device"
+                    .to_owned(),
+                Reason::StageFailed,
+            ),
+            // Cancelled in the middle of something, or before it began.
+            ("Checking out tree: Operation was cancelled".to_owned(), Reason::Cancelled),
+            ("Downloading metadata for 'updates': cancelled by user action".to_owned(), Reason::Cancelled),
+            ("Operation was cancelled at 12:00".to_owned(), Reason::StageFailed),
+            (format!("{twice}denied: Operation was cancelled"), Reason::RegistryDenied),
+            (String::new(), Reason::StageFailed),
+        ] {
+            assert_eq!(finished("staging", false, &text).unwrap_err().reason(), reason, "{text}");
+        }
+        assert!(finished("staging", true, "No change.").is_ok());
+        let presigned = finished("staging", false, "Get \"https://cdn/blob?Signature=secret\": EOF").unwrap_err();
+        assert!(!presigned.to_string().contains("secret") && presigned.to_string().ends_with("EOF"), "{presigned}");
+        let error = finished("staging", false, &"x\n".repeat(100_000)).unwrap_err();
+        assert!(error.to_string().len() < 1_200);
+    }
+}
