@@ -11,8 +11,6 @@ pub mod cluster;
 pub mod commands;
 pub mod confine;
 pub mod decide;
-#[cfg(feature = "faults")]
-pub mod faults;
 pub mod files;
 pub mod host;
 pub mod journal;

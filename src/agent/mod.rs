@@ -261,8 +261,6 @@ impl Agent {
             self.memory.heed_retry(node);
         }
         self.observed.running = self.running().cloned();
-        #[cfg(feature = "faults")]
-        crate::faults::twist(&mut self.observed);
         let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
         self.memory.note(&self.observed, &decision, now);
         self.say(&decision);

@@ -16,8 +16,6 @@ pub(super) async fn run(neighbours: Neighbours, confinement: Confinement, tuning
     }
     let (version, landlock) = (env!("CARGO_PKG_VERSION"), confinement.sentence());
     tracing::info!(message_id = id::STARTED, "rebase-agent {version}; {landlock}");
-    #[cfg(feature = "faults")]
-    crate::faults::announce(neighbours.host.root());
     let settings = agent::Settings { limits: tuning.limits(), poll: Duration::from_secs(tuning.poll), confinement };
     match agent::run(neighbours, settings).await {
         Ok(()) => 0,

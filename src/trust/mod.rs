@@ -91,10 +91,6 @@ impl VerifiedImage {
 /// Every variant of [`TrustError`]; none of them may be taken for success.
 pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImage, TrustError> {
     let policy = NodePolicy::read(&engine.settings().policy)?;
-    #[cfg(feature = "faults")]
-    if crate::faults::chosen(crate::faults::NO_VERIFY) {
-        return unverified(engine, policy, image).await;
-    }
     let scope = policy.gate(image)?;
     TrustStamp::check(engine.settings(), image)?;
     let fetched = engine.fetch(&policy, image, &scope).await?;
@@ -106,15 +102,6 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImag
     }
     let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
     Ok(VerifiedImage { facts, default_is_insecure: policy.policy.default_is_insecure() })
-}
-
-#[cfg(feature = "faults")]
-async fn unverified(engine: &Engine, node: NodePolicy, image: &PinnedImage) -> Result<VerifiedImage, TrustError> {
-    let bytes = br#"{"default":[{"type":"insecureAcceptAnything"}]}"#.to_vec();
-    let policy = NodePolicy { policy: Policy::parse(&bytes).map_err(|e| unusable(&node.path, &e))?, bytes, ..node };
-    let fetched = engine.fetch(&policy, image, "").await?;
-    let facts = facts(image, String::new(), &fetched.instance, &fetched.manifest, &fetched.config)?;
-    Ok(VerifiedImage { facts, default_is_insecure: node.policy.default_is_insecure() })
 }
 
 fn root_only(file: &str) -> bool {

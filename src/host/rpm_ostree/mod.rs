@@ -249,10 +249,6 @@ impl<'h> Client<'h> {
         reached: impl Fn(&HostFacts) -> bool,
         otherwise: &str,
     ) -> Result<(), HostError> {
-        #[cfg(feature = "faults")]
-        if crate::faults::chosen(crate::faults::TRUST_TRANSACTION) {
-            return outcome;
-        }
         let after = match outcome {
             Ok(()) | Err(HostError::Vanished(_)) => self.snapshot().await,
             Err(error) => return Err(error),

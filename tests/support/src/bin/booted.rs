@@ -24,7 +24,7 @@ enum Command {
         /// The disk, with the agent installed.
         #[arg(long)]
         root: PathBuf,
-        /// The agent with the feature `faults`.
+        /// The agent that `tests/support/faulty` builds.
         #[arg(long)]
         faulty: PathBuf,
         /// Where everything else is kept.

@@ -13,7 +13,7 @@ use support::trace::{Findings, traced};
 
 /// strace's way to a kernel without Landlock.
 const WITHOUT_LANDLOCK: &str = "--inject=landlock_create_ruleset:error=ENOSYS";
-/// What a build with the feature `faults` writes.
+/// What the agent that misbehaves on demand writes.
 const DELIBERATE: &str = "rebase-agent-fault";
 
 /// Judges traces of the agent.
@@ -35,7 +35,7 @@ enum Command {
     },
     /// Prove that a deliberate write is stopped by Landlock alone, and that it is found where nothing stops it.
     Deliberate {
-        /// An agent built with the feature `faults`.
+        /// The agent that `tests/support/faulty` builds.
         agent: PathBuf,
     },
 }
@@ -120,7 +120,7 @@ fn attempt(agent: &Path, arguments: &[&str]) -> anyhow::Result<Findings> {
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
     child.wait()?;
     if !said.iter().any(|line| line.contains("deliberate write")) {
-        bail!("{} was not built with the feature `faults`: {said:#?}", agent.display());
+        bail!("{} was not built by tests/support/faulty: {said:#?}", agent.display());
     }
     Findings::read(&traces)
 }

@@ -42,7 +42,7 @@ pub struct Plan {
     pub version: u32,
     /// The node's disk, with the agent installed; it is changed.
     pub root: PathBuf,
-    /// The agent with the feature `faults`.
+    /// The agent that `tests/support/faulty` builds.
     pub faulty: PathBuf,
     /// Where console, registry and the rest outside of the disk are kept.
     pub directory: PathBuf,
