@@ -26,7 +26,7 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")));
+        let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")));
         options.host_tools = HostTools::Bootc;
         let world = World::new(options).await.unwrap();
         world.target("1", &world.installed);

@@ -23,7 +23,7 @@ const RETRY: &str = "rebase-agent.openshift.io/retry";
 const MCD: &str = "machine-config-daemon";
 
 fn options() -> WorldOptions {
-    WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")))
+    WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")))
 }
 
 /// A world whose node is up and Done on the image it was installed with.

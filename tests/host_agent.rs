@@ -34,7 +34,7 @@ impl Stage {
     }
 
     async fn with(change: fn(&mut MachineOptions)) -> Self {
-        let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")));
+        let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")));
         options.machine = change;
         let world = World::new(options).await.unwrap();
         world.target("1", &world.installed);

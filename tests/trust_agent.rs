@@ -87,7 +87,7 @@ impl Held {
 
 /// A node that is Done on the image that it was installed with.
 async fn settled(env: &[(&str, &str)]) -> World {
-    let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent")));
+    let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")));
     options.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
     let world = World::new(options).await.unwrap();
     world.target("1", &world.installed);

@@ -17,7 +17,7 @@ use rebase_agent::host::Deadlines;
 use rebase_agent::journal::id;
 use rebase_agent::model::Reason;
 
-const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent");
+const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent-under-test");
 
 /// The unit, directive by directive. Whoever changes one says so here too.
 const UNIT: &[(&str, &str, &str)] = &[
@@ -72,7 +72,7 @@ const UNIT: &[(&str, &str, &str)] = &[
 ];
 
 fn file(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
 fn read(path: &str) -> String {
@@ -514,6 +514,19 @@ fn is_current(path: &str, text: &str) {
         read(path) == text,
         "{path} differs from what the code says: UPDATE_DOCS=1 cargo test --test unit_files -- --test-threads=1 writes it"
     );
+}
+
+/// cargo finds no test by itself here, so a forgotten one would never run.
+#[test]
+fn every_test_file_is_in_a_manifest() {
+    let manifests = read("Cargo.toml") + &read("tests/Cargo.toml");
+    for entry in std::fs::read_dir(file("tests")).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        let test = if entry.path().join("main.rs").exists() { format!("{name}/main.rs") } else { name };
+        let listed = manifests.contains(&format!("path = \"{test}\""))
+            || manifests.contains(&format!("path = \"tests/{test}\""));
+        assert!(!test.ends_with(".rs") || listed, "tests/{test} is in neither Cargo.toml nor tests/Cargo.toml");
+    }
 }
 
 #[test]

@@ -136,7 +136,7 @@ impl Node {
 
     /// `rebase-agent verify` on this node.
     fn command(&self, pullspec: &str) -> Command {
-        let mut command = Command::from(trace::agent(Path::new(env!("CARGO_BIN_EXE_rebase-agent"))));
+        let mut command = Command::from(trace::agent(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test"))));
         command.args(["verify", pullspec]);
         for (name, value) in [
             ("POLICY", self.path("policy.json")),

@@ -341,14 +341,54 @@ fn pkcs8(pem: &[u8], certificate: &X509Ref) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use support::pki::{Pki, write_kubeconfig};
+    use openssl::ec::{EcGroup, EcKey};
+    use openssl::hash::MessageDigest;
+    use openssl::x509::X509Name;
+
+    /// A self-signed certificate of `user`, then its key in SEC1, as in the kubelet's file.
+    fn certificate(user: &str) -> Vec<u8> {
+        let ec = EcKey::generate(&EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap()).unwrap();
+        let key = PKey::from_ec_key(ec.clone()).unwrap();
+        let mut name = X509Name::builder().unwrap();
+        name.append_entry_by_nid(Nid::COMMONNAME, user).unwrap();
+        let name = name.build();
+        let mut builder = X509::builder().unwrap();
+        builder.set_subject_name(&name).unwrap();
+        builder.set_issuer_name(&name).unwrap();
+        builder.set_pubkey(&key).unwrap();
+        builder.set_not_before(&Asn1Time::days_from_now(0).unwrap()).unwrap();
+        builder.set_not_after(&Asn1Time::days_from_now(1).unwrap()).unwrap();
+        builder.sign(&key, MessageDigest::sha256()).unwrap();
+        [builder.build().to_pem().unwrap(), ec.private_key_to_pem().unwrap()].concat()
+    }
 
     fn tree() -> (tempfile::TempDir, PathBuf, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let (config, pem) = (directory.path().join("kubeconfig"), directory.path().join("kubelet.pem"));
-        let pki = Pki::new();
-        std::fs::write(&pem, pki.kubelet_pem("worker-0.example.com")).unwrap();
-        write_kubeconfig(&config, "https://127.0.0.1:6443/", &pki.ca_pem(), &pem);
+        std::fs::write(&pem, certificate("system:node:worker-0.example.com")).unwrap();
+        let authority = openssl::base64::encode_block(&certificate("authority"));
+        let client = pem.display();
+        let text = format!(
+            "kind: Config
+current-context: default-context
+clusters:
+- cluster:
+    certificate-authority-data: {authority}
+    server: https://127.0.0.1:6443/
+  name: default-cluster
+contexts:
+- context:
+    cluster: default-cluster
+    user: default-auth
+  name: default-context
+users:
+- name: default-auth
+  user:
+    client-certificate: {client}
+    client-key: {client}
+"
+        );
+        std::fs::write(&config, text).unwrap();
         (directory, config, pem)
     }
 
@@ -379,7 +419,7 @@ mod tests {
             assert!(error.contains(expected), "{from}: {error}");
         }
         std::fs::write(&config, &good).unwrap();
-        std::fs::write(&pem, Pki::new().client_pem("admin", &["system:masters"], 0, 600)).unwrap();
+        std::fs::write(&pem, certificate("admin")).unwrap();
         assert!(load(&config, None).map(|_| ()).unwrap_err().to_string().contains("the user is admin"));
         std::fs::remove_file(&pem).unwrap();
         assert!(load(&config, None).map(|_| ()).unwrap_err().to_string().contains("kubelet.pem"));

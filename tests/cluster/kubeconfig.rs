@@ -256,7 +256,7 @@ async fn proxy_variables_are_ignored() {
     let stage = Stage::new();
     let proxy = Proxy::start(None).await.unwrap();
     std::fs::create_dir_all(stage.directory.path().join("run/ostree-booted")).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rebase-agent"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rebase-agent-under-test"));
     command.args(["explain", "--json"]).env("REBASE_AGENT_KUBECONFIG", stage.kubeconfig());
     command.env("REBASE_AGENT_ROOT", stage.directory.path()).env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent");
     for variable in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"] {
