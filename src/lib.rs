@@ -19,6 +19,9 @@ pub mod lane;
 pub mod model;
 pub mod observe;
 pub mod report;
+#[cfg(test)]
+#[path = "../tests/support/src/skip.rs"]
+mod skip;
 pub mod text;
 pub mod time;
 pub mod trust;

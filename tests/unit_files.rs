@@ -16,6 +16,7 @@ use rebase_agent::decide::Rule;
 use rebase_agent::host::Deadlines;
 use rebase_agent::journal::id;
 use rebase_agent::model::Reason;
+use support::skip::skip;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent-under-test");
 
@@ -118,8 +119,7 @@ fn the_unit_is_the_reviewed_one() {
 #[test]
 fn systemd_accepts_the_unit() {
     if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("systemd-analyze is not installed; the unit was not verified by systemd");
-        return;
+        return skip("systemd-analyze is not installed, so systemd does not check the unit");
     }
     // The program is not where a node has it.
     let directory = tempfile::tempdir().unwrap();
@@ -250,8 +250,7 @@ fn only_the_proxys_variables_reach_bootc() {
 #[test]
 fn systemd_accepts_the_units_of_bootc() {
     if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("systemd-analyze is not installed; the units were not verified by systemd");
-        return;
+        return skip("systemd-analyze is not installed, so systemd does not check bootc's units");
     }
     let directory = tempfile::tempdir().unwrap();
     let copy = |from: &str, to: &str| {
@@ -278,8 +277,7 @@ fn systemd_accepts_the_units_of_bootc() {
 fn an_instance_is_one_argument_and_nothing_else() {
     const SYSTEMD: &str = "/usr/lib/systemd/systemd";
     if !Path::new(SYSTEMD).exists() {
-        eprintln!("systemd is not installed; what it makes of the instances was not looked at");
-        return;
+        return skip("systemd is not installed, so it does not read the instances");
     }
     let directory = tempfile::tempdir().unwrap();
     let (units, home) = (directory.path().join("units"), directory.path().join("home"));
@@ -437,8 +435,7 @@ fn the_catalog_explains_every_message_and_no_other() {
 fn journalctl_takes_the_catalog() {
     let Some(journalctl) = ["/usr/bin/journalctl", "/bin/journalctl"].into_iter().find(|path| Path::new(path).exists())
     else {
-        eprintln!("journalctl is absent, so the catalog is not compiled");
-        return;
+        return skip("journalctl is not installed, so it does not compile the catalog");
     };
     let root = tempfile::tempdir().unwrap();
     let directory = root.path().join("usr/lib/systemd/catalog");

@@ -305,8 +305,7 @@ async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
 async fn the_engine_is_left_ipv6() {
     let node = Node::new().await;
     let Ok(listener) = tokio::net::TcpListener::bind("[::1]:0").await else {
-        eprintln!("SKIPPED: this machine has no ::1");
-        return;
+        return support::skip::skip("this machine has no ::1");
     };
     let proxy = format!("http://{}", listener.local_addr().unwrap());
     node.policy(&Policy::new([node.requirement()]));

@@ -106,8 +106,7 @@ mod tests {
     fn systemd_agrees() {
         for text in ["quay.io/o/i@sha256:00", "-x", ".hidden", "a--b", "%i", "$HOME", "a b'\"\\", "é", "UPPER_1:2"] {
             let Ok(told) = Command::new("systemd-escape").arg("--").arg(text).output() else {
-                eprintln!("systemd-escape is not installed; its escaping was not compared");
-                return;
+                return crate::skip::skip("systemd-escape is not installed, so its escaping is not compared");
             };
             assert_eq!(String::from_utf8(told.stdout).unwrap().trim_end(), escape(text), "{text}");
         }

@@ -22,6 +22,7 @@ pub mod registry;
 pub mod rpmostreed;
 pub mod sign;
 pub mod sigstore;
+pub mod skip;
 pub mod systemd;
 pub mod tools;
 pub mod trace;
