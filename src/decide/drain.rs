@@ -96,7 +96,7 @@ impl Rules<'_> {
                 pending(Reason::DrainPending, message).wake(DRAIN_PATIENCE.saturating_sub(waited))
             } else {
                 let message = "the drain has taken over an hour; look for a PodDisruptionBudget that allows no \
-                               eviction: `oc adm drain --dry-run`, and the machine-config-controller's log. The \
+                               eviction: `oc get pdb -A`, and the machine-config-controller's log. The \
                                request stands";
                 pending(Reason::DrainStuck, message.to_owned()).state(NodeState::Degraded)
             });

@@ -97,7 +97,7 @@ impl Backend {
     pub(crate) fn remove_rollback(self) -> &'static str {
         match self {
             Self::RpmOstree => "`rpm-ostree cleanup -r`",
-            Self::Bootc => "`ostree admin undeploy`",
+            Self::Bootc => "`ostree admin undeploy INDEX`",
         }
     }
 }
