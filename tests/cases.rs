@@ -16,6 +16,8 @@
     reason = "a test that rewrites its own expectations"
 )]
 
+mod ways_out;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -26,24 +28,7 @@ use rebase_agent::report::report;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-
-/// What a refusal must contain one of: something that somebody can do.
-const WAYS_OUT: &[&str] = &[
-    "`",
-    "annotat",
-    "delete ",
-    "set ",
-    "remove ",
-    "build ",
-    "sign ",
-    "correct ",
-    "see ",
-    "hand it back",
-    "give ",
-    "push ",
-    "free ",
-    "take ",
-];
+use ways_out::names_a_way_out;
 
 /// Longest message, in characters: `systemctl status`, annotations and Events all show it whole.
 const LONGEST: usize = 900;
@@ -211,8 +196,8 @@ fn sound(decision: &Decision, says: &[String]) -> Result<(), String> {
         return Err(format!("the message is too long or not one line: {message}"));
     }
     let refuses = matches!(decision.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
-    if refuses && !WAYS_OUT.iter().any(|way| message.to_lowercase().contains(way)) {
-        return Err(format!("the message names no way out: {message}"));
+    if refuses {
+        names_a_way_out(message)?;
     }
     match says.iter().find(|part| !message.contains(*part)) {
         Some(part) => Err(format!("the message does not say `{part}`: {message}")),
