@@ -1,7 +1,9 @@
 //! Neighbour 1, the API server: our own Node, through the kubelet's own credentials. The only place that speaks HTTP.
 
+mod error;
 mod kubeconfig;
 pub mod node;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -11,15 +13,16 @@ use std::time::Duration;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 use reqwest::{Certificate, Client, Identity, Method, Proxy, Response, StatusCode, redirect};
 use serde::Deserialize;
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::Instant;
 
-use crate::backoff::{Backoff, full_jitter, jittered, random};
 use crate::model::annotations::MCO;
-use crate::model::{Fault, Reason, printable};
+use crate::model::printable;
 use crate::report::Patch;
+pub use error::ClusterError;
+use error::{chain, connection};
 use kubeconfig::{Access, Credentials};
 use node::{Heard, NodeObject, VERDICT};
+pub use watch::{Told, follow};
 
 /// Our field manager, by which the API server keeps our writes apart from the MCD's.
 pub const MANAGER: &str = "rebase-agent";
@@ -35,9 +38,6 @@ const KEEPALIVE_RETRIES: u32 = 3;
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
 /// Largest answer, in bytes; a whole Node lists every image on it.
 const MAX_BODY: usize = 4 << 20;
-/// Largest watch line, in bytes: 256 KiB of annotations and what the API server adds.
-const MAX_LINE: usize = 2 << 20;
-
 const METADATA: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
 const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io";
 const FULL: &str = "application/json";
@@ -61,103 +61,6 @@ impl Default for Timing {
     fn default() -> Self {
         let [first, connect, request, grace] = [2, 10, 15, 5].map(Duration::from_secs);
         Self { first, connect, request, grace }
-    }
-}
-
-/// Why the API server could not be asked, or refused.
-#[derive(Debug, thiserror::Error)]
-pub enum ClusterError {
-    /// The kubeconfig, or a file it names.
-    #[error("{path} cannot be used: {why}")]
-    Kubeconfig {
-        /// The kubeconfig.
-        path: PathBuf,
-        /// What is wrong.
-        why: String,
-    },
-    /// No connection, or it broke.
-    #[error("the API server cannot be reached: {0}")]
-    Connection(String),
-    /// It was reached, and its certificate is not accepted.
-    #[error("the API server was reached and its certificate is not trusted: {0}")]
-    Untrusted(String),
-    /// 401, and our certificate has expired.
-    #[error(
-        "the API server refuses the kubelet's certificate: {0}; the kubelet renews it, so see `oc get csr`, the \
-         kubelet's log and this node's clock"
-    )]
-    CertificateExpired(String),
-    /// 401, also after the credentials were read anew.
-    #[error("the API server refuses the kubelet's certificate; see `oc get csr` and the kubelet's log")]
-    Unauthorized,
-    /// 403.
-    #[error("the API server forbids the request: {0}")]
-    Forbidden(String),
-    /// 404.
-    #[error("the Node {0} does not exist; the kubelet creates it when it registers")]
-    NotFound(String),
-    /// 409 or 422: the Node is not the one we read.
-    #[error("the API server refused the change: {0}")]
-    Refused(String),
-    /// 410, or its like inside a watch.
-    #[error("the watch expired")]
-    Expired,
-    /// 429 and 5xx.
-    #[error("the API server is not well: status {status} {message}")]
-    Busy {
-        /// HTTP status.
-        status: u16,
-        /// Its words.
-        message: String,
-        /// How long it asks us to wait.
-        retry_after: Option<Duration>,
-    },
-    /// An answer larger than the agent takes.
-    #[error(
-        "the whole Node has more than {} MiB, so it is not read and the node does not reboot; lower nodeStatusMaxImages \
-         in the pool's KubeletConfig, which bounds the list of images in the Node's status",
-        MAX_BODY >> 20
-    )]
-    TooLarge,
-    /// An answer that makes no sense.
-    #[error("the API server's answer for {what} makes no sense: {why}")]
-    Confused {
-        /// What was asked.
-        what: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-}
-
-impl ClusterError {
-    /// The stable word.
-    #[must_use]
-    pub fn reason(&self) -> Reason {
-        match self {
-            Self::Kubeconfig { .. } => Reason::KubeconfigInvalid,
-            Self::Unauthorized | Self::CertificateExpired(_) | Self::Forbidden(_) => Reason::ClusterForbidden,
-            Self::NotFound(_) => Reason::NodeNotFound,
-            Self::TooLarge => Reason::NodeTooLarge,
-            Self::Untrusted(_) => Reason::ClusterUntrusted,
-            Self::Connection(_) | Self::Refused(_) | Self::Expired | Self::Busy { .. } | Self::Confused { .. } => {
-                Reason::ClusterUnreachable
-            }
-        }
-    }
-
-    /// How long the server asks us to stay away.
-    #[must_use]
-    pub fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Busy { retry_after, .. } => *retry_after,
-            _ => None,
-        }
-    }
-}
-
-impl From<&ClusterError> for Fault {
-    fn from(error: &ClusterError) -> Self {
-        Self { reason: error.reason(), message: printable(&error.to_string(), 500) }
     }
 }
 
@@ -320,86 +223,6 @@ impl Api {
         }
         answer
     }
-
-    /// Watches our Node from `since` until the server ends the watch after `length`; tells every state it sees.
-    async fn watch(&self, since: &str, length: Duration, told: &mpsc::Sender<Told>) -> Result<(), ClusterError> {
-        let session = self.session()?;
-        let url = format!(
-            "{}&watch=1&allowWatchBookmarks=true&resourceVersion={since}&timeoutSeconds={}",
-            session.list_url(),
-            length.as_secs().max(1)
-        );
-        let request =
-            session.client.get(url).header(ACCEPT, METADATA).timeout(length.saturating_add(self.timing.grace));
-        let silent = |_| ClusterError::Connection("the API server accepted a watch and fell silent".to_owned());
-        let response = timeout(self.timing.request, request.send()).await.map_err(silent)?;
-        let mut response = response.map_err(|e| connection(&e))?;
-        if response.status() != StatusCode::OK {
-            return checked(response, &session.access.node).await.map(|_| ());
-        }
-        let mut lines = Lines::default();
-        loop {
-            let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? else { return Ok(()) };
-            for line in lines.push(&chunk)? {
-                if let Some(object) = event(&line, &session.access.node)? {
-                    let node = self.own(object, None, &session.access.node)?;
-                    if told.send(Ok(node)).await.is_err() {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A state of our Node, or why there is none.
-pub type Told = Result<NodeObject, ClusterError>;
-
-/// Follows our Node for ever: read, watch until the watch ends, read again. The watch only makes it quicker; where it
-/// is not allowed or does not work, the reads alone keep us informed. `poll` is the length of a watch, and with it the
-/// time between two reads. A watch is never resumed without a read: the read is what finds out that a watch told
-/// nothing, or that the database was restored, and it is one request in a `poll`.
-pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender<Told>) {
-    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    let spread = |duration: Duration| Duration::from_millis(jittered(milliseconds(duration), random()));
-    let mut early: u32 = 0;
-    sleep(Duration::from_millis(full_jitter(milliseconds(api.timing.first), random()))).await;
-    loop {
-        let length = spread(poll);
-        let began = Instant::now();
-        let (read, ended) = match api.metadata().await {
-            Ok((node, since)) => {
-                if told.send(Ok(node)).await.is_err() {
-                    return;
-                }
-                (true, api.watch(&since, length, &told).await)
-            }
-            Err(error) => (false, Err(error)),
-        };
-        let left = length.saturating_sub(began.elapsed());
-        early = if left < length / 2 { 0 } else { early.saturating_add(1) };
-        let backoff = Backoff::CLUSTER.delay(early.max(1));
-        let pause = match &ended {
-            // A server that ends every watch when it restarts would be asked by every node at once; one that ends them
-            // as soon as they begin, without end.
-            Ok(()) => Duration::from_millis(full_jitter(backoff, random())),
-            // It may be read and not be watched: then the reads must suffice.
-            Err(ClusterError::Forbidden(_)) if read => left,
-            Err(_) => Duration::from_millis(jittered(backoff, random())),
-        };
-        let pause = if read { pause.min(left) } else { pause };
-        let asked_for = ended.as_ref().err().and_then(ClusterError::retry_after).map(spread);
-        if let Err(error) = ended {
-            tracing::debug!("following the Node: {error}");
-            api.forget();
-            // A watch that breaks says nothing about the Node, except that it is gone; the next read will.
-            let telling = !read || matches!(error, ClusterError::NotFound(_));
-            if telling && told.send(Err(error)).await.is_err() {
-                return;
-            }
-        }
-        sleep(pause.max(asked_for.unwrap_or_default())).await;
-    }
 }
 
 /// Resolves every name to the addresses of one host: `tls-server-name` is what the certificate says, not where it is.
@@ -445,39 +268,6 @@ fn client(access: &Access, connect: Duration) -> Result<Client, String> {
         builder = builder.dns_resolver(Elsewhere(host.clone()));
     }
     builder.build().map_err(explain)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    printable(&text, 300)
-}
-
-fn connection(error: &reqwest::Error) -> ClusterError {
-    let why = chain(error);
-    match distrust(&why) {
-        Some(hint) => ClusterError::Untrusted(format!("{hint} ({why})")),
-        None => ClusterError::Connection(why),
-    }
-}
-
-/// What is wrong with the server's certificate, by OpenSSL's words for it, of which the server chooses none.
-fn distrust(why: &str) -> Option<&'static str> {
-    let (_, reason) = why.split_once("certificate verify failed")?;
-    let has = |words: &str| reason.contains(words);
-    Some(if has("not yet valid") {
-        "it is not valid yet, so this node's clock is behind, or the server's was ahead"
-    } else if has("expired") {
-        "it has expired, or this node's clock is ahead; renew the API server's certificate"
-    } else if has("mismatch") {
-        "it is for another name than the kubeconfig's server; correct server or tls-server-name there"
-    } else {
-        "it is by another CA than the kubeconfig's certificate-authority; right after a rotation the kubelet's file follows"
-    })
 }
 
 /// The body of a good answer; an error for every other.
@@ -552,60 +342,6 @@ fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterE
     }
 }
 
-/// The Node of one watch event; `None` for a bookmark. Pure.
-fn event<'a>(line: &'a [u8], node: &str) -> Result<Option<&'a [u8]>, ClusterError> {
-    #[derive(Deserialize)]
-    struct Event<'a> {
-        r#type: &'a str,
-        #[serde(borrow)]
-        object: &'a serde_json::value::RawValue,
-    }
-    #[derive(Deserialize)]
-    struct Status {
-        code: u16,
-    }
-    let confused = |why: String| ClusterError::Confused { what: "the watch", why: printable(&why, 200) };
-    let event: Event<'_> = serde_json::from_slice(line).map_err(|e| confused(e.to_string()))?;
-    let object = event.object.get().as_bytes();
-    match event.r#type {
-        "ADDED" | "MODIFIED" => Ok(Some(object)),
-        "BOOKMARK" => Ok(None),
-        "DELETED" => Err(ClusterError::NotFound(node.to_owned())),
-        "ERROR" => {
-            let status: Status = serde_json::from_slice(object).map_err(|e| confused(e.to_string()))?;
-            let status = StatusCode::from_u16(status.code).map_err(|e| confused(e.to_string()))?;
-            Err(refusal(status, None, object, node))
-        }
-        other => Err(confused(format!("an event of type {other}"))),
-    }
-}
-
-/// Cuts a byte stream into lines of bounded length. Pure.
-#[derive(Default)]
-struct Lines {
-    rest: Vec<u8>,
-}
-
-impl Lines {
-    fn push(&mut self, chunk: &[u8]) -> Result<Vec<Vec<u8>>, ClusterError> {
-        let mut lines = Vec::new();
-        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
-            self.rest.extend_from_slice(piece);
-            if piece.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.rest);
-                if !line.trim_ascii().is_empty() {
-                    lines.push(line);
-                }
-            }
-        }
-        if self.rest.len() > MAX_LINE {
-            let why = format!("a line of more than {MAX_LINE} bytes");
-            return Err(ClusterError::Confused { what: "the watch", why });
-        }
-        Ok(lines)
-    }
-}
-
 /// What tests/fuzz reaches of the private parsers: the server and the node in a kubeconfig, and the watch.
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
@@ -626,47 +362,6 @@ pub mod fuzzing {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_may_come_in_any_pieces() {
-        let text = b"one\n\ntwo\nthree";
-        for size in 1..=text.len() {
-            let mut lines = Lines::default();
-            let mut all = Vec::new();
-            for chunk in text.chunks(size) {
-                all.extend(lines.push(chunk).unwrap());
-            }
-            assert_eq!(all, [b"one\n".to_vec(), b"two\n".to_vec()]);
-            assert_eq!(lines.rest, b"three");
-        }
-        assert!(Lines::default().push(&vec![b'x'; MAX_LINE + 1]).is_err());
-    }
-
-    #[test]
-    fn lines_take_what_they_are_long() {
-        let lines = Lines::default().push(&b"{}\n".repeat(10_000)).unwrap();
-        assert_eq!(lines.len(), 10_000);
-        assert!(lines.iter().map(Vec::capacity).sum::<usize>() < 1 << 20);
-    }
-
-    #[test]
-    fn events_are_told_apart() {
-        let object = r#"{"metadata":{"name":"n","uid":"u","resourceVersion":"1"}}"#;
-        let event = |kind: &str, object: &str| {
-            let line = format!(r#"{{"type":"{kind}","object":{object}}}"#);
-            event(line.as_bytes(), "n").map(|object| object.map(<[u8]>::to_vec))
-        };
-        assert!(event("ADDED", object).unwrap().is_some());
-        assert!(event("MODIFIED", object).unwrap().is_some());
-        assert!(event("BOOKMARK", r#"{"metadata":{"resourceVersion":"2"}}"#).unwrap().is_none());
-        assert!(matches!(event("DELETED", object), Err(ClusterError::NotFound(_))));
-        assert!(matches!(event("ERROR", r#"{"kind":"Status","code":410}"#), Err(ClusterError::Expired)));
-        assert!(matches!(event("ERROR", r#"{"code":500,"message":"x"}"#), Err(ClusterError::Busy { .. })));
-        for bad in ["{}", "1", "\"x\""] {
-            assert!(event("ERROR", bad).is_err());
-        }
-        assert!(event("PARTY", object).is_err());
-    }
 
     #[test]
     fn lists_hold_our_node_and_a_version() {
