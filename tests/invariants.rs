@@ -393,7 +393,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         ])
     };
     let running = works(tape);
-    let mut memory = Memory::default();
+    let mut memory = Memory { spread: tape.pick(&[0, 30 * MINUTE]), ..Memory::default() };
     if tape.pick(&[true, false]) {
         let mut known = facts('b', "r2");
         known.architecture = tape.pick(&["amd64".into(), "arm64".into()]);
@@ -424,6 +424,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         Clock::RebootAccepted,
         Clock::OutOfService,
         Clock::ForeignTransaction,
+        Clock::RestoreSpread,
     ];
     for _ in 0..tape.even(&[0, 0, 1, 2]) {
         let subject =

@@ -117,7 +117,10 @@ pub(super) fn load(path: &Path, node: Option<&str>) -> Result<Access, ClusterErr
 }
 
 fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
-    let text = read_bounded(path, MAX_FILE).map_err(|e| format!("{e}; the kubelet writes it when the node joins"))?;
+    let text = read_bounded(path, MAX_FILE).map_err(|e| match e.kind() {
+        std::io::ErrorKind::PermissionDenied => format!("{e}; only root may read it, so run this as root"),
+        _ => format!("{e}; the kubelet writes it when the node joins"),
+    })?;
     let text = String::from_utf8(text).map_err(|_| "it is not UTF-8")?;
     let options = serde_saphyr::options! {
         // The lines around an error may hold a key or a token.

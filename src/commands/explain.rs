@@ -34,10 +34,18 @@ pub(super) fn reason(reason: Reason, json: bool) -> u8 {
         let mut out = String::new();
         let _ = writeln!(out, "{reason} ({severity})");
         line(&mut out, "Meaning", meaning);
-        line(&mut out, "What to do", help);
+        line(&mut out, "Help", help);
         out
     });
     0
+}
+
+/// The JSON of an explanation, for the test of its fields.
+#[cfg(test)]
+pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) -> serde_json::Value {
+    let patch = Patch::from([("key".to_owned(), None)]);
+    let explanation = Explanation { observed, decision: Decided::from(decision), row: decision.rule.row(), patch };
+    serde_json::to_value(super::Versioned::new(&explanation)).unwrap()
 }
 
 /// Everything `explain` shows.

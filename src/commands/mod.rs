@@ -122,17 +122,24 @@ fn answer(json: bool, reason: &str, message: &str, code: u8) -> u8 {
     code
 }
 
-fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
-    #[derive(Serialize)]
-    struct Versioned<'a, T> {
-        version: u32,
-        #[serde(flatten)]
-        value: &'a T,
+/// A value with the version of its fields.
+#[derive(Serialize)]
+struct Versioned<'a, T> {
+    version: u32,
+    #[serde(flatten)]
+    value: &'a T,
+}
+
+impl<'a, T> Versioned<'a, T> {
+    fn new(value: &'a T) -> Self {
+        Self { version: VERSION, value }
     }
+}
+
+fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
     use std::io::Write as _;
     let out = if json {
-        let versioned = Versioned { version: VERSION, value };
-        serde_json::to_string_pretty(&versioned).unwrap_or_else(|error| error.to_string()) + "\n"
+        serde_json::to_string_pretty(&Versioned::new(value)).unwrap_or_else(|error| error.to_string()) + "\n"
     } else {
         text()
     };
@@ -182,7 +189,60 @@ fn line(out: &mut String, label: &str, value: &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::decide::Limits;
+
+    /// The paths of all fields, with `[]` for the elements of a list.
+    fn fields(at: &str, value: &serde_json::Value, found: &mut BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(object) => {
+                let dot = if at.is_empty() { "" } else { "." };
+                object.iter().for_each(|(key, value)| fields(&format!("{at}{dot}{key}"), value, found));
+            }
+            serde_json::Value::Array(list) => list.iter().for_each(|value| fields(&format!("{at}[]"), value, found)),
+            _ => {
+                found.insert(at.to_owned());
+            }
+        }
+    }
+
+    fn observed() -> Observed {
+        let attempt = json!({"image": IMAGE, "bootID": "b", "count": 1, "deployment": "d", "rolledBack": true});
+        serde_json::from_value(json!({
+            "cluster": {"known": {"name": "n", "attempt": attempt, "other_writer": {"manager": "m", "unix": 1}}},
+            "host": {"known": {
+                "deployments": [{"id": "d", "config_fault": "f"}],
+                "transaction": {"title": "t", "client": "c", "ours": null},
+            }},
+            "machine": {"known": {
+                "boot_id": "b", "uptime": 1, "architecture": "amd64", "command_line": ["rw"], "boot_free": 1,
+                "boot_needed": 1, "finalizer": "active", "kubelet": "active", "bootloader_update": "absent",
+                "finalize_failed": false, "inhibitors": [{"who": "w", "why": "y"}],
+            }},
+        }))
+        .unwrap()
+    }
+
+    const IMAGE: &str = "q.io/o/i@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    /// A field that is missing in the output was renamed or removed: that needs another [`VERSION`].
+    #[test]
+    fn json_has_the_fields_of_its_version() {
+        let decision = crate::decide::decide(&observed(), &Memory::default(), &Limits::default(), Now::default());
+        let (status, explanation) = (status::example(observed(), &decision), explain::example(observed(), &decision));
+        for (path, value) in [("tests/json/status", status), ("tests/json/explain", explanation)] {
+            let mut found = BTreeSet::new();
+            fields("", &value, &mut found);
+            let text = found.iter().fold(String::new(), |text, field| text + field + "\n");
+            let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+            if std::env::var_os("UPDATE_DOCS").is_some() {
+                std::fs::write(&file, &text).unwrap();
+            }
+            assert_eq!(text, std::fs::read_to_string(&file).unwrap(), "{path}");
+        }
+    }
 
     #[test]
     fn text_stays_in_its_columns() {

@@ -61,6 +61,23 @@ struct Status {
     decision: Decided,
 }
 
+/// The JSON of a status, for the test of its fields.
+#[cfg(test)]
+pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) -> serde_json::Value {
+    let Observed { cluster, host, machine, .. } = observed;
+    let status = Status {
+        backend: String::new(),
+        cluster,
+        host,
+        machine,
+        trust: Some(Trust::Required(String::new())),
+        leftovers: Some(Leftovers { managed: 0, differing: vec![String::new()] }),
+        service: Service::new(String::new(), ""),
+        decision: Decided::from(decision),
+    };
+    serde_json::to_value(super::Versioned::new(&status)).unwrap()
+}
+
 /// What is known of the desired image's signature without, or with, asking the registry.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]

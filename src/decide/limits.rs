@@ -39,6 +39,8 @@ pub const SIGNATURE_GRACE: u64 = 15 * MINUTE;
 pub const UPTIME_FLOOR: u64 = 5 * MINUTE;
 /// How long the host may be unreadable before that is reported: rpm-ostreed may take five minutes to start.
 pub const HOST_PATIENCE: u64 = 10 * MINUTE;
+/// How long the host may be unreadable before a Node that says Working says so; rpm-ostreed restarts in seconds.
+pub const HOST_TOLD: u64 = MINUTE;
 /// How long another daemon must not have written before we go on.
 pub const OTHER_DAEMON_QUIET: u64 = 15 * MINUTE;
 /// An accepted reboot that has not begun by then is asked for again; the kubelet may delay a shutdown for long.

@@ -25,7 +25,7 @@ use crate::model::{
     Action, Deployment, Fault, HostFacts, ImageFacts, MachineFacts, NodeFacts, NodeState, Now, Observed, PinnedImage,
     Reading, Reason, Severity, Work, is_image, is_named, is_staged,
 };
-use limits::{HOST_PATIENCE, MINUTE, REBOOT_PATIENCE, SOON, TRANSIENT_PATIENCE};
+use limits::{HOST_PATIENCE, HOST_TOLD, MINUTE, REBOOT_PATIENCE, SOON, TRANSIENT_PATIENCE};
 
 macro_rules! rules {
     ($($name:ident $word:literal: when $when:literal, then $then:literal, state $state:literal;)*) => {
@@ -67,7 +67,7 @@ rules! {
     HostUnreadable "host-unreadable":
         when "deployments, kernel, systemd or logind cannot be read",
         then "wait",
-        state "unchanged, Degraded after 10 min";
+        state "unchanged; Working after 1 min if it was Working, Degraded after 10 min";
     OtherDaemon "other-daemon":
         when "another daemon wrote `state` or `currentConfig` in the last 15 min",
         then "stand aside; give a drained node back",
@@ -265,7 +265,13 @@ fn host_unreadable(node: &NodeFacts, fault: &Fault, memory: &Memory, now: Now) -
     let waited = memory.clocks.get(&Clock::HostUnreadable).map_or(0, |since| now.mono.saturating_sub(since.mono));
     // A node that follows no image, or another daemon, is not ours to degrade.
     let ours = node.desired_image.is_some() && node.other_writer.is_none();
-    if ours && waited >= HOST_PATIENCE { decision.state(NodeState::Degraded) } else { decision }
+    let works = node.state.as_deref() == Some(NodeState::Working.as_str());
+    match waited {
+        HOST_PATIENCE.. if ours => decision.state(NodeState::Degraded),
+        // Otherwise the Node would keep the reason from before, for example that the image is being staged.
+        HOST_TOLD.. if ours && works => decision.state(NodeState::Working),
+        _ => decision,
+    }
 }
 
 struct Rules<'a> {
