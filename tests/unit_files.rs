@@ -1,5 +1,5 @@
-//! What operators get besides the program: the unit as reviewed and as systemd reads it, and a README that leaves out
-//! no word of the agent's.
+//! What operators get besides the program: the units as reviewed and as systemd reads them, and a README, manual page
+//! and catalog that match the code.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
@@ -15,7 +15,7 @@ use rebase_agent::cli::{Cli, EXIT_CODES, FILES};
 use rebase_agent::decide::Rule;
 use rebase_agent::host::Deadlines;
 use rebase_agent::journal::id;
-use rebase_agent::model::Reason;
+use rebase_agent::model::{Deployment, HostFacts, NodeFacts, Reason};
 use support::skip::skip;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent-under-test");
@@ -368,6 +368,23 @@ fn the_readme_names_every_option() {
     let readme = read("README.md");
     for word in named.iter().filter(|word| !["--help", "--version", "--"].contains(&word.as_str())) {
         assert!(readme.contains(&format!("`{word}")), "README.md does not explain {word}");
+    }
+}
+
+/// What `--json` can print of the parts that have a default, field by field.
+#[test]
+fn the_readme_names_the_fields_of_the_json() {
+    let readme = read("README.md");
+    let section = readme.split("### JSON").nth(1).unwrap().split("\n## ").next().unwrap();
+    let objects = [
+        serde_json::to_value(NodeFacts::default()),
+        serde_json::to_value(HostFacts::default()),
+        serde_json::to_value(Deployment::default()),
+    ];
+    for object in objects.map(Result::unwrap) {
+        for field in object.as_object().unwrap().keys() {
+            assert!(section.contains(&format!("`{field}`")), "README.md does not name the field {field} of the JSON");
+        }
     }
 }
 
