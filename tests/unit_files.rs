@@ -371,6 +371,57 @@ fn the_readme_names_every_option() {
     }
 }
 
+/// What stands in backticks in a line of Markdown.
+fn quoted(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+/// A file or directory of this repository, if `word` begins like one.
+fn path_of(word: &str) -> Option<&str> {
+    let ours = [".ci/", "selinux/", "src/", "systemd/", "tests/", "vm-tests/"];
+    // What the build leaves below target/ is not ours.
+    ours.iter().any(|start| word.starts_with(start)).then(|| word.trim_end_matches(['.', ',', ';', ':']))
+}
+
+#[test]
+fn the_readme_names_paths_that_exist() {
+    let (readme, mut named) = (read("README.md"), 0);
+    for line in readme.lines() {
+        let words = match line.strip_prefix("    ") {
+            Some(command) => vec![command],
+            None => quoted(line).collect(),
+        };
+        for path in words.iter().filter_map(|word| path_of(word.split(' ').next()?)) {
+            assert!(file(path).exists(), "README.md names {path}, which does not exist: {line}");
+            named += 1;
+        }
+    }
+    assert!(named >= 50, "only {named} paths were found");
+}
+
+/// In "Where to find it", what follows a path in a row is in that file.
+#[test]
+fn the_readme_says_where_to_find_things() {
+    let readme = read("README.md");
+    let section = readme.split("### Where to find it").nth(1).unwrap().split("\n#").next().unwrap();
+    let (mut wrong, mut found) = (Vec::new(), 0);
+    for line in section.lines() {
+        let mut at = None;
+        for word in quoted(line) {
+            if let Some(path) = path_of(word) {
+                at = Some((path, std::fs::read_to_string(file(path)).unwrap_or_default()));
+            } else if let Some((path, text)) = &at {
+                found += 1;
+                if !text.contains(word) {
+                    wrong.push(format!("{path} has no `{word}`"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "README.md is wrong:\n{}", wrong.join("\n"));
+    assert!(found >= 15, "only {found} words were looked for");
+}
+
 /// What `--json` can print of the parts that have a default, field by field.
 #[test]
 fn the_readme_names_the_fields_of_the_json() {
