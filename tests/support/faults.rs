@@ -20,14 +20,17 @@ fn chosen(fault: &str) -> bool {
     std::env::var(VARIABLE).is_ok_and(|chosen| chosen == fault)
 }
 
+fn root() -> std::path::PathBuf {
+    std::env::var_os("REBASE_AGENT_ROOT").map_or_else(|| "/".into(), Into::into)
+}
+
 /// Logs that this is a build for tests; with `write`, tries to write.
 #[allow(clippy::disallowed_methods, reason = "the deliberate write")]
 pub fn announce() {
     tracing::error!("this is a build for tests that misbehaves: {}", std::env::var(VARIABLE).unwrap_or_default());
     if chosen(WRITE) {
-        let root = std::env::var_os("REBASE_AGENT_ROOT").unwrap_or_else(|| "/".into());
         for directory in ["etc", "run", "usr/bin", "var/lib"] {
-            let path = std::path::Path::new(&root).join(directory).join("rebase-agent-fault");
+            let path = root().join(directory).join("rebase-agent-fault");
             match std::fs::write(&path, "written") {
                 Ok(()) => tracing::error!("deliberate write: {} was written", path.display()),
                 Err(error) => tracing::error!("deliberate write: {} was stopped: {error}", path.display()),
@@ -64,6 +67,6 @@ pub fn trusts_transaction() -> bool {
 
 /// With `forget-attempt`, only an attempt of this boot counts.
 pub fn attempt(attempt: Attempt) -> Option<Attempt> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = std::fs::read_to_string(root().join("proc/sys/kernel/random/boot_id")).unwrap_or_default();
     (!chosen(FORGET_ATTEMPT) || attempt.boot_id.0 == boot.trim()).then_some(attempt)
 }
