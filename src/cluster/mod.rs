@@ -346,7 +346,8 @@ fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterE
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{Api, ClusterError as Error, Lines, NodeObject, event, kubeconfig};
+    use super::watch::{Lines, event};
+    use super::{Api, ClusterError as Error, NodeObject, kubeconfig};
     pub fn load(path: &std::path::Path, node: Option<&str>) -> Result<(String, String), Error> {
         kubeconfig::load(path, node).map(|access| (access.server, access.node))
     }

@@ -99,7 +99,7 @@ impl Api {
 }
 
 /// The Node of one watch event; `None` for a bookmark. Pure.
-fn event<'a>(line: &'a [u8], node: &str) -> Result<Option<&'a [u8]>, ClusterError> {
+pub(super) fn event<'a>(line: &'a [u8], node: &str) -> Result<Option<&'a [u8]>, ClusterError> {
     #[derive(Deserialize)]
     struct Event<'a> {
         r#type: &'a str,
@@ -128,12 +128,12 @@ fn event<'a>(line: &'a [u8], node: &str) -> Result<Option<&'a [u8]>, ClusterErro
 
 /// Cuts a byte stream into lines of bounded length. Pure.
 #[derive(Default)]
-struct Lines {
+pub(super) struct Lines {
     rest: Vec<u8>,
 }
 
 impl Lines {
-    fn push(&mut self, chunk: &[u8]) -> Result<Vec<Vec<u8>>, ClusterError> {
+    pub(super) fn push(&mut self, chunk: &[u8]) -> Result<Vec<Vec<u8>>, ClusterError> {
         let mut lines = Vec::new();
         for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
             self.rest.extend_from_slice(piece);

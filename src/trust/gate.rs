@@ -335,7 +335,7 @@ impl NodePolicy {
     }
 }
 
-fn unusable(path: &Path, error: &PolicyError) -> TrustError {
+pub(super) fn unusable(path: &Path, error: &PolicyError) -> TrustError {
     TrustError::Policy { path: path.to_owned(), why: printable(&error.to_string(), 300) }
 }
 

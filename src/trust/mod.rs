@@ -172,7 +172,8 @@ impl ImageConfig {
 #[cfg(fuzzing)]
 #[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{Engine, NodePolicy, PinnedImage, Policy, TrustError, engine_text, unusable};
+    use super::gate::{Policy, unusable};
+    use super::{Engine, NodePolicy, PinnedImage, TrustError, engine_text};
 
     pub fn policy(bytes: &[u8], path: &std::path::Path) -> Result<NodePolicy, TrustError> {
         let policy = Policy::parse(bytes).map_err(|e| unusable(path, &e))?;

@@ -140,7 +140,7 @@ fn signal(member: &str, message: &Message) {
     if let Some(Err(error)) = ended {
         let fault = Fault::from(&error);
         shown(&fault.message, 900);
-        assert_eq!((fault.reason, fault.retryable), (error.reason(), true));
+        assert_eq!(fault.reason, error.reason());
     }
 }
 

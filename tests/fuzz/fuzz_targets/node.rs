@@ -8,12 +8,13 @@ use std::sync::LazyLock;
 use fuzz::{bounded, shown};
 use libfuzzer_sys::fuzz_target;
 use rebase_agent::cluster::node::{Heard, NodeObject};
-use rebase_agent::decide::decide;
+use rebase_agent::decide::{Limits, Memory, Outcome, decide};
+use rebase_agent::model::annotations::{ATTEMPT, MCO};
 use rebase_agent::model::{
-    Action, Attempt, Fault, HostFacts, Limits, MachineFacts, Memory, NodeFacts, Now, Observed, Reading, Reason, Step,
+    Action, Annotate, Attempt, Fault, HostFacts, MachineFacts, NodeFacts, Now, Observed, PinnedImage, Reading, Reason,
+    Work, parse,
 };
-use rebase_agent::trust::reference;
-use rebase_agent::report::{ATTEMPT, MCO, report};
+use rebase_agent::report::report;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -49,9 +50,14 @@ fn situation(bits: u8) -> (HostFacts, MachineFacts, Memory) {
     let verified = if bit(6) { json!({A: facts(A), B: facts(B)}) } else { json!({}) };
     let mut memory: Memory = serde_json::from_value(json!({ "verified": verified })).unwrap();
     if bit(7) {
-        let fault = Fault { reason: Reason::SignatureMissing, message: "no signature".to_owned(), retryable: true };
-        for step in [Step::Verify, Step::Stage, Step::Reboot] {
-            memory.failed(step, B, fault.clone(), Now { mono: 1, unix: 1 });
+        let fault = Fault { reason: Reason::SignatureMissing, message: "no signature".to_owned() };
+        let image: PinnedImage = parse(B).unwrap();
+        for work in [
+            Work::Verify { image: image.clone() },
+            Work::Stage { image: image.clone() },
+            Work::Reboot { image: image.clone() },
+        ] {
+            memory.finished(&work, Outcome::Failed(fault.clone()), Now { mono: 1, unix: 1 });
         }
     }
     (serde_json::from_value(host).unwrap(), serde_json::from_value(machine).unwrap(), memory)
@@ -62,7 +68,10 @@ static SITUATIONS: LazyLock<Vec<(HostFacts, MachineFacts, Memory)>> =
 
 /// What the rules look at is printable, or cannot be taken for anything that it is not.
 fn harmless(node: &NodeFacts) {
-    let texts = [&node.desired_config, &node.current_config, &node.desired_image, &node.current_image, &node.state];
+    let texts = [&node.desired_config, &node.current_config, &node.current_image, &node.state];
+    if let Some(desired) = &node.desired_image {
+        shown(desired.as_str(), 8203);
+    }
     let more = [&node.reason, &node.desired_drain, &node.last_applied_drain, &node.topology, &node.hold];
     for text in texts.into_iter().chain(more).flatten() {
         shown(text, 8203);
@@ -86,10 +95,10 @@ fn told(node: &NodeFacts, host: &HostFacts, machine: &MachineFacts, memory: &Mem
     let decision = decide(&observed, memory, limits, NOW);
     assert_eq!(decision, decide(&observed, memory, limits, NOW));
     assert_ne!(decision.wake, Some(0), "{decision:?}");
-    if let Action::Verify { image } | Action::Stage { image } | Action::Reboot { image } = &decision.action {
-        let desired = node.desired_image.as_deref().unwrap();
-        assert_eq!(reference::parse(desired).as_ref(), Ok(image));
+    if let Action::Begin(Work::Verify { image } | Work::Stage { image } | Work::Reboot { image }) = &decision.action {
+        assert_eq!(node.desired(), Some(image));
     }
+    let first_boot = matches!(decision.action, Action::Annotate(Annotate::FirstBoot { .. }));
     let patch = report(node, &decision);
     let mut after = node.clone();
     for (key, value) in &patch {
@@ -107,11 +116,11 @@ fn told(node: &NodeFacts, host: &HostFacts, machine: &MachineFacts, memory: &Mem
             "desiredDrain" => after.desired_drain = Some(value.to_owned()),
             "currentConfig" => after.current_config = Some(value.to_owned()),
             "currentImage" => after.current_image = Some(value.to_owned()),
-            "desiredConfig" | "desiredImage" => assert!(matches!(decision.action, Action::Publish { .. })),
+            "desiredConfig" | "desiredImage" => assert!(first_boot),
             other => panic!("{other} is not ours to write"),
         }
     }
-    if !matches!(decision.action, Action::Publish { .. }) {
+    if !first_boot {
         let again = report(&after, &decision);
         assert!(again.keys().all(|key| key == ATTEMPT), "{again:?} is told twice");
     }
