@@ -137,7 +137,7 @@ fn importing(event: &Event) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retarget_during_the_switch_stops_it() {
+async fn retarget_during_the_switch_stops_it() {
     let stage = Stage::new().await;
     let three = stage.world.signed("3").await.unwrap();
     stage.world.machine.bootc().hang();
@@ -149,7 +149,7 @@ async fn a_retarget_during_the_switch_stops_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_obsolete_switch_of_a_killed_agent_is_stopped() {
+async fn obsolete_switch_of_a_killed_agent_is_stopped() {
     let stage = Stage::new().await;
     let three = stage.world.signed("3").await.unwrap();
     stage.world.machine.bootc().hang();
@@ -162,7 +162,7 @@ async fn an_obsolete_switch_of_a_killed_agent_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_switch_goes_on_without_the_agent() {
+async fn switch_goes_on_without_the_agent() {
     let stage = Stage::new().await;
     let bootc = stage.world.machine.bootc();
     bootc.hang();
@@ -176,7 +176,7 @@ async fn a_switch_goes_on_without_the_agent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retarget_to_what_runs_ends_without_a_reboot() {
+async fn retarget_to_the_booted_image_ends_without_a_reboot() {
     let stage = Stage::new().await;
     stage.world.store().annotate("kubectl-annotate", NODE, HOLD, Some("not tonight")).unwrap();
     let installed = stage.world.installed.clone();
@@ -190,7 +190,7 @@ async fn a_retarget_to_what_runs_ends_without_a_reboot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_human_stages_is_staged_over_once_and_then_waited_out() {
+async fn foreign_stage_is_staged_over_once_and_then_left_alone() {
     let stage = Stage::new().await;
     let (other, installed) = (stage.world.signed("9").await.unwrap(), stage.world.installed.digest.clone());
     let bootc = stage.world.machine.bootc();
@@ -211,7 +211,7 @@ async fn what_a_human_stages_is_staged_over_once_and_then_waited_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_are_tried_again_and_an_exit_code_is_no_verdict() {
+async fn failed_switches_are_retried_and_the_deployments_decide() {
     let stage = Stage::new().await;
     stage.world.machine.bootc().fail_next();
     stage.world.machine.bootc().fail_after_staging();
@@ -234,7 +234,7 @@ async fn failures_are_tried_again_and_an_exit_code_is_no_verdict() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_layered_host_is_refused_undrained() {
+async fn layered_host_is_refused_without_a_drain() {
     let stage = Stage::new().await;
     stage.world.machine.sysroot().layer_packages(&["vim"]).unwrap();
     stage.target("2").await;
@@ -244,7 +244,7 @@ async fn a_layered_host_is_refused_undrained() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn kernel_arguments_that_nobody_can_set_are_refused_undrained_by_name() {
+async fn missing_kernel_arguments_are_named_and_refused_without_a_drain() {
     let stage = Stage::new().await;
     let push = async |version: &str, argument: &str| {
         let config = format!("rendered-worker-{version}");
@@ -265,7 +265,7 @@ async fn kernel_arguments_that_nobody_can_set_are_refused_undrained_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_programs_lock_is_waited_out() {
+async fn foreign_sysroot_lock_is_awaited() {
     let stage = Stage::new().await;
     stage.world.machine.sysroot().set_locked(true);
     let image = stage.target("2").await;
@@ -300,7 +300,7 @@ async fn power_fails_after_staging() {
 
 /// The policy of a hardened fleet: nothing by default, and signed origins.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_policy_that_rejects_by_default_gives_signed_origins() {
+async fn reject_by_default_policy_gives_signed_origins() {
     let stage = Stage::new().await;
     let scope = format!("{}/example", stage.world.registry.host());
     let demanded = [Requirement::sigstore_key_path(&stage.world.path().join("os.pub"))];

@@ -113,7 +113,7 @@ async fn few_requests_and_at_most_eight_writes_in_an_update() {
 }
 
 #[tokio::test]
-async fn no_server_at_start_is_waited_out() {
+async fn agent_starts_without_an_api_server_and_waits_for_it() {
     let world = World::new(options()).await.unwrap();
     world.target("1", &world.installed);
     world.api.stop().await;
@@ -148,7 +148,7 @@ async fn credentials_rotated_in_the_middle_of_an_update() {
 }
 
 #[tokio::test]
-async fn frozen_watches_leave_the_poll() {
+async fn poll_notices_changes_while_watches_are_frozen() {
     let mut options = options();
     options.env.push(("REBASE_AGENT_POLL".to_owned(), "5".to_owned()));
     let world = settled(options).await;
@@ -167,7 +167,7 @@ async fn frozen_watches_leave_the_poll() {
 }
 
 #[tokio::test]
-async fn daemon_beside_us_makes_us_stand_aside() {
+async fn writes_of_the_mcd_stop_the_agent() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     world.store().annotate("kubectl-annotate", NODE, HOLD, Some("for the test")).unwrap();
@@ -202,7 +202,7 @@ async fn single_replica_is_not_drained_and_is_uncordoned() {
 }
 
 #[tokio::test]
-async fn cordoned_by_an_admin_is_not_chosen_and_goes_on_when_it_was() {
+async fn node_cordoned_by_an_admin_is_updated_only_when_already_chosen() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     world.store().set_unschedulable(NODE, true);
@@ -222,7 +222,7 @@ async fn cordoned_by_an_admin_is_not_chosen_and_goes_on_when_it_was() {
 }
 
 #[tokio::test]
-async fn uncordoned_by_somebody_after_the_drain_is_drained_again() {
+async fn node_uncordoned_after_the_drain_is_drained_again() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     // As the drain is acknowledged, before the agent hears of it.
@@ -255,7 +255,7 @@ async fn uncordoned_by_somebody_after_the_drain_is_drained_again() {
 }
 
 #[tokio::test]
-async fn retarget_while_draining_boots_only_the_second() {
+async fn retarget_while_draining_boots_only_the_new_target() {
     let world = settled(options()).await;
     let (two, three) = (world.signed("2").await.unwrap(), world.signed("3").await.unwrap());
     let boot = world.machine.boot_id();
@@ -286,7 +286,7 @@ async fn retarget_while_draining_boots_only_the_second() {
 }
 
 #[tokio::test]
-async fn paused_pool_leaves_the_node_alone() {
+async fn node_of_a_paused_pool_is_left_alone() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     world.pool.pause(true);
@@ -316,7 +316,7 @@ async fn restored_database_is_followed() {
 }
 
 #[tokio::test]
-async fn daemon_beside_us_gets_a_drained_node_back_once() {
+async fn drained_node_is_uncordoned_once_for_the_mcd() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     world.drains.block_drains(true);
@@ -334,7 +334,7 @@ async fn daemon_beside_us_gets_a_drained_node_back_once() {
 }
 
 #[tokio::test]
-async fn lost_replies_and_a_busy_server_only_delay() {
+async fn lost_replies_and_a_busy_server_only_delay_the_update() {
     let world = settled(options()).await;
     let before = writes(&world).len();
     let two = world.signed("2").await.unwrap();
@@ -352,7 +352,7 @@ async fn lost_replies_and_a_busy_server_only_delay() {
 
 /// One request, then silence for as long as the server asks; without a drain nothing but the last look is left.
 #[tokio::test]
-async fn whole_node_refused_with_retry_after_is_not_asked_again() {
+async fn full_read_refused_with_retry_after_is_not_repeated() {
     let world = settled(WorldOptions { topology: "SingleReplica".to_owned(), ..options() }).await;
     let two = world.signed("2").await.unwrap();
     let reads = |world: &World| {
@@ -383,7 +383,7 @@ fn wrote_attempt(event: &Event) -> bool {
 }
 
 #[tokio::test]
-async fn new_retry_annotation_makes_a_refusal_be_checked_at_once() {
+async fn new_retry_annotation_verifies_a_refused_image_at_once() {
     let world = settled(options()).await;
     let two = world.unsigned("2").await.unwrap();
     let (identity, foreign) = (format!("{}:2", two.repository()), Signer::generate(KeyKind::P256));
@@ -399,7 +399,7 @@ async fn new_retry_annotation_makes_a_refusal_be_checked_at_once() {
 
 /// Two PATCHes that failed put the third off by 2 s and more; a read that succeeds brings it at once.
 #[tokio::test]
-async fn successful_read_triggers_the_patch_that_failed() {
+async fn successful_read_retries_a_failed_patch() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     world.store().inject(Scope::Write, 6, Fault::Status { code: 503, retry_after: None });
@@ -422,7 +422,7 @@ async fn successful_read_triggers_the_patch_that_failed() {
 
 /// systemd needs a sign of life twice per limit, not per event.
 #[tokio::test]
-async fn ten_thousand_events_are_a_handful_of_datagrams() {
+async fn ten_thousand_events_send_a_handful_of_datagrams() {
     let world =
         settled(WorldOptions { machine: |options| options.watchdog = Some(Duration::from_secs(4)), ..options() }).await;
     let before = world.machine.pings();
@@ -443,7 +443,7 @@ async fn ten_thousand_events_are_a_handful_of_datagrams() {
 
 /// A server whose clock is 16 min behind stamps a write of just now as one of 16 min ago.
 #[tokio::test]
-async fn other_daemon_is_measured_by_the_servers_clock() {
+async fn silence_of_the_mcd_is_measured_by_the_servers_clock() {
     let world = World::new(options()).await.unwrap();
     world.store().set_clock(-16 * 60);
     world.target("1", &world.installed);
@@ -460,7 +460,7 @@ async fn other_daemon_is_measured_by_the_servers_clock() {
 }
 
 #[tokio::test]
-async fn node_deleted_and_created_anew_is_published_again() {
+async fn recreated_node_is_published_again() {
     let world = settled(options()).await;
     let uid = world.store().node(NODE).unwrap()["metadata"]["uid"].clone();
     world.store().delete_node(NODE);
@@ -477,7 +477,7 @@ async fn node_deleted_and_created_anew_is_published_again() {
 
 /// MCC finds the custom pool that a node was booted into by what the agent publishes of its first boot.
 #[tokio::test]
-async fn node_booted_into_a_custom_pool_lands_there() {
+async fn node_booted_into_a_custom_pool_joins_it() {
     let world = World::new(WorldOptions { pool: "infra".to_owned(), ..options() }).await.unwrap();
     let told = Arc::new(AtomicBool::new(false));
     let seen = told.clone();
@@ -503,7 +503,7 @@ async fn node_booted_into_a_custom_pool_lands_there() {
 
 /// A verdict under a policy that is gone counts for nothing, even where it was asked for before.
 #[tokio::test]
-async fn a_policy_that_changes_during_a_verification_ends_it() {
+async fn policy_change_ends_a_running_verification() {
     let tools = tempfile::tempdir().unwrap();
     let (gate, engine) = (tools.path().join("gate"), tools.path().join("skopeo"));
     let real = support::tools::skopeo().unwrap().display().to_string();

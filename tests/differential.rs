@@ -94,7 +94,7 @@ fn scope(random: &mut Random, name: &str, digest: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_gate_chooses_as_the_engine_does() {
+async fn gate_chooses_the_same_policy_scope_as_the_engine() {
     let full = std::env::var_os("FULL").is_some_and(|full| full == "1");
     let cases = number("REBASE_TEST_CASES", if full { 2400 } else { 150 });
     let seed = number("REBASE_TEST_SEED", u64::from(std::process::id()));

@@ -167,7 +167,7 @@ fn rebase_requested(event: &Event) -> bool {
 // --- boots that do not arrive -----------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_finalization_that_fails_twice_is_refused_with_its_cause() {
+async fn image_is_refused_after_two_failed_finalizations() {
     let stage = Stage::new().await;
     let machine = stage.world.machine.clone();
     let fail = move || machine.fail_finalize("Installing kernel: regfile copy: No space left on device");
@@ -184,7 +184,7 @@ async fn a_finalization_that_fails_twice_is_refused_with_its_cause() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_boot_loader_that_falls_back_is_a_refusal_until_the_attempt_is_cleared() {
+async fn image_is_refused_after_a_fall_back_until_the_attempt_is_cleared() {
     let stage = Stage::new().await;
     stage.world.machine.fall_back();
     let image = stage.target("2").await;
@@ -224,7 +224,7 @@ async fn power_fails_during_the_shutdown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kubelet_that_fails_keeps_the_node_cordoned() {
+async fn failed_kubelet_keeps_the_node_cordoned() {
     let stage = Stage::new().await;
     stage.world.machine.kubelet_fails(true);
     let image = stage.target("2").await;
@@ -238,7 +238,7 @@ async fn a_kubelet_that_fails_keeps_the_node_cordoned() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn somebody_elses_reboot_brings_a_staged_image_up() {
+async fn foreign_reboot_boots_the_staged_image() {
     let stage = Stage::new().await;
     stage.annotate(HOLD, Some("not tonight"));
     let image = stage.target("2").await;
@@ -252,7 +252,7 @@ async fn somebody_elses_reboot_brings_a_staged_image_up() {
 // --- rpm-ostree -------------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_human_stages_is_dropped_once_and_then_waited_out() {
+async fn foreign_stage_is_dropped_once_and_then_left_alone() {
     let stage = Stage::new().await;
     let other = stage.world.signed("9").await.unwrap();
     let typed = format!("ostree-unverified-registry:{}", other.pullspec());
@@ -272,7 +272,7 @@ async fn what_a_human_stages_is_dropped_once_and_then_waited_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retarget_during_staging_cancels_it() {
+async fn retarget_during_staging_cancels_the_transaction() {
     let stage = Stage::new().await;
     let three = stage.world.signed("3").await.unwrap();
     stage.world.machine.rpm_ostreed().hang_at("Importing");
@@ -286,7 +286,7 @@ async fn a_retarget_during_staging_cancels_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retarget_to_what_runs_ends_without_a_reboot() {
+async fn retarget_to_the_booted_image_ends_without_a_reboot() {
     let stage = Stage::new().await;
     stage.world.machine.rpm_ostreed().hang_at("Importing");
     stage.target("2").await;
@@ -300,7 +300,7 @@ async fn a_retarget_to_what_runs_ends_without_a_reboot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_obsolete_transaction_of_a_killed_agent_is_cancelled() {
+async fn obsolete_transaction_of_a_killed_agent_is_cancelled() {
     let stage = Stage::new().await;
     let three = stage.world.signed("3").await.unwrap();
     stage.world.machine.rpm_ostreed().hang_at("Importing");
@@ -313,7 +313,7 @@ async fn an_obsolete_transaction_of_a_killed_agent_is_cancelled() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_that_crashes_is_asked_again() {
+async fn rebase_is_retried_after_the_daemon_crashes() {
     let stage = Stage::new().await;
     stage.world.machine.rpm_ostreed().crash_at("Importing");
     let image = stage.target("2").await;
@@ -322,7 +322,7 @@ async fn a_daemon_that_crashes_is_asked_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_layered_host_is_refused_undrained() {
+async fn layered_host_is_refused_without_a_drain() {
     let stage = Stage::new().await;
     stage.world.machine.sysroot().layer_packages(&["vim"]).unwrap();
     stage.target("2").await;
@@ -332,7 +332,7 @@ async fn a_layered_host_is_refused_undrained() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pull_with_a_stricter_policy_is_refused_undrained() {
+async fn pull_with_a_stricter_policy_is_refused_without_a_drain() {
     let stage = Stage::new().await;
     let path = stage.world.path();
     Signer::generate(KeyKind::P256).write_public(&path.join("stranger.pub")).unwrap();
@@ -354,7 +354,7 @@ async fn a_pull_with_a_stricter_policy_is_refused_undrained() {
 // --- systemd and logind -----------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_finalizer_is_started_before_the_drain() {
+async fn finalizer_is_started_before_the_drain() {
     let stage = Stage::new().await;
     stage.world.machine.rpm_ostreed().finalizer_stays_inactive(true);
     let image = stage.target("2").await;
@@ -365,7 +365,7 @@ async fn the_finalizer_is_started_before_the_drain() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_drained_while_the_finalizer_cannot_be_started() {
+async fn node_is_not_drained_while_the_finalizer_cannot_start() {
     let stage = Stage::new().await;
     stage.world.machine.rpm_ostreed().finalizer_stays_inactive(true);
     stage.world.machine.systemd().refuse_start(FINALIZER, Some("exit-code"));
@@ -393,17 +393,17 @@ async fn inhibited(root_overrides: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_drained_while_inhibited_on_252() {
+async fn node_is_not_drained_while_inhibited_on_252() {
     inhibited(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_drained_while_inhibited_on_257() {
+async fn node_is_not_drained_while_inhibited_on_257() {
     inhibited(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_inhibitor_after_the_drain_delays_the_reboot() {
+async fn inhibitor_after_the_drain_delays_the_reboot() {
     let stage = Stage::new().await;
     let logind = stage.world.machine.logind();
     let late = logind.clone();
@@ -418,7 +418,7 @@ async fn an_inhibitor_after_the_drain_delays_the_reboot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refused_reboot_is_reported_and_tried_again() {
+async fn refused_reboot_is_reported_and_retried() {
     let stage = Stage::new().await;
     let logind = stage.world.machine.logind();
     let denied = "org.freedesktop.DBus.Error.AccessDenied";
@@ -435,7 +435,7 @@ async fn a_refused_reboot_is_reported_and_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_reply_of_the_reboot_is_no_second_attempt() {
+async fn lost_reply_to_the_reboot_call_counts_no_second_attempt() {
     let stage = Stage::with(|machine| machine.shutdown_delay = Duration::from_secs(2)).await;
     stage.world.machine.logind().lose_reboot_reply();
     let image = stage.target("2").await;
@@ -447,7 +447,7 @@ async fn a_lost_reply_of_the_reboot_is_no_second_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_boot_loader_is_updated_once_before_the_reboot() {
+async fn boot_loader_is_updated_once_before_the_reboot() {
     let stage = Stage::with(|machine| machine.bootloader_update = true).await;
     let image = stage.target("2").await;
     stage.done(&image).await;
@@ -479,27 +479,27 @@ async fn terminated(choose: fn(&Event) -> bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn terminated_while_verifying() {
+async fn agent_terminated_while_verifying_resumes() {
     terminated(|event| matches!(event, Event::AgentStatus(status) if status.starts_with("Verifying"))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn terminated_while_staging() {
+async fn agent_terminated_while_staging_resumes() {
     terminated(importing).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn terminated_while_draining() {
+async fn agent_terminated_while_draining_resumes() {
     terminated(drain_requested).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn terminated_before_the_reboot() {
+async fn agent_terminated_before_the_reboot_resumes() {
     terminated(attempt_recorded).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_watchdog_is_satisfied_during_long_work_and_kills_a_frozen_agent() {
+async fn watchdog_accepts_long_work_and_kills_a_frozen_agent() {
     let stage = Stage::with(|machine| machine.watchdog = Some(Duration::from_secs(2))).await;
     let daemon = stage.world.machine.rpm_ostreed();
     daemon.hang_at("Importing");
@@ -518,7 +518,7 @@ async fn the_watchdog_is_satisfied_during_long_work_and_kills_a_frozen_agent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_we_staged_ourselves_may_be_dropped_as_often_as_it_takes() {
+async fn own_stage_is_dropped_after_every_retarget() {
     let stage = Stage::new().await;
     stage.annotate(HOLD, Some("not tonight"));
     let images = [stage.world.signed("2").await.unwrap(), stage.world.signed("3").await.unwrap()];

@@ -482,7 +482,7 @@ proptest! {
 }
 
 #[test]
-fn every_wait_begins_anew() {
+fn repeated_drain_request_starts_a_new_wait() {
     let (mut observed, mut memory, limits, now) = situation(&[]);
     let Reading::Known(node) = &mut observed.cluster else { panic!() };
     (node.desired_drain, node.last_applied_drain) = (Some("uncordon-r2".into()), Some("uncordon-r2".into()));

@@ -77,7 +77,7 @@ fn said(output: &Output) -> String {
 }
 
 #[test]
-fn commands_are_found_wherever_they_are() {
+fn every_kind_of_command_in_the_readme_is_found() {
     let text = "A `b c\nd` e:\n\n    one  # first\n    two \\\n      more\n\n```\nthree '#1'\n```\n";
     assert_eq!(spans(text), ["b c d"]);
     assert_eq!(lines(text), ["one", "two    more", "three '#1'"]);
@@ -85,7 +85,7 @@ fn commands_are_found_wherever_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_agents_commands_do_what_they_say() {
+async fn agent_commands_do_what_the_readme_says() {
     let world = World::new(WorldOptions::new(Path::new(AGENT))).await.unwrap();
     world.target("1", &world.installed);
     world.machine.power_on().await.unwrap();
@@ -115,7 +115,7 @@ async fn the_agents_commands_do_what_they_say() {
 }
 
 #[test]
-fn the_engine_guard_refuses_an_engine_that_enforces_nothing() {
+fn engine_that_enforces_nothing_is_refused() {
     const ENGINE: &str = "target/tools/bin/skopeo-unenforcing";
     let text = readme();
     let block = parts(&text).0.into_iter().find(|block| block.contains(ENGINE)).unwrap();
@@ -130,7 +130,7 @@ fn the_engine_guard_refuses_an_engine_that_enforces_nothing() {
 }
 
 #[test]
-fn programs_of_the_repository_have_the_options_that_are_named() {
+fn options_of_repository_programs_exist() {
     let text = readme();
     let mut seen = 0;
     for command in [lines(&text), spans(&text)].concat() {
@@ -157,7 +157,7 @@ fn programs_of_the_repository_have_the_options_that_are_named() {
 }
 
 #[test]
-fn the_tests_that_are_named_exist() {
+fn named_tests_exist() {
     let sources =
         Command::new("find").arg(root().join("tests")).args(["-maxdepth", "2", "-name", "*.rs"]).output().unwrap();
     let sources: String =
@@ -203,7 +203,7 @@ fn patches_are_json() {
 }
 
 #[test]
-fn journalctl_knows_its_options() {
+fn journalctl_options_exist() {
     if tools::on_path("journalctl").is_none() {
         return skip("journalctl is not installed, so README.md's are not run");
     }

@@ -133,7 +133,7 @@ fn replace(path: &Path, write: impl Fn(&Path)) {
 // --- trust ------------------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_policy_rewritten_after_staging_is_verified_against_before_the_drain() {
+async fn image_is_verified_against_a_policy_rewritten_after_staging() {
     let held = Held::new().await;
     let files = held.files();
     files.stranger().write(&files.policy()).unwrap();
@@ -143,7 +143,7 @@ async fn a_policy_rewritten_after_staging_is_verified_against_before_the_drain()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_policy_replaced_with_its_old_time_is_noticed() {
+async fn policy_replaced_with_its_old_mtime_is_noticed() {
     let held = Held::new().await;
     let files = held.files();
     replace(&files.policy(), |new| files.stranger().write(new).unwrap());
@@ -153,7 +153,7 @@ async fn a_policy_replaced_with_its_old_time_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_file_replaced_with_its_old_time_is_noticed() {
+async fn key_file_replaced_with_its_old_mtime_is_noticed() {
     let held = Held::new().await;
     replace(&held.world.path().join("os.pub"), |new| Signer::generate(KeyKind::P256).write_public(new).unwrap());
     held.go_on();
@@ -162,7 +162,7 @@ async fn a_key_file_replaced_with_its_old_time_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn registries_d_that_changes_is_noticed() {
+async fn changed_file_in_registries_d_is_noticed() {
     let held = Held::new().await;
     let files = held.files();
     let directory = files.path.join("containers/registries.d");
@@ -175,7 +175,7 @@ async fn registries_d_that_changes_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_added_to_registries_d_is_noticed() {
+async fn new_file_in_registries_d_is_noticed() {
     let held = Held::new().await;
     let files = held.files();
     let more = files.path.join("containers/registries.d/more.yaml");
@@ -200,17 +200,17 @@ async fn key_changes_at(choose: impl Fn(&Event) -> bool + Send + Sync + 'static)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_changes_during_the_drain_gives_the_node_back() {
+async fn key_changed_during_the_drain_uncordons_the_node() {
     key_changes_at(|event| wrote(event, &format!("{PREFIX}desiredDrain"), "drain-")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_changes_just_before_the_reboot_is_seen_in_the_last_look() {
+async fn key_changed_just_before_the_reboot_stops_it() {
     key_changes_at(|event| wrote(event, ATTEMPT, "{")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn files_replaced_by_their_like_are_verified_against_and_the_update_goes_on() {
+async fn identical_replacement_files_cause_one_more_verification() {
     let held = Held::new().await;
     for path in [held.files().policy(), held.world.path().join("os.pub")] {
         let bytes = fs::read(&path).unwrap();
@@ -224,7 +224,7 @@ async fn files_replaced_by_their_like_are_verified_against_and_the_update_goes_o
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signed_image_from_before_the_floor_is_refused() {
+async fn signed_image_created_before_the_floor_is_refused() {
     // The registry's images say that they were created in 1970; what runs already is not judged by its age.
     let floor = "2026-11-01T00:00:00.5+01:00";
     let world = settled(&[("REBASE_AGENT_MINIMUM_CREATED", floor)]).await;
@@ -241,7 +241,7 @@ async fn a_signed_image_from_before_the_floor_is_refused() {
 // --- deployments ------------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_person_dropped_is_staged_again_before_the_drain() {
+async fn stage_dropped_by_hand_is_staged_again_before_the_drain() {
     let held = Held::new().await;
     held.world.machine.sysroot().drop_staged().unwrap();
     held.go_on();
@@ -250,7 +250,7 @@ async fn what_a_person_dropped_is_staged_again_before_the_drain() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_person_staged_instead_is_dropped_before_the_drain() {
+async fn foreign_stage_is_replaced_before_the_drain() {
     let held = Held::new().await;
     let other = held.world.signed("9").await.unwrap();
     let typed = format!("ostree-unverified-registry:{}", other.pullspec());

@@ -101,7 +101,7 @@ fn directives(text: &str) -> Vec<(String, String, String)> {
 }
 
 #[test]
-fn the_unit_is_the_reviewed_one() {
+fn unit_has_exactly_the_reviewed_directives() {
     let unit = directives(&read("systemd/rebase-agent.service"));
     let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
     for directive in UNIT {
@@ -195,7 +195,7 @@ const STATUS: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn the_units_of_bootc_are_the_reviewed_ones() {
+fn bootc_units_have_exactly_the_reviewed_directives() {
     let signed: Vec<_> = SWITCH
         .iter()
         .map(|directive| SIGNED.iter().find(|other| other.1 == directive.1).unwrap_or(directive))
@@ -225,7 +225,7 @@ fn the_units_of_bootc_are_the_reviewed_ones() {
 
 /// The real sed, on what a file of MCO's could have in it.
 #[test]
-fn only_the_proxys_variables_reach_bootc() {
+fn only_proxy_variables_reach_bootc() {
     let directory = tempfile::tempdir().unwrap();
     let (from, to) = (directory.path().join("from.env"), directory.path().join("to.env"));
     let script =
@@ -248,7 +248,7 @@ fn only_the_proxys_variables_reach_bootc() {
 }
 
 #[test]
-fn systemd_accepts_the_units_of_bootc() {
+fn systemd_accepts_the_bootc_units() {
     if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
         return skip("systemd-analyze is not installed, so systemd does not check bootc's units");
     }
@@ -274,7 +274,7 @@ fn systemd_accepts_the_units_of_bootc() {
 
 /// What systemd itself makes of instances, read from a manager that loads units and starts none.
 #[test]
-fn an_instance_is_one_argument_and_nothing_else() {
+fn instance_name_is_exactly_one_argument() {
     const SYSTEMD: &str = "/usr/lib/systemd/systemd";
     if !Path::new(SYSTEMD).exists() {
         return skip("systemd is not installed, so it does not read the instances");
@@ -323,7 +323,7 @@ fn an_instance_is_one_argument_and_nothing_else() {
 }
 
 #[test]
-fn the_command_in_the_unit_is_one_of_the_agent() {
+fn unit_runs_a_command_of_the_agent() {
     let unit = read("systemd/rebase-agent.service");
     let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/rebase-agent ")).unwrap();
     let help = run(Command::new(AGENT).args(command.split(' ')).arg("--help"));
@@ -331,7 +331,7 @@ fn the_command_in_the_unit_is_one_of_the_agent() {
 }
 
 #[test]
-fn preset_and_tmpfiles_name_what_exists() {
+fn preset_and_tmpfiles_name_existing_files() {
     let lines = |path: &str| -> Vec<String> {
         read(path).lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
     };
@@ -356,7 +356,7 @@ fn preset_and_tmpfiles_name_what_exists() {
 }
 
 #[test]
-fn the_readme_names_every_option() {
+fn readme_names_every_option() {
     let mut named = BTreeSet::new();
     for command in ["run", "status", "explain", "verify"] {
         let help = run(Command::new(AGENT).args([command, "--help"]));
@@ -451,7 +451,7 @@ fn is_table(heading: &str, rows: impl Iterator<Item = String>) {
 }
 
 #[test]
-fn the_readme_has_the_rules() {
+fn readme_has_the_rules() {
     is_table(
         "| rule | when | then | state |",
         Rule::ALL.iter().map(|rule| {
@@ -462,7 +462,7 @@ fn the_readme_has_the_rules() {
 }
 
 #[test]
-fn the_readme_has_the_reasons() {
+fn readme_has_the_reasons() {
     is_table(
         "| reason | severity | what it means | what to do |",
         Reason::ALL.iter().map(|reason| {
@@ -473,7 +473,7 @@ fn the_readme_has_the_reasons() {
 }
 
 #[test]
-fn the_readme_names_every_message() {
+fn readme_names_every_message_id() {
     let readme = read("README.md");
     for (name, id) in id::ALL {
         assert_eq!(
@@ -485,7 +485,7 @@ fn the_readme_names_every_message() {
 }
 
 #[test]
-fn the_catalog_explains_every_message_and_no_other() {
+fn catalog_explains_exactly_the_known_message_ids() {
     let catalog = read("systemd/rebase-agent.catalog");
     let mut explained: Vec<&str> = catalog.lines().filter_map(|line| line.strip_prefix("-- ")).collect();
     let mut sent: Vec<&str> = id::ALL.iter().map(|(_, id)| *id).collect();
@@ -500,7 +500,7 @@ fn the_catalog_explains_every_message_and_no_other() {
 }
 
 #[test]
-fn journalctl_takes_the_catalog() {
+fn journalctl_accepts_the_catalog() {
     let Some(journalctl) = ["/usr/bin/journalctl", "/bin/journalctl"].into_iter().find(|path| Path::new(path).exists())
     else {
         return skip("journalctl is not installed, so it does not compile the catalog");
@@ -540,7 +540,7 @@ fn packaged() -> Vec<String> {
 }
 
 #[test]
-fn what_is_installed_is_what_is_packaged() {
+fn installed_and_packaged_files_are_the_same() {
     let destination = tempfile::tempdir().unwrap();
     let module = destination.path().join("module.pp");
     std::fs::write(&module, "").unwrap();
@@ -595,7 +595,7 @@ fn every_test_file_is_in_a_manifest() {
 }
 
 #[test]
-fn the_completion_is_of_this_command_line() {
+fn shell_completion_is_up_to_date() {
     let mut script = Vec::new();
     clap_complete::generate(clap_complete::Shell::Bash, &mut Cli::command(), "rebase-agent", &mut script);
     is_current("systemd/rebase-agent.bash", &String::from_utf8(script).unwrap());
@@ -612,7 +612,7 @@ const EXAMPLES: &[(&str, &str)] = &[
 
 /// One page for all: the program, then each command under its own heading.
 #[test]
-fn the_manual_is_of_this_command_line() {
+fn man_page_is_up_to_date() {
     let mut page = Vec::new();
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();

@@ -176,7 +176,7 @@ fn instructs(clause: &str) -> bool {
 }
 
 #[test]
-fn a_way_out_is_one_that_exists() {
+fn existing_commands_are_accepted_as_a_way_out() {
     for message in [
         "the pull failed; see `journalctl -u rpm-ostreed`",
         "x is staged: `ostree admin undeploy 0` drops it",
@@ -193,7 +193,7 @@ fn a_way_out_is_one_that_exists() {
 }
 
 #[test]
-fn a_way_out_that_does_not_exist_is_none() {
+fn commands_that_do_not_exist_are_no_way_out() {
     for (message, why) in [
         ("`nonsense` is not pinned", "names no command"),
         ("the signature is missing", "names no command"),
@@ -215,7 +215,7 @@ fn a_way_out_that_does_not_exist_is_none() {
 
 /// Also where no case and no walk comes along: in every message of the source, in README.md and in the catalog.
 #[test]
-fn every_command_that_is_written_down_exists() {
+fn every_command_in_messages_and_documents_exists() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = vec![root.join("README.md"), root.join("systemd/rebase-agent.catalog")];
     let mut directories = vec![root.join("src")];

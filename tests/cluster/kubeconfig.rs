@@ -69,7 +69,7 @@ fn rsa() -> PKey<Private> {
 }
 
 #[tokio::test]
-async fn keys_of_every_kind_inline_and_in_files() {
+async fn keys_of_every_type_work_inline_and_in_files() {
     let stage = Stage::new();
     let rsa = rsa();
     let rsa_certificate = stage.pki.client_certificate(&rsa, USER, &["system:nodes"], -60, 600);
@@ -95,7 +95,7 @@ async fn keys_of_every_kind_inline_and_in_files() {
 }
 
 #[tokio::test]
-async fn authorities_inline_in_files_relative_and_several() {
+async fn authorities_work_inline_in_relative_files_and_as_bundles() {
     let stage = Stage::new();
     let user = stage.user();
     let bundle = format!("# old\n{}# new\n{}", Pki::new().ca_pem(), stage.pki.ca_pem());
@@ -122,7 +122,7 @@ async fn authorities_inline_in_files_relative_and_several() {
 }
 
 #[tokio::test]
-async fn tokens_need_a_node_name_and_are_read_anew() {
+async fn tokens_need_a_node_name_and_are_read_for_each_request() {
     let stage = Stage::new();
     stage.store.accept_token("one", "system:serviceaccount:x:agent", &["system:masters"]);
     let inline = yaml(&stage.cluster(""), "token: one");
@@ -163,7 +163,7 @@ async fn node_name_and_certificate_must_agree() {
 }
 
 #[tokio::test]
-async fn tls_server_name_is_what_the_certificate_must_say() {
+async fn certificate_must_name_the_tls_server_name() {
     let stage = Stage::new();
     let user = stage.user();
     let named = |name: &str| yaml(&stage.cluster(&format!("tls-server-name: {name}")), &user);
@@ -179,7 +179,7 @@ async fn tls_server_name_is_what_the_certificate_must_say() {
 
 /// The server was reached: what is said is about its certificate and the clocks, never about the network.
 #[tokio::test]
-async fn what_is_wrong_with_the_servers_certificate_is_told() {
+async fn server_certificate_faults_are_reported() {
     const DAY: i64 = 24 * 3600;
     let stage = Stage::new();
     let good = yaml(&stage.cluster(""), &stage.user());
@@ -201,7 +201,7 @@ async fn what_is_wrong_with_the_servers_certificate_is_told() {
 }
 
 #[tokio::test]
-async fn own_expired_certificate_is_told_inline_and_in_a_file() {
+async fn own_expired_certificate_is_reported_inline_and_in_a_file() {
     let stage = Stage::new();
     let pem = stage.pki.kubelet_pem_valid(NODE, -7200, -3600);
     let (file, inline) = (stage.put("old.pem", &pem), encode_block(pem.as_bytes()));
@@ -269,7 +269,7 @@ async fn proxy_variables_are_ignored() {
 }
 
 #[tokio::test]
-async fn what_is_not_supported_is_refused_by_name() {
+async fn unsupported_fields_are_refused_by_name() {
     let stage = Stage::new();
     let user = stage.user();
     let good = stage.cluster("");
@@ -316,7 +316,7 @@ async fn certificate_and_key_must_be_readable_and_belong_together() {
 }
 
 #[tokio::test]
-async fn hostile_files_are_refused_quickly_and_quietly() {
+async fn hostile_files_are_refused_quickly_and_without_their_content() {
     let stage = Stage::new();
     let good = yaml(&stage.cluster(""), &stage.user());
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
@@ -349,7 +349,7 @@ async fn hostile_files_are_refused_quickly_and_quietly() {
 }
 
 #[tokio::test]
-async fn errors_tell_no_secrets() {
+async fn errors_contain_no_secrets() {
     let stage = Stage::new();
     for (what, user) in [
         ("broken line", "token: s3cret-s3cret\n: : :"),
@@ -366,7 +366,7 @@ async fn errors_tell_no_secrets() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn certificate_flipped_while_it_is_read_is_one_or_the_other() {
+async fn certificate_replaced_during_the_read_is_the_old_or_the_new_one() {
     let stage = Stage::new();
     let pair = [stage.pki.kubelet_pem(NODE), stage.pki.kubelet_pem(NODE)];
     let files = [stage.put("a.pem", &pair[0]), stage.put("b.pem", &pair[1])];

@@ -30,7 +30,7 @@ impl Stage {
 }
 
 #[tokio::test]
-async fn only_annotations_under_the_uid_and_our_name() {
+async fn patch_has_only_annotations_with_uid_and_field_manager() {
     let stage = Stage::new();
     let api = stage.api();
     let node = api.metadata().await.unwrap().0;
@@ -49,7 +49,7 @@ async fn only_annotations_under_the_uid_and_our_name() {
 }
 
 #[tokio::test]
-async fn lost_reply_is_made_good_by_the_same_patch() {
+async fn lost_reply_is_repaired_by_the_same_patch() {
     let stage = Stage::new();
     let api = stage.api();
     let node = api.metadata().await.unwrap().0;
@@ -66,7 +66,7 @@ async fn lost_reply_is_made_good_by_the_same_patch() {
 }
 
 #[tokio::test]
-async fn patch_for_a_node_that_was_replaced_lands_nowhere() {
+async fn patch_for_a_replaced_node_changes_nothing() {
     let stage = Stage::new();
     let api = stage.api();
     let old = api.metadata().await.unwrap().0;
@@ -83,7 +83,7 @@ async fn patch_for_a_node_that_was_replaced_lands_nowhere() {
 }
 
 #[tokio::test]
-async fn annotations_that_are_full_refuse_more() {
+async fn full_annotations_refuse_more() {
     let stage = Stage::new();
     let api = stage.api();
     let node = api.metadata().await.unwrap().0;
@@ -95,7 +95,7 @@ async fn annotations_that_are_full_refuse_more() {
 }
 
 #[tokio::test]
-async fn refusals_are_told_apart() {
+async fn refusals_have_different_reasons() {
     let stage = Stage::new();
     let api = stage.api();
     let node = api.metadata().await.unwrap().0;
@@ -130,7 +130,7 @@ async fn refusals_are_told_apart() {
 }
 
 #[tokio::test]
-async fn nonsensical_retry_after_is_not_believed() {
+async fn nonsensical_retry_after_is_ignored() {
     let stage = Stage::new();
     let api = stage.api();
     for (asked, believed) in [(7, 7), (u32::MAX, 600)] {
@@ -141,7 +141,7 @@ async fn nonsensical_retry_after_is_not_believed() {
 }
 
 #[tokio::test]
-async fn annotations_are_bounded_and_never_raw() {
+async fn annotations_are_bounded_and_escaped() {
     let stage = Stage::new();
     let api = stage.api();
     let long = "x".repeat(200 * 1024);
@@ -204,7 +204,7 @@ async fn whole_node_that_is_too_large_has_its_own_reason() {
 }
 
 #[tokio::test]
-async fn time_is_the_servers_own() {
+async fn time_is_that_of_the_server() {
     let stage = Stage::new();
     let api = stage.api();
     assert_eq!(api.time(), None);
@@ -218,7 +218,7 @@ async fn time_is_the_servers_own() {
 }
 
 #[tokio::test]
-async fn other_daemons_are_known_by_what_they_write_after_us() {
+async fn other_daemons_are_recognized_by_later_writes() {
     let stage = Stage::new();
     let api = stage.api();
     let node = api.metadata().await.unwrap().0;

@@ -21,7 +21,7 @@ fn status(code: u16) -> Fault {
 }
 
 #[tokio::test]
-async fn one_read_and_one_watch_tell_every_change() {
+async fn one_read_and_one_watch_report_every_change() {
     let stage = Stage::new();
     stage.store.set_bookmarks(Duration::from_millis(50));
     let mut following = stage.follow(MINUTE);
@@ -52,7 +52,7 @@ async fn clean_end_is_followed_by_a_read() {
 }
 
 #[tokio::test]
-async fn expired_versions_are_read_anew() {
+async fn expired_version_causes_a_new_read() {
     for expired in [Expired::Event, Expired::Response] {
         let stage = Stage::new();
         stage.store.set_expired(expired);
@@ -67,7 +67,7 @@ async fn expired_versions_are_read_anew() {
 }
 
 #[tokio::test]
-async fn watches_that_break_or_lie_are_left() {
+async fn broken_and_invalid_watches_are_closed() {
     let huge = "x".repeat(5 << 20);
     let foreign = r#"{"type":"MODIFIED","object":{"metadata":{"name":"x","uid":"u","resourceVersion":"9"}}}"#;
     let mut tasks = Vec::new();
@@ -131,7 +131,7 @@ async fn idle_node_in_a_busy_cluster_keeps_its_watch() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn restarted_server_without_history_is_watched_at_once() {
+async fn server_restarted_without_history_is_watched_at_once() {
     let stage = Stage::new();
     let mut following = stage.follow(Duration::from_secs(300));
     following.node("the first read", |_| true).await;
@@ -149,7 +149,7 @@ async fn restarted_server_without_history_is_watched_at_once() {
 
 /// With etcd 3.4 the only bookmark comes about 2 s before the end.
 #[tokio::test(start_paused = true)]
-async fn silence_within_a_watchs_own_time_is_no_fault() {
+async fn silence_within_a_watchs_timeout_is_no_fault() {
     let stage = Stage::new();
     stage.store.set_bookmarks(None);
     let mut following = stage.follow(Duration::from_secs(300));
@@ -164,7 +164,7 @@ async fn silence_within_a_watchs_own_time_is_no_fault() {
 
 /// A watch from a version that the server does not have yet is silent as well.
 #[tokio::test(start_paused = true)]
-async fn mute_watch_is_left_at_its_end() {
+async fn silent_watch_is_closed_after_its_timeout() {
     let stage = Stage::new();
     let mut following = stage.follow(Duration::from_secs(300));
     following.node("the first read", |_| true).await;
@@ -183,7 +183,7 @@ async fn mute_watch_is_left_at_its_end() {
 }
 
 #[tokio::test]
-async fn hanging_server_is_left_in_bounded_time() {
+async fn hanging_requests_end_in_bounded_time() {
     for scope in [Scope::Read, Scope::Watch] {
         let stage = Stage::new();
         stage.store.inject(scope, 1, Fault::Hang);
@@ -198,7 +198,7 @@ async fn hanging_server_is_left_in_bounded_time() {
 }
 
 #[tokio::test]
-async fn frozen_watches_leave_the_poll() {
+async fn poll_notices_changes_while_watches_are_frozen() {
     let stage = Stage::new();
     stage.store.freeze_watches(true);
     let timing = Timing { grace: Duration::from_millis(200), ..quick() };
@@ -213,7 +213,7 @@ async fn frozen_watches_leave_the_poll() {
 }
 
 #[tokio::test]
-async fn forbidden_watch_leaves_the_poll() {
+async fn poll_notices_changes_while_the_watch_is_forbidden() {
     let stage = Stage::new();
     stage.store.inject(Scope::Watch, 1000, status(403));
     let mut following = stage.follow(Duration::from_secs(1));
@@ -228,7 +228,7 @@ async fn forbidden_watch_leaves_the_poll() {
 }
 
 #[tokio::test]
-async fn nothing_loops_hot() {
+async fn server_faults_cause_only_a_handful_of_requests() {
     // Whatever the server does, five seconds of it are a handful of requests.
     let mut tasks = Vec::new();
     for (scope, fault) in [
@@ -262,7 +262,7 @@ async fn nothing_loops_hot() {
 }
 
 #[tokio::test]
-async fn certificate_rotated_while_watching() {
+async fn watch_survives_a_rotated_certificate() {
     let stage = Stage::new();
     let mut following = stage.follow(MINUTE);
     stage.watched().await;
@@ -281,7 +281,7 @@ async fn certificate_rotated_while_watching() {
 }
 
 #[tokio::test]
-async fn expired_certificate_is_told_and_made_good_by_a_new_one() {
+async fn expired_certificate_is_reported_until_it_is_replaced() {
     let stage = Stage::new();
     stage.write(&stage.pki, &stage.pki.kubelet_pem_valid(NODE, -7200, -3600));
     let mut following = stage.follow(MINUTE);
@@ -297,7 +297,7 @@ async fn expired_certificate_is_told_and_made_good_by_a_new_one() {
 }
 
 #[tokio::test]
-async fn authority_rotated_while_watching() {
+async fn watch_survives_a_rotated_authority() {
     let stage = Stage::new();
     let mut following = stage.follow(MINUTE);
     stage.watched().await;
@@ -329,7 +329,7 @@ async fn retry_after_is_honoured() {
 }
 
 #[tokio::test]
-async fn forbidden_everything_is_told_and_asked_again() {
+async fn forbidden_requests_are_reported_and_retried() {
     let stage = Stage::new();
     // As a restarted API server answers until it has read its roles.
     stage.store.inject(Scope::Any, 2, status(403));
@@ -342,7 +342,7 @@ async fn forbidden_everything_is_told_and_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_hour_without_server() {
+async fn hour_without_an_api_server_is_survived() {
     let stage = Stage::new();
     stage.server.stop().await;
     let mut following = stage.follow(Duration::from_secs(300));
@@ -361,7 +361,7 @@ async fn an_hour_without_server() {
 }
 
 #[tokio::test]
-async fn deleted_and_created_anew() {
+async fn recreated_node_is_followed() {
     let stage = Stage::new();
     let mut following = stage.follow(MINUTE);
     let old = following.node("the Node", |_| true).await;
@@ -375,7 +375,7 @@ async fn deleted_and_created_anew() {
 }
 
 #[tokio::test]
-async fn restored_database_is_believed() {
+async fn restored_database_is_followed() {
     let stage = Stage::new();
     stage.annotate("state", "Done");
     let backup = stage.store.backup();
@@ -398,7 +398,7 @@ async fn restored_database_is_believed() {
 }
 
 #[tokio::test]
-async fn late_event_does_not_undo_a_reply() {
+async fn late_event_does_not_overwrite_a_newer_reply() {
     let stage = Stage::new();
     let mut following = stage.follow(MINUTE);
     let first = following.node("the Node", |_| true).await;

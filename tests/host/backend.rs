@@ -8,7 +8,7 @@ use support::machine::HostTools;
 use crate::lab::Lab;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_there_is_used() {
+async fn installed_host_tool_is_used() {
     for (tools, backend, why) in [
         (HostTools::RpmOstree, Backend::RpmOstree, "on the system bus"),
         (HostTools::Bootc, Backend::Bootc, "rpm-ostree is not on the system bus"),
@@ -23,7 +23,7 @@ async fn what_is_there_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_that_is_masked_is_not_there() {
+async fn masked_daemon_counts_as_absent() {
     let lab = Lab::with(HostTools::Both, false).await;
     lab.machine.systemd().update("rpm-ostreed.service", |unit| "masked".clone_into(&mut unit.load));
     assert_eq!(lab.host.backend().await.unwrap().backend, Backend::Bootc);
@@ -31,7 +31,7 @@ async fn a_daemon_that_is_masked_is_not_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_asked_for_is_used() {
+async fn configured_host_tool_is_used() {
     let lab = Lab::with(HostTools::Both, false).await;
     let host = lab.host.clone().with_backend(Some(Backend::Bootc));
     let (rpm_ostree, bootc) = (lab.read().await, host.read().await.unwrap());
@@ -47,7 +47,7 @@ async fn what_was_asked_for_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_without_either_says_what_is_missing() {
+async fn host_without_either_tool_reports_what_is_missing() {
     let lab = Lab::with(HostTools::Bootc, false).await;
     lab.machine.systemd().set(STATUS_UNIT, "inactive", "dead");
     let error = lab.host.read().await.unwrap_err();
@@ -65,7 +65,7 @@ async fn a_host_without_either_says_what_is_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hosts_that_nobody_can_change_are_told_apart() {
+async fn unsupported_hosts_are_distinguished() {
     let lab = Lab::with(HostTools::Bootc, false).await;
     let root = lab.machine.root();
     std::fs::remove_file(root.join("run/ostree-booted")).unwrap();

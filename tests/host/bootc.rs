@@ -35,7 +35,7 @@ fn another(lab: &Lab) -> Host {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_unit_stages() {
+async fn unit_stages_the_image() {
     let lab = lab().await;
     let seen = lab.record();
     let (_never, mut cancel) = never();
@@ -61,7 +61,7 @@ async fn a_unit_stages() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signed_origin_stays_one_where_the_policy_admits_it() {
+async fn signed_origin_is_kept_where_the_policy_allows() {
     let lab = Lab::with(HostTools::Bootc, true).await;
     let signature = |part: &str| lab.machine.bootc().status()["status"][part]["image"]["image"]["signature"].clone();
     assert_eq!(signature("booted"), "containerPolicy");
@@ -74,7 +74,7 @@ async fn a_signed_origin_stays_one_where_the_policy_admits_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_exit_code_is_not_the_verdict() {
+async fn deployments_decide_and_not_the_exit_code() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
     // 0, and nothing done.
@@ -90,7 +90,7 @@ async fn the_exit_code_is_not_the_verdict() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_name_the_journal_that_has_their_words() {
+async fn failures_name_the_journal_of_the_unit() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
     for (result, reason) in [("exit-code", Reason::StageFailed), ("timeout", Reason::DeadlineExceeded)] {
@@ -109,7 +109,7 @@ async fn failures_name_the_journal_that_has_their_words() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn jobs_that_end_in_other_ways_are_told() {
+async fn unusual_job_results_are_reported() {
     let lab = lab().await;
     let name = plain(&lab, "2");
     for result in ["canceled", "dependency", "timeout", "frozen"] {
@@ -132,7 +132,7 @@ async fn jobs_that_end_in_other_ways_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restarted_agent_finds_the_running_unit_and_waits() {
+async fn restarted_agent_awaits_the_running_unit() {
     let lab = lab().await;
     let seen = lab.record();
     lab.machine.bootc().hang();
@@ -159,7 +159,7 @@ async fn a_restarted_agent_finds_the_running_unit_and_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_it_runs_the_last_answer_stands() {
+async fn last_status_is_kept_while_the_switch_runs() {
     let lab = lab().await;
     let before = lab.read().await.deployments;
     lab.machine.bootc().hang();
@@ -175,7 +175,7 @@ async fn while_it_runs_the_last_answer_stands() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_obsolete_is_stopped() {
+async fn obsolete_switch_is_stopped() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
     // By the one who waits for it.
@@ -202,7 +202,7 @@ async fn what_is_obsolete_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_end_that_nobody_tells_is_noticed() {
+async fn end_of_the_job_without_a_signal_is_noticed() {
     let lab = lab().await;
     lab.machine.systemd().lose_signals(true);
     let host = lab.hasty(|deadlines| deadlines.look = Duration::from_millis(200));
@@ -214,7 +214,7 @@ async fn an_end_that_nobody_tells_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_an_operator_stops_is_cancelled_and_tried_again_in_time() {
+async fn switch_stopped_by_an_operator_is_retried_later() {
     let lab = lab().await;
     lab.machine.bootc().hang();
     let (host, image) = (lab.host.clone(), lab.verified("2"));
@@ -236,7 +236,7 @@ async fn what_an_operator_stops_is_cancelled_and_tried_again_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_switch_that_never_ends_is_stopped() {
+async fn switch_that_never_ends_is_stopped() {
     let lab = lab().await;
     lab.machine.bootc().hang();
     let host = lab.hasty(|deadlines| deadlines.whole = Duration::from_millis(1500));
@@ -247,7 +247,7 @@ async fn a_switch_that_never_ends_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_that_somebody_holds_is_seen_and_not_waited_for() {
+async fn held_lock_is_reported_and_not_awaited() {
     let lab = lab().await;
     lab.read().await;
     let moment = Duration::from_millis(300);
@@ -279,7 +279,7 @@ async fn a_lock_that_somebody_holds_is_seen_and_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_that_is_taken_under_the_switch_is_waited_for() {
+async fn lock_taken_during_the_switch_is_awaited() {
     let lab = lab().await;
     let seen = lab.record();
     let sysroot = lab.machine.sysroot();
@@ -300,7 +300,7 @@ async fn a_lock_that_is_taken_under_the_switch_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn status_that_makes_no_sense_is_told() {
+async fn unusable_bootc_status_is_reported() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
     bootc.mute(true);
@@ -334,7 +334,7 @@ async fn status_that_makes_no_sense_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn layered_packages_are_never_dropped_in_silence() {
+async fn layered_packages_are_never_dropped_silently() {
     let lab = lab().await;
     lab.machine.sysroot().layer_packages(&["vim"]).unwrap();
     let seen = lab.record();
@@ -345,7 +345,7 @@ async fn layered_packages_are_never_dropped_in_silence() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_bootc_cannot_do_is_refused_by_name() {
+async fn operations_that_bootc_lacks_are_refused_by_name() {
     let lab = lab().await;
     let seen = lab.record();
     let (_never, mut cancel) = never();
@@ -363,7 +363,7 @@ async fn what_bootc_cannot_do_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_others_staged_or_turned_around_is_seen_and_staged_over() {
+async fn foreign_stage_and_queued_rollback_are_staged_over() {
     let lab = Lab::with(HostTools::Both, false).await;
     let host = lab.host.clone().with_backend(Some(rebase_agent::model::Backend::Bootc));
     lab.machine.human_stage(&lab.typed("3")).await.unwrap();

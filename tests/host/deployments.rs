@@ -44,7 +44,7 @@ async fn missing_and_mistyped_keys_count_as_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stateroots_pins_layers_and_digests_are_told_apart() {
+async fn stateroots_pins_layers_and_digests_are_distinguished() {
     let lab = Lab::new().await;
     let digest = format!("sha256:{HEX}");
     let layered = entry("rhcos-abc.2", vec![("requested-packages", vec!["vim"].into()), ("booted", true.into())]);
@@ -75,7 +75,7 @@ async fn stateroots_pins_layers_and_digests_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_index_is_recognized_by_its_instance() {
+async fn index_is_recognized_by_its_instance() {
     let lab = Lab::new().await;
     lab.stage("index").await.unwrap();
     let image = lab.verified("index");
@@ -111,7 +111,7 @@ async fn ten_megabytes_of_metadata_and_two_hundred_deployments_are_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn zero_deployments_and_no_booted_one() {
+async fn host_may_have_no_deployments_or_no_booted_one() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     daemon.show("Deployments", Vec::<Dict>::new());
@@ -124,7 +124,7 @@ async fn zero_deployments_and_no_booted_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn garbage_types_confuse_and_nothing_else() {
+async fn values_of_a_wrong_type_are_reported_as_host_confused() {
     for (property, value) in [
         ("Deployments", Variant::from("none")),
         ("Deployments", Variant::from(vec![1_u32])),
@@ -147,7 +147,7 @@ async fn garbage_types_confuse_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn wanted_arguments_may_be_missing_huge_or_no_json() {
+async fn demanded_arguments_may_be_missing_huge_or_malformed() {
     let lab = Lab::new().await;
     let booted = lab.machine.booted().unwrap();
     let path = lab.machine.sysroot().tree(&booted).join("usr/etc/machine-config-daemon/currentconfig");
@@ -170,7 +170,7 @@ async fn wanted_arguments_may_be_missing_huge_or_no_json() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_locked_staged_deployment_is_shown_and_staged_over() {
+async fn locked_stage_is_reported_and_staged_over() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().human_stage_locked(&lab.typed("2")).await.unwrap();
     lab.idle().await;
@@ -183,7 +183,7 @@ async fn a_locked_staged_deployment_is_shown_and_staged_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_first_in_boot_order_is_told_and_dropped() {
+async fn pending_deployment_first_in_boot_order_is_reported_and_dropped() {
     let lab = Lab::new().await;
     let (_never, mut cancel) = crate::lab::never();
     lab.stage("2").await.unwrap();

@@ -51,7 +51,7 @@ async fn failures_of_a_real_pull_are_classified() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_that_are_only_told_are_classified() {
+async fn failures_known_only_by_their_text_are_classified() {
     let lab = Lab::new().await;
     let twice = "Creating importer: failed to invoke method OpenImage: failed to invoke method OpenImage: ";
     for (text, reason) in [

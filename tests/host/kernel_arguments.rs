@@ -63,7 +63,7 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
 /// `ostree admin deploy --stage` leaves the note without arguments. The host stays readable, and what cannot be edited
 /// is dropped to be staged again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_staged_deployment_without_options_hides_nothing() {
+async fn staged_deployment_without_options_does_not_hide_the_others() {
     let lab = Lab::new().await;
     lab.stage("3").await.unwrap();
     lab.machine.sysroot().forget_staged_arguments().unwrap();

@@ -9,7 +9,7 @@ use support::logind::Inhibitor;
 use crate::lab::Lab;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reboot_is_announced_and_repeating_it_is_success() {
+async fn reboot_is_announced_and_may_be_repeated() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
     // The machine itself stays up, to be asked again.
@@ -26,7 +26,7 @@ async fn a_reboot_is_announced_and_repeating_it_is_success() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_suspend_in_progress_is_no_reboot() {
+async fn running_suspend_is_not_a_reboot() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
     logind.on_reboot(|| {});
@@ -42,7 +42,7 @@ async fn a_suspend_in_progress_is_no_reboot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_reply_of_an_accepted_reboot_is_success() {
+async fn lost_reply_of_an_accepted_reboot_is_success() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
     logind.on_reboot(|| {});
@@ -53,7 +53,7 @@ async fn a_lost_reply_of_an_accepted_reboot_is_success() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn inhibitors_bind_with_either_semantics() {
+async fn inhibitors_apply_with_either_semantics() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
     logind.on_reboot(|| {});
@@ -78,7 +78,7 @@ async fn inhibitors_bind_with_either_semantics() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refused_reboot_is_told_apart_from_a_silent_logind() {
+async fn refused_reboot_and_silent_logind_are_distinguished() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
     for name in [

@@ -19,7 +19,7 @@ fn requested(event: &Event, wanted: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn staging_tells_its_progress_and_frees_the_daemon_at_once() {
+async fn staging_reports_progress_and_releases_the_daemon_at_once() {
     let lab = Lab::new().await;
     let seen = lab.record();
     let (_never, mut cancel) = never();
@@ -39,7 +39,7 @@ async fn staging_tells_its_progress_and_frees_the_daemon_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn signals_before_the_reply_to_start_are_heard_and_strangers_are_not() {
+async fn signals_before_the_reply_to_start_count_and_foreign_ones_do_not() {
     let lab = Lab::new().await;
     // More than a client's queue holds; after them a `Finished` of another interface.
     lab.machine.rpm_ostreed().chatter(500);
@@ -48,7 +48,7 @@ async fn signals_before_the_reply_to_start_are_heard_and_strangers_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_lock_of_another_tool_is_busy_by_its_name() {
+async fn busy_error_names_the_tool_that_holds_the_lock() {
     let lab = Lab::new().await;
     lab.machine.sysroot().set_locked(true);
     let error = lab.stage("2").await.unwrap_err();
@@ -58,7 +58,7 @@ async fn the_lock_of_another_tool_is_busy_by_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_transaction_of_somebody_else_is_told_and_not_touched() {
+async fn foreign_transaction_is_reported_and_not_touched() {
     let lab = Lab::new().await;
     let foreign = lab.machine.rpm_ostreed().foreign("upgrade\u{1b}[2J").await.unwrap();
     let active = lab.read().await.transaction.unwrap();
@@ -96,7 +96,7 @@ async fn client(lab: &Lab) -> zbus::Connection {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_client_never_starts_is_told_and_not_waited_for() {
+async fn transaction_that_is_never_started_is_reported_and_not_awaited() {
     let lab = Lab::new().await;
     let other = client(&lab).await;
     request(&lab, &other, "2", "rpm-ostree rebase").await;
@@ -112,7 +112,7 @@ async fn what_another_client_never_starts_is_told_and_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn identical_calls_join() {
+async fn identical_rebase_calls_join_one_transaction() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     let seen = lab.record();
@@ -141,7 +141,7 @@ async fn identical_calls_join() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restarted_agent_attaches_to_its_transaction_even_late() {
+async fn restarted_agent_attaches_to_its_transaction_at_any_point() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     let seen = lab.record();
@@ -175,7 +175,7 @@ async fn a_restarted_agent_attaches_to_its_transaction_even_late() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_reply_takes_the_transaction_back() {
+async fn lost_reply_cancels_the_transaction() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().lose_reply();
     let host = lab.hasty(|deadlines| deadlines.reply = Duration::from_secs(1));
@@ -186,7 +186,7 @@ async fn a_lost_reply_takes_the_transaction_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waiting_for_the_reply_can_be_cancelled() {
+async fn wait_for_the_reply_can_be_cancelled() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().lose_reply();
     let (sender, mut cancel) = watch::channel(false);
@@ -199,7 +199,7 @@ async fn waiting_for_the_reply_can_be_cancelled() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn idle_exit_on_the_first_call_is_tried_again() {
+async fn call_is_retried_after_an_idle_exit() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     daemon.start().await.unwrap();
@@ -210,7 +210,7 @@ async fn idle_exit_on_the_first_call_is_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_that_dies_each_time_is_named_with_its_journal() {
+async fn error_of_a_daemon_that_keeps_dying_names_its_journal() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().crash_on_calls(4);
     let error = lab.host.read().await.unwrap_err();
@@ -224,7 +224,7 @@ async fn a_daemon_that_dies_each_time_is_named_with_its_journal() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_that_loads_long_is_waited_for() {
+async fn slowly_starting_daemon_is_awaited() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().set_start_delay(Duration::from_millis(1500));
     assert!(!lab.machine.rpm_ostreed().is_running());
@@ -236,7 +236,7 @@ async fn a_daemon_that_loads_long_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_gives_up_activation_is_asked_again() {
+async fn failed_bus_activation_is_retried() {
     let lab = Lab::new().await;
     let path = lab.path().join("bus.conf");
     let impatient = "<limit name=\"service_start_timeout\">500</limit></busconfig>";
@@ -249,7 +249,7 @@ async fn a_bus_that_gives_up_activation_is_asked_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_ends_between_two_calls_is_looked_at_again() {
+async fn transaction_that_ends_between_two_calls_causes_another_read() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     daemon.show_once("ActiveTransactionPath", "unix:path=/nowhere/ended");
@@ -270,7 +270,7 @@ async fn what_ends_between_two_calls_is_looked_at_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_crash_the_deployments_tell() {
+async fn deployments_show_the_result_after_a_crash() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     daemon.crash_at("Importing");
@@ -284,7 +284,7 @@ async fn after_a_crash_the_deployments_tell() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn success_without_a_change_is_no_success() {
+async fn success_without_a_new_deployment_is_an_error() {
     let lab = Lab::new().await;
     lab.machine.rpm_ostreed().no_change_next();
     let error = lab.stage("2").await.unwrap_err();
@@ -334,7 +334,7 @@ async fn equal_references_are_never_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn cancelling_ends_it_or_gives_up() {
+async fn cancel_ends_the_transaction_or_times_out() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     let begin = async |host: &rebase_agent::host::Host, image: &str| {
@@ -373,7 +373,7 @@ async fn cancelling_ends_it_or_gives_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_obsolete_transaction_of_an_earlier_run_is_cancelled() {
+async fn obsolete_transaction_of_an_earlier_run_is_cancelled() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     lab.host.cancel_transaction().await.unwrap();
@@ -407,7 +407,7 @@ async fn an_obsolete_transaction_of_an_earlier_run_is_cancelled() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silence_and_length_have_their_limits() {
+async fn silence_and_duration_of_a_transaction_are_limited() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     for shrink in [
@@ -424,7 +424,7 @@ async fn silence_and_length_have_their_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_that_is_no_local_socket_is_refused() {
+async fn transaction_address_must_be_a_local_socket() {
     let lab = Lab::new().await;
     let witness = lab.machine.root().join("witness");
     for address in [
@@ -445,7 +445,7 @@ async fn an_address_that_is_no_local_socket_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_the_deployment_that_was_meant_is_dropped() {
+async fn drop_spares_another_staged_deployment() {
     let lab = Lab::new().await;
     let (_never, mut cancel) = never();
     lab.stage("2").await.unwrap();

@@ -13,7 +13,7 @@ const FINALIZER: &str = "ostree-finalize-staged.service";
 const UPDATE: &str = "bootloader-update.service";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_may_be_removed_before_the_reply() {
+async fn job_may_be_removed_before_the_reply() {
     let lab = Lab::new().await;
     let seen = lab.record();
     for early in [true, false] {
@@ -28,7 +28,7 @@ async fn a_job_may_be_removed_before_the_reply() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn jobs_that_do_not_end_well_are_told() {
+async fn failed_jobs_are_reported() {
     let lab = Lab::new().await;
     let systemd = lab.machine.systemd();
     for result in ["failed", "timeout", "canceled", "dependency", "skipped", "frozen"] {
@@ -53,7 +53,7 @@ async fn jobs_that_do_not_end_well_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_unit_may_be_called_otherwise() {
+async fn unit_alias_is_followed() {
     let lab = Lab::new().await;
     let systemd = lab.machine.systemd();
     systemd.uninstall(UPDATE);
@@ -70,7 +70,7 @@ async fn a_unit_may_be_called_otherwise() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_start_that_never_ends_has_a_deadline() {
+async fn unit_start_has_a_deadline() {
     let lab = Lab::new().await;
     lab.machine.systemd().on_start(UPDATE, std::future::pending::<Result<(), String>>);
     let host = lab.hasty(|deadlines| deadlines.job = Duration::from_millis(300));
@@ -81,7 +81,7 @@ async fn a_start_that_never_ends_has_a_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_from_nobody_ends_no_job() {
+async fn foreign_signal_ends_no_job() {
     let lab = Lab::new().await;
     let systemd = lab.machine.systemd();
     let go = std::sync::Arc::new(tokio::sync::Notify::new());
@@ -110,7 +110,7 @@ async fn a_signal_from_nobody_ends_no_job() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn both_versions_of_systemd_are_read_alike() {
+async fn both_versions_of_systemd_are_read_the_same() {
     let lab = Lab::new().await;
     let systemd = lab.machine.systemd();
     until("kubelet", || systemd.unit("kubelet.service").unwrap().active == "active").await;
@@ -128,7 +128,7 @@ async fn both_versions_of_systemd_are_read_alike() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_is_not_there_is_told() {
+async fn missing_bus_is_reported() {
     let lab = Lab::new().await;
     let host = Host::new(Root::new(lab.machine.root()), Some("unix:path=/nowhere/bus".to_owned()));
     let reboot = host.reboot(lab.verified("2")).await;

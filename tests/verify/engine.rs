@@ -13,7 +13,7 @@ pub fn claims(version: &str, otherwise: &str) -> String {
 }
 
 #[tokio::test]
-async fn an_engine_that_does_not_enforce_is_refused() {
+async fn engine_that_does_not_enforce_is_refused() {
     let node = Node::new().await;
     // Such an engine opens even this.
     let pushed = node.push(&ImageSpec::default()).await;
@@ -45,7 +45,7 @@ async fn an_engine_that_does_not_enforce_is_refused() {
 }
 
 #[tokio::test]
-async fn an_engine_that_hangs_is_ended() {
+async fn hanging_engine_is_killed() {
     let mut tasks = JoinSet::new();
     let slow = "case \"$*\" in --version) sleep 2; echo 'skopeo version 1.18.0'; exit;; esac\nexec sleep 300";
     for (name, body, deadline, seconds) in [
@@ -70,7 +70,7 @@ async fn an_engine_that_hangs_is_ended() {
 
 /// A killed agent cannot end its engine; the kernel does.
 #[tokio::test]
-async fn the_engine_dies_with_the_agent() {
+async fn engine_dies_with_the_agent() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     node.policy(&Policy::new([node.requirement()]));
@@ -148,7 +148,7 @@ async fn engines_run_one_at_a_time() {
 
 /// A node that is out of processes says nothing of the engine.
 #[tokio::test]
-async fn a_node_that_is_short_of_something_is_tried_again() {
+async fn verification_is_retried_when_the_node_lacks_resources() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     for (name, body) in [
@@ -182,7 +182,7 @@ fn settings(node: &Node, skopeo: PathBuf, seconds: u64) -> Settings {
 }
 
 #[tokio::test]
-async fn an_engine_that_was_replaced_is_checked_again() {
+async fn replaced_engine_is_checked_again() {
     let node = Node::new().await;
     let image = reference::parse(&node.signed().await.pullspec()).unwrap();
     let (count, path) = (node.path("count"), node.path("engine"));
@@ -216,7 +216,7 @@ async fn an_engine_that_was_replaced_is_checked_again() {
 
 /// Gate and engine see the same bytes, whatever happens to the file or the descriptor in between.
 #[tokio::test]
-async fn a_policy_that_changes_meanwhile_has_no_effect() {
+async fn policy_change_does_not_affect_a_running_verification() {
     let node = Node::new().await;
     let (signed, unsigned) = (node.signed().await, node.push(&ImageSpec::new("unsigned")).await);
     let (seen, refused) = (node.path("seen"), node.path("refused"));
@@ -259,7 +259,7 @@ async fn a_policy_that_changes_meanwhile_has_no_effect() {
 
 /// The agent's confinement covers the engine; a verification leaves nothing behind.
 #[tokio::test]
-async fn the_engine_cannot_write() {
+async fn engine_cannot_write() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let (here, there) = (node.path("written"), std::env::temp_dir().join(format!("written-{}", std::process::id())));
@@ -270,7 +270,7 @@ async fn the_engine_cannot_write() {
 
 /// Variables that would change the engine or the crate that speaks to it.
 #[tokio::test]
-async fn the_agents_environment_does_not_weaken_the_engine() {
+async fn agent_environment_does_not_weaken_the_engine() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default()).await;
     let accepting = node.path("home/.config/containers/policy.json");

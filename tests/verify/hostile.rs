@@ -36,7 +36,7 @@ async fn node() -> (Node, Pushed) {
 }
 
 #[tokio::test]
-async fn every_lie_is_refused_by_its_class() {
+async fn every_false_answer_is_refused_with_its_reason() {
     use Place::{Config, Manifest, Payload, Ping, Signature};
     let (node, pushed) = node().await;
     let other = node.push(&ImageSpec::new("other")).await;
@@ -99,7 +99,7 @@ async fn every_lie_is_refused_by_its_class() {
 }
 
 #[tokio::test]
-async fn silence_ends_at_the_deadline_wherever_it_falls() {
+async fn registry_silence_ends_at_the_deadline() {
     let (node, pushed) = node().await;
     let node = Arc::new(node);
     let mut tasks = JoinSet::new();
@@ -123,7 +123,7 @@ async fn silence_ends_at_the_deadline_wherever_it_falls() {
 
 /// Its end and the silence of whoever keeps its socket are one failed verification, not the agent's end.
 #[tokio::test]
-async fn an_engine_that_dies_while_it_is_asked_is_only_a_failure() {
+async fn engine_that_dies_during_a_call_fails_only_that_verification() {
     let (node, pushed) = node().await;
     let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), Place::Config, Trick::Hang).await.unwrap();
     let asked = node.path("asked");

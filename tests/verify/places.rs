@@ -26,7 +26,7 @@ fn mirrored(mirror: &str, blocked: bool) -> String {
 }
 
 #[tokio::test]
-async fn what_the_mirror_said_counts_where_the_source_says_nothing() {
+async fn mirrors_error_counts_when_the_source_gives_none() {
     let node = Node::with(Some(Credentials::PULLER)).await;
     let pushed = node.signed().await;
     let (mirror, spec) = (pushed.repository(), format!("{CLOSED}@{}", pushed.digest));
@@ -56,7 +56,7 @@ async fn what_the_mirror_said_counts_where_the_source_says_nothing() {
 
 /// Where a signature is missing, of which kind, and of what: the engine says none of that.
 #[tokio::test]
-async fn the_place_the_kind_and_the_level_of_a_missing_signature_are_named() {
+async fn missing_signature_error_names_place_kind_and_level() {
     let node = Node::new().await;
     let source = Registry::start(&node.path("source"), node.tls.clone()).await.unwrap();
     let ca = node.path("ca");
@@ -134,7 +134,7 @@ async fn the_place_the_kind_and_the_level_of_a_missing_signature_are_named() {
 }
 
 #[tokio::test]
-async fn the_nodes_own_configuration_is_named() {
+async fn error_names_the_nodes_own_configuration() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let spec = pushed.pullspec();
@@ -175,7 +175,7 @@ async fn the_nodes_own_configuration_is_named() {
 
 /// Documents that are no OS image, however well signed.
 #[tokio::test]
-async fn what_is_no_image_is_told_and_an_image_without_history_is_one() {
+async fn artifacts_are_reported_and_images_without_history_pass() {
     let node = Node::new().await;
     let host = node.registry.host();
     let put = async |manifest: &Manifest| {
@@ -220,7 +220,7 @@ async fn what_is_no_image_is_told_and_an_image_without_history_is_one() {
 
 /// What a registry says of the image, its signature or its config, in the forms that registries are known for.
 #[tokio::test]
-async fn answers_name_what_is_missing_or_denied() {
+async fn errors_name_the_missing_or_denied_resource() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let identity = Identity::ExactRepository(pushed.repository());
@@ -252,7 +252,7 @@ async fn answers_name_what_is_missing_or_denied() {
 
 /// The identity of a signature, as the engine writes it, and what to do about it.
 #[tokio::test]
-async fn an_identity_that_does_not_match_comes_with_a_hint() {
+async fn identity_mismatch_comes_with_a_hint() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default()).await;
     let (own, host) = (pushed.repository(), node.registry.host());
@@ -281,7 +281,7 @@ async fn an_identity_that_does_not_match_comes_with_a_hint() {
 }
 
 #[tokio::test]
-async fn a_scope_that_only_looks_right_is_named() {
+async fn scope_that_does_not_match_is_named() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     for scope in [

@@ -6,7 +6,7 @@ use support::policy::RegistriesConf;
 use super::*;
 
 #[tokio::test]
-async fn what_keeps_an_image_away_is_told_apart() {
+async fn causes_of_a_failed_fetch_are_distinguished() {
     let mut node = Node::new().await;
     let pushed = node.signed().await;
     let (spec, zeros) = (pushed.pullspec(), "0".repeat(64));
@@ -112,7 +112,7 @@ async fn credentials_come_from_the_first_ostree_auth_file() {
 
 /// The CA is not what is wrong with every certificate.
 #[tokio::test]
-async fn a_registrys_certificate_is_told_by_what_is_wrong_with_it() {
+async fn faults_of_a_registry_certificate_are_distinguished() {
     const DAY: i64 = 24 * 3600;
     let node = Node::new().await;
     let pushed = node.signed().await;
@@ -217,7 +217,7 @@ async fn proxy_variables_reach_the_engine() {
 
 /// The engine asks a registry that it cannot reach without a proxy, whose URL it misreads.
 #[tokio::test]
-async fn a_proxy_that_is_none_is_named_without_its_password() {
+async fn malformed_proxy_is_named_without_its_password() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     node.policy(&Policy::new([node.requirement()]));
@@ -249,7 +249,7 @@ async fn a_proxy_that_is_none_is_named_without_its_password() {
 
 /// `registries.conf` is the node's own: the agent passes no other, and the engine does as it says.
 #[tokio::test]
-async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
+async fn policy_applies_to_the_source_name_of_mirrored_images() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let logical = "quay.test.example/team/os";
@@ -302,7 +302,7 @@ async fn mirrors_serve_but_the_policy_speaks_of_the_name() {
 /// Go's runtime asks for IPv6 by binding a port, which Landlock denies; it must go on without the answer. Only a proxy
 /// can be named by its IPv6 address.
 #[tokio::test]
-async fn the_engine_is_left_ipv6() {
+async fn engine_may_use_ipv6() {
     let node = Node::new().await;
     let Ok(listener) = tokio::net::TcpListener::bind("[::1]:0").await else {
         return support::skip::skip("this machine has no ::1");

@@ -12,7 +12,7 @@ use support::sigstore::{Authority, Leaf, Log, sign_certified, sign_keyed};
 use super::*;
 
 #[tokio::test]
-async fn a_signed_image_yields_its_facts() {
+async fn signed_image_yields_its_facts() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let facts = node.verify(&pushed.pullspec()).await.facts();
@@ -39,7 +39,7 @@ async fn a_signed_image_yields_its_facts() {
 }
 
 #[tokio::test]
-async fn refusals_are_told_apart() {
+async fn refusals_have_different_reasons() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default()).await;
     let spec = pushed.pullspec();
@@ -78,7 +78,7 @@ async fn refusals_are_told_apart() {
 
 /// What cosign 3 attaches by itself, and what is attached but not looked at, is no signature to the engine.
 #[tokio::test]
-async fn signatures_that_the_engine_does_not_see_have_a_hint() {
+async fn signatures_that_the_engine_ignores_cause_a_hint() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default()).await;
     let bundle = Blob::new(br#"{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json"}"#.to_vec());
@@ -118,7 +118,7 @@ async fn signatures_that_the_engine_does_not_see_have_a_hint() {
 }
 
 #[tokio::test]
-async fn the_identity_has_to_match_and_the_hint_knows_cosign() {
+async fn identity_mismatch_hint_knows_cosign() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default()).await;
     node.sign_as(&pushed, "a.example/os", &node.signer).await;
@@ -138,7 +138,7 @@ async fn the_identity_has_to_match_and_the_hint_knows_cosign() {
 }
 
 #[tokio::test]
-async fn every_kind_of_key_works_from_policy_and_file() {
+async fn every_key_type_works_inline_and_from_a_file() {
     let node = Node::new().await;
     for (index, kind) in KeyKind::ALL.into_iter().enumerate() {
         let signer = Signer::generate(kind);
@@ -166,7 +166,7 @@ async fn every_kind_of_key_works_from_policy_and_file() {
 }
 
 #[tokio::test]
-async fn all_requirements_of_a_scope_have_to_be_met() {
+async fn all_requirements_of_a_scope_must_be_met() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let second = Signer::generate(KeyKind::Rsa2048);
@@ -239,7 +239,7 @@ async fn fulcio_and_rekor_are_checked_offline() {
 }
 
 #[tokio::test]
-async fn an_own_authority_is_checked_offline() {
+async fn private_authority_is_checked_offline() {
     let node = Node::new().await;
     let authority = Authority::generate();
     let rule = |members: &[(&str, &str)], authority: &Authority| {
@@ -268,7 +268,7 @@ async fn an_own_authority_is_checked_offline() {
 }
 
 #[tokio::test]
-async fn a_key_whose_signatures_have_to_be_logged() {
+async fn key_with_mandatory_log_entry_is_checked() {
     let node = Node::new().await;
     let (log, other) = (Log::generate(), Log::generate());
     let key = encode_block(node.signer.public_key_pem().as_bytes());
@@ -312,7 +312,7 @@ async fn gpg_is_refused_without_scratch_space_and_works_with_it() {
 
 /// The engine checks what the reference names, nothing below it.
 #[tokio::test]
-async fn what_the_reference_names_has_to_be_signed() {
+async fn the_desired_digest_itself_must_be_signed() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default().architectures(["amd64", "arm64", "s390x"])).await;
     let own = pushed.instance_pullspec(host_architecture());
@@ -339,7 +339,7 @@ async fn what_the_reference_names_has_to_be_signed() {
 }
 
 #[tokio::test]
-async fn the_rebase_prefix_follows_the_global_default() {
+async fn rebase_prefix_follows_the_global_default() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let (host, demanded) = (node.registry.host(), [node.requirement()]);
@@ -363,7 +363,7 @@ async fn the_rebase_prefix_follows_the_global_default() {
 
 /// The pull runs the engine as a user without privileges.
 #[tokio::test]
-async fn a_key_that_the_pull_cannot_read_is_told() {
+async fn key_that_the_pull_cannot_read_is_reported() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let outcome = node.verify(&pushed.pullspec()).await;
@@ -384,7 +384,7 @@ async fn a_key_that_the_pull_cannot_read_is_told() {
 }
 
 #[tokio::test]
-async fn an_unusable_policy_says_which_file_and_why() {
+async fn unusable_policy_error_names_file_and_cause() {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let host = node.registry.host();

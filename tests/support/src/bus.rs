@@ -357,7 +357,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_bus_answers_and_dies() {
+    async fn bus_answers_and_dies() {
         let dir = tempfile::tempdir().unwrap();
         let bus = Bus::start(dir.path()).unwrap();
         let connection = bus.connect().await;

@@ -453,14 +453,14 @@ mod tests {
     }
 
     #[test]
-    fn the_same_specification_gives_the_same_digests() {
+    fn equal_image_specs_give_equal_digests() {
         let spec = ImageSpec::new("9.6.1").rendered_config("rendered-worker-0a").payload_mib(1);
         assert_eq!(spec.build().top().digest, spec.build().top().digest);
         assert_ne!(spec.build().top().digest, ImageSpec { version: "9.6.2".into(), ..spec }.build().top().digest);
     }
 
     #[test]
-    fn the_layer_holds_what_the_agent_and_the_host_look_for() {
+    fn layer_has_the_files_that_agent_and_host_read() {
         let spec = ImageSpec::new("9.6.1").rendered_config("rendered-infra-gpu-0a").kernel_arguments(["nosmt"]);
         let files = files(&spec.architectures(["amd64"]).build().blobs[0]);
         assert!(files["usr/lib/os-release"].windows(15).any(|line| line == b"VERSION=\"9.6.1\""));
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_follow_the_specification() {
+    fn labels_follow_the_image_spec() {
         let spec = ImageSpec::new("9.6.1").rendered_config("rendered-infra-gpu-0a").label("version", "other");
         let labels = spec.labels();
         assert_eq!(labels["ostree.bootable"], "1");
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn several_architectures_have_an_index() {
+    fn image_of_several_architectures_has_an_index() {
         let image = ImageSpec::default().architectures(["amd64", "arm64"]).media(Media::Docker2).build();
         let index: Value = serde_json::from_slice(&image.top().bytes).unwrap();
         assert_eq!(index["mediaType"], Media::Docker2.index());

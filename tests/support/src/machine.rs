@@ -721,7 +721,7 @@ mod tests {
     const SLEEPER: &str = "echo \"$GREETING\" >&2; exec sleep 1000";
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_reboot_finalizes() {
+    async fn reboot_finalizes_the_staged_deployment() {
         let mut lab = Lab::new(SLEEPER, |_| {}).await;
         let machine = lab.machine.clone();
         machine.power_on().await.unwrap();
@@ -746,7 +746,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn what_is_staged_is_lost_without_a_finalizer() {
+    async fn staged_deployment_is_lost_without_a_finalizer() {
         let mut lab = Lab::new(SLEEPER, |_| {}).await;
         let machine = lab.machine.clone();
         machine.power_on().await.unwrap();
@@ -778,7 +778,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_failed_finalization_is_told_after_the_boot() {
+    async fn failed_finalization_is_reported_after_the_boot() {
         let mut lab = Lab::new(SLEEPER, |_| {}).await;
         let machine = lab.machine.clone();
         machine.power_on().await.unwrap();
@@ -800,7 +800,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn the_agent_is_supervised() {
+    async fn agent_is_restarted_when_it_dies() {
         let mut lab = Lab::new(SLEEPER, |options| options.watchdog = Some(Duration::from_millis(200))).await;
         let machine = lab.machine.clone();
         // Killed from inside a listener.
@@ -872,7 +872,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn nothing_is_left_of_a_dropped_machine() {
+    async fn dropped_machine_leaves_nothing_behind() {
         let mut lab = Lab::new(SLEEPER, |_| {}).await;
         lab.machine.power_on().await.unwrap();
         let Event::AgentStarted { pid } = lab.see(|event| matches!(event, Event::AgentStarted { .. })).await else {

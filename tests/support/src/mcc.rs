@@ -577,7 +577,7 @@ mod tests {
     }
 
     #[test]
-    fn config_is_done_when_both_are_there_and_equal() {
+    fn config_is_done_when_current_equals_desired() {
         assert!(is_node_config_done(&node(&[("currentConfig", "a"), ("desiredConfig", "a")])));
         assert!(!is_node_config_done(&node(&[("currentConfig", "a"), ("desiredConfig", "b")])));
         assert!(!is_node_config_done(&node(&[("currentConfig", ""), ("desiredConfig", "")])));
@@ -596,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn done_needs_the_state() {
+    fn node_is_done_only_with_state_done() {
         let mut node = done("a", "i");
         assert!(is_node_done(&node));
         node["metadata"]["annotations"][format!("{PREFIX}state")] = json!("Working");
@@ -606,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_looks_at_conditions_and_cordon() {
+    fn readiness_depends_on_conditions_and_cordon() {
         let good = done("a", "i");
         assert!(is_node_ready(&good));
         for (at, status) in [(0, "False"), (0, "Unknown"), (1, "True"), (1, "Unknown")] {
@@ -634,7 +634,7 @@ mod tests {
     }
 
     #[test]
-    fn capacity_is_what_unavailable_and_failing_nodes_leave() {
+    fn capacity_excludes_unavailable_and_failing_nodes() {
         let to = target("b", "j");
         let working =
             node(&[("currentConfig", "a"), ("desiredConfig", "b"), ("desiredImage", "j"), ("state", "Working")]);
@@ -676,7 +676,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_node_after_the_other_is_told() {
+    async fn nodes_are_targeted_one_after_the_other() {
         let (store, events) = store(&["w0", "w1"]);
         let mut told = events.subscribe();
         let pool = PoolController::start(store.clone(), PoolSpec::worker(&["w0", "w1", "not-yet"]));
@@ -730,7 +730,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pause_and_readiness_hold_back() {
+    async fn pause_and_unready_nodes_stop_the_rollout() {
         let (store, _) = store(&["w0", "w1"]);
         let pool = PoolController::start(store.clone(), PoolSpec::worker(&["w0", "w1"]));
         pool.pause(true);
@@ -769,7 +769,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_uncordon_from_outside_makes_it_drain_again() {
+    async fn foreign_uncordon_causes_another_drain() {
         let (store, _) = store(&["w0"]);
         let drainer = DrainController::start(store.clone(), Delays::short());
         drainer.block_drains(true);
@@ -795,7 +795,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failures_are_tried_again_for_ever() {
+    async fn failed_drains_are_retried_without_limit() {
         let (store, _) = store(&["w0"]);
         let drainer = DrainController::start(store.clone(), Delays::short());
         drainer.fail_drains(true);

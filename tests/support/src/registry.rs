@@ -385,7 +385,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_image_arrives_as_it_was_built() {
+    async fn pulled_image_equals_the_built_one() {
         let (_dir, registry) = registry().await;
         let spec = ImageSpec::new("9.6.1").payload_mib(2);
         let pushed = registry.push("ns/os", "one", &spec).await.unwrap();
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_index_arrives_with_its_instances() {
+    async fn pulled_index_has_its_instances() {
         let (_dir, registry) = registry().await;
         for media in [Media::Oci, Media::Docker2] {
             let spec = ImageSpec::default().architectures(["amd64", "arm64"]).media(media);
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_password_can_be_demanded() {
+    async fn registry_can_require_a_password() {
         let dir = tempfile::tempdir().unwrap();
         let mut registry = Registry::start_with_password(dir.path(), tls(), Credentials::PULLER).await.unwrap();
         registry.push("os", "one", &ImageSpec::default()).await.unwrap();

@@ -1339,7 +1339,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn rebase_stages() {
+    async fn rebase_stages_a_deployment() {
         let mut host = Host::new().await;
         let target = host.layouts.image("2", true);
         let client = host.bus.connect().await;
@@ -1433,7 +1433,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn equal_references_and_bad_images_fail() {
+    async fn rebase_to_equal_references_and_bad_images_fails() {
         let host = Host::new().await;
         let client = host.bus.connect().await;
         let unbootable = host.layouts.image("3", false);
@@ -1454,7 +1454,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn the_same_request_joins_and_another_is_busy() {
+    async fn identical_request_joins_and_another_is_refused_as_busy() {
         let host = Host::new().await;
         let target = host.layouts.image("2", true);
         let (one, two) = (host.bus.connect().await, host.bus.connect().await);
@@ -1486,7 +1486,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn cancel_and_force_close() {
+    async fn cancel_and_force_close_end_a_transaction() {
         let host = Host::new().await;
         host.daemon.set_force_close(Duration::from_millis(100));
         let target = host.layouts.image("2", true);
@@ -1504,7 +1504,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_vanishes_before_start_cancels() {
+    async fn client_that_disconnects_before_start_cancels_its_transaction() {
         let host = Host::new().await;
         let target = host.layouts.image("2", true);
         let client = host.bus.connect().await;
@@ -1518,7 +1518,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn only_root_may_change_something() {
+    async fn only_root_may_change_the_host() {
         let host = Host::new().await;
         let client = host.bus.connect().await;
         host.daemon.start().await.unwrap();
@@ -1540,7 +1540,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn a_crash_cuts_the_client_off_and_activation_brings_it_back() {
+    async fn crashed_daemon_disconnects_clients_and_is_activated_again() {
         let host = Host::new().await;
         let target = host.layouts.image("2", true);
         let client = host.bus.connect().await;
@@ -1565,7 +1565,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn foreign_lost_and_layered() {
+    async fn foreign_transactions_lost_replies_and_layered_packages_are_simulated() {
         let host = Host::new().await;
         let target = host.layouts.image("2", true);
         let client = host.bus.connect().await;
@@ -1615,7 +1615,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn kernel_arguments_cleanup_and_strangers() {
+    async fn kernel_arguments_are_set_and_cleanup_drops_the_stage() {
         let host = Host::new().await;
         let client = host.bus.connect().await;
         let options: HashMap<&str, OwnedVariant> = HashMap::new();
@@ -1657,7 +1657,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn the_policy_file_decides_which_prefix_works() {
+    async fn policy_file_decides_which_prefix_is_accepted() {
         let host = Host::new().await;
         let client = host.bus.connect().await;
         let target = host.layouts.image("2", true);

@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn keys_can_be_in_the_policy_and_several() {
+    async fn policy_may_hold_several_inline_keys() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::default()).await;
         node.sign(&pushed).await;
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_identity_has_to_match() {
+    async fn signed_identity_must_match() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::default()).await;
         sign(&node.registry, &pushed.digest, REPO, "a.example/os", &node.signer).await.unwrap();
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_signature_is_of_one_digest_and_whole() {
+    async fn signature_covers_one_digest_and_must_be_intact() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::new("1")).await;
         let identity = pushed.repository();
@@ -391,7 +391,7 @@ mod tests {
 
     /// The proxy wants the index signed, a copy wants the instance signed.
     #[tokio::test]
-    async fn an_index_and_its_instances_are_signed_apart() {
+    async fn index_and_instances_are_signed_separately() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::default().index()).await;
         node.sign(&pushed).await;
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn attachments_have_to_be_switched_on() {
+    async fn signature_attachments_must_be_enabled() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::default()).await;
         node.sign(&pushed).await;
@@ -412,7 +412,7 @@ mod tests {
 
     /// Why the agent asks for the proxy's version: this one opens an image that the policy rejects.
     #[tokio::test]
-    async fn an_old_proxy_evaluates_no_policy() {
+    async fn old_proxy_evaluates_no_policy() {
         let node = Node::new(KeyKind::P256).await;
         let pushed = node.push(&ImageSpec::default()).await;
         node.require(Requirement::reject());

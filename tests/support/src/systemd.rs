@@ -743,7 +743,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn units_and_jobs() {
+    async fn units_start_stop_and_fail_through_jobs() {
         let dir = tempfile::tempdir().unwrap();
         let bus = Bus::start(dir.path()).unwrap();
         let systemd = Systemd::start(&bus, Events::new()).await.unwrap();

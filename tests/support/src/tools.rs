@@ -144,12 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn ports_differ() {
+    fn free_ports_differ() {
         assert_ne!(free_port(), free_port());
     }
 
     #[tokio::test]
-    async fn a_command_has_a_deadline() {
+    async fn command_has_a_deadline() {
         let mut sleep = Command::new("sleep");
         sleep.arg("60");
         let error = run(sleep, Duration::from_millis(50)).await.unwrap_err().to_string();
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failure_says_what_was_written() {
+    async fn failed_command_shows_its_output() {
         let mut sh = Command::new("sh");
         sh.args(["-c", "echo reason >&2; exit 3"]);
         let error = run_ok(sh, Duration::from_secs(10)).await.unwrap_err().to_string();

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_and_what_is_no_file_are_no_changes() {
+    fn reads_and_other_descriptors_are_not_changes() {
         let trace = "execve(\"/usr/bin/rebase-agent\", [\"rebase-agent\"], 0x7ff /* 9 vars */) = 0\n\
             openat(AT_FDCWD</>, \"/etc/hosts\", O_RDONLY|O_CLOEXEC) = 3</etc/hosts>\n\
             openat(AT_FDCWD</>, \"/dev/null\", O_RDWR|O_CLOEXEC) = 3</dev/null>\n\

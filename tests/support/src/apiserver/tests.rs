@@ -100,7 +100,7 @@ fn annotate(key: &str, value: Value) -> Value {
 }
 
 #[tokio::test]
-async fn gets_and_lists_in_every_shape() {
+async fn get_and_list_answer_in_every_format() {
     let cluster = cluster();
     let (status, node) = body(cluster.get("/api/v1/nodes/worker-0").send().await.unwrap()).await;
     assert_eq!((status, &node["kind"]), (200, &json!("PartialObjectMetadata")));
@@ -125,7 +125,7 @@ async fn gets_and_lists_in_every_shape() {
 }
 
 #[tokio::test]
-async fn a_node_reaches_nothing_but_itself() {
+async fn node_credentials_reach_only_their_own_node() {
     let cluster = cluster();
     refused(cluster.get("/api/v1/nodes/worker-1"), 403, "Forbidden", "only its own Node object").await;
     refused(cluster.get("/api/v1/nodes"), 403, "Forbidden", "cannot list").await;
@@ -149,7 +149,7 @@ async fn a_node_reaches_nothing_but_itself() {
 }
 
 #[tokio::test]
-async fn certificates_are_judged_for_each_request() {
+async fn certificates_are_checked_for_each_request() {
     let cluster = cluster();
     let get = |client: &Client| client.get(format!("{}/api/v1/nodes/worker-0", cluster.server.url()));
     refused(get(&client(&cluster.pki, None)), 403, "Forbidden", "system:anonymous").await;
@@ -167,7 +167,7 @@ async fn certificates_are_judged_for_each_request() {
 }
 
 #[tokio::test]
-async fn patches_merge_with_preconditions_and_are_told_before_the_answer() {
+async fn patches_merge_with_preconditions_and_emit_events_before_the_answer() {
     let cluster = cluster();
     let mut told = cluster.events.subscribe();
     let (status, node) = body(cluster.patch("worker-0", &annotate("x", json!("y"))).send().await.unwrap()).await;
@@ -250,7 +250,7 @@ async fn watches_replay_follow_and_end() {
 }
 
 #[tokio::test]
-async fn expired_watches_are_told_in_either_way() {
+async fn expired_watches_fail_with_410_or_an_error_event() {
     let cluster = cluster();
     let version = cluster.version();
     cluster.store.set_history(1);
@@ -302,7 +302,7 @@ async fn versions_expire_by_time_and_by_a_restart() {
 }
 
 #[tokio::test]
-async fn frozen_watches_stay_mute_and_later_ones_work() {
+async fn frozen_watches_stay_silent_and_later_ones_work() {
     let cluster = cluster();
     let mut watch = cluster.watch("").await;
     assert_eq!(watch.next().await.unwrap()["type"], "ADDED");
@@ -316,7 +316,7 @@ async fn frozen_watches_stay_mute_and_later_ones_work() {
 }
 
 #[tokio::test]
-async fn requests_fail_as_told() {
+async fn requests_fail_as_injected() {
     let cluster = cluster();
     let path = "/api/v1/nodes/worker-0";
     cluster.store.inject(Scope::Read, 1, Fault::Status { code: 429, retry_after: Some(7) });
@@ -345,7 +345,7 @@ async fn requests_fail_as_told() {
 }
 
 #[tokio::test]
-async fn an_outage_ends_on_the_same_port() {
+async fn restarted_server_keeps_its_port() {
     let cluster = cluster();
     let mut watch = cluster.watch("").await;
     assert_eq!(watch.next().await.unwrap()["type"], "ADDED");
@@ -357,7 +357,7 @@ async fn an_outage_ends_on_the_same_port() {
 }
 
 #[tokio::test]
-async fn waiting_ends_with_the_change_or_the_deadline() {
+async fn wait_ends_with_the_change_or_the_deadline() {
     let store = Store::new(Events::new());
     store.create_node("worker-0", &[]);
     let writer = store.clone();
@@ -369,7 +369,7 @@ async fn waiting_ends_with_the_change_or_the_deadline() {
 }
 
 #[tokio::test]
-async fn a_restored_backup_forgets_and_goes_back() {
+async fn restored_backup_loses_later_changes_and_versions() {
     let cluster = cluster();
     let backup = cluster.store.backup();
     let version = cluster.version();

@@ -270,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn references() {
+    fn references_are_parsed() {
         let spellings =
             ["ostree-unverified-image:docker://q.io/a/b@sha256:00", "ostree-unverified-registry:q.io/a/b@sha256:00"];
         for spelling in spellings {
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn times_and_messages() {
+    fn times_and_messages_are_parsed() {
         assert_eq!(seconds("1970-01-02T00:00:01Z"), Some(86_401));
         assert_eq!(seconds("2026-02-03T04:05:06.789Z"), Some(1_770_091_506));
         let line = "warn\ntime=\"2026-01-01T00:00:00Z\" level=fatal msg=\"Source image rejected: \\\"x\\\" no\"\n";
