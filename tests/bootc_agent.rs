@@ -1,4 +1,4 @@
-//! The whole agent as a process on a machine that has bootc and no rpm-ostree.
+//! The agent as a process on a machine with bootc and without rpm-ostree.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::path::Path;
@@ -18,7 +18,7 @@ use support::world::{DEADLINE, NODE, REPOSITORY, World, WorldOptions};
 const HOLD: &str = "rebase-agent.openshift.io/hold";
 const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 
-/// A world whose node is Done on the image that it was installed with, and everything that happens from then on.
+/// A world whose node is Done on the installed image, and all events from then on.
 struct Stage {
     world: World,
     seen: Arc<Mutex<Vec<Event>>>,
@@ -44,7 +44,7 @@ impl Stage {
         image
     }
 
-    /// As MCC would, without waiting for the node's turn.
+    /// Writes the desired annotations as MCC does, without waiting for the node's turn.
     fn retarget(&self, version: &str, image: &Pushed) {
         self.world.pool.pause(true);
         let annotations = json!({
@@ -78,7 +78,7 @@ impl Stage {
         self.until(words, || self.said().iter().any(|line| line.contains(words))).await;
     }
 
-    /// Waits until it says `then` after the last time it said `first`.
+    /// Waits until the agent logs `then` after the last time it logged `first`.
     async fn says_after(&self, first: &str, then: &str) {
         let is_so = || {
             let said = self.said();
@@ -96,7 +96,7 @@ impl Stage {
         self.world.machine.deployments().into_iter().find(|deployment| deployment.staged).map(|staged| staged.digest)
     }
 
-    /// Calls `then` once, in the middle of the first such event.
+    /// Calls `then` once, during the first event that `choose` accepts.
     fn once(&self, choose: impl Fn(&Event) -> bool + Send + Sync + 'static, then: impl Fn() + Send + Sync + 'static) {
         let armed = AtomicBool::new(true);
         self.world.events.listen(move |event| {
@@ -113,7 +113,7 @@ impl Stage {
         assert_eq!(self.world.machine.booted().unwrap().digest, image.digest);
         assert_ne!(self.world.store().node(NODE).unwrap()["spec"]["unschedulable"], true);
         assert_eq!(self.world.store().annotation(NODE, ATTEMPT), None);
-        // It would have waited for its own lock.
+        // A status call during the switch would have waited for the agent's own lock.
         assert!(!self.world.machine.bootc().was_asked_while_locked());
     }
 
@@ -184,7 +184,7 @@ async fn retarget_to_the_booted_image_ends_without_a_reboot() {
     stage.world.wait_reason("Held").await.unwrap();
     stage.retarget("1", &installed);
     stage.done(&installed).await;
-    // bootc cannot drop it, so what runs is staged over it.
+    // bootc cannot drop the stage, so the booted image is staged over it.
     assert_eq!(stage.staged(), Some(installed.digest.clone()));
     assert_eq!((stage.boots(), stage.world.drains.drains(), stage.count(switched)), (0, 0, 2));
 }
@@ -196,7 +196,7 @@ async fn foreign_stage_is_staged_over_once_and_then_left_alone() {
     let bootc = stage.world.machine.bootc();
     bootc.human_switch(&other.pullspec(), false).await.unwrap();
     stage.until("staged over", || stage.staged() == Some(installed.clone())).await;
-    // A human who is as quick as the agent's look at what it did would make its status wait.
+    // A manual switch right after the agent's own could hold the lock while the agent reads the status.
     stage.says_after(&format!("staged {}", stage.world.installed.pullspec()), "Done: ").await;
     bootc.human_switch(&other.pullspec(), false).await.unwrap();
     stage.says("was staged again by hand").await;
@@ -218,7 +218,7 @@ async fn failed_switches_are_retried_and_the_deployments_decide() {
     let image = stage.target("2").await;
     let reason = stage.world.wait_reason("StageFailed").await.unwrap();
     assert!(reason.contains("journalctl -u 'rebase-agent-bootc@"), "{reason}");
-    // The unit's name can be pasted from `status`, too.
+    // `systemctl status` shows the unit's name unescaped, so that it can be pasted.
     let told = || {
         stage
             .world
@@ -257,7 +257,7 @@ async fn missing_kernel_arguments_are_named_and_refused_without_a_drain() {
     stage.world.target("2", &missing);
     let reason = stage.refused("KernelArgumentsUnsupported").await;
     assert!(reason.contains("bring `nosmt`") && reason.contains("/usr/lib/bootc/kargs.d"), "{reason}");
-    // What the host has anyway is inherited.
+    // Arguments that the host has already are inherited.
     let there = push("3", "console=ttyS0").await;
     stage.world.target("3", &there);
     stage.retarget("3", &there);
@@ -298,7 +298,7 @@ async fn power_fails_after_staging() {
     power_fails(|event| matches!(event, Event::Staged { .. })).await;
 }
 
-/// The policy of a hardened fleet: nothing by default, and signed origins.
+/// The policy of a hardened fleet: reject by default, and signed origins.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reject_by_default_policy_gives_signed_origins() {
     let stage = Stage::new().await;

@@ -1,13 +1,13 @@
-//! Golden decisions: every directory of `tests/cases` is one situation and what the rules make of it.
+//! Golden decisions: every directory of `tests/cases` holds one situation and the decision that the rules make.
 //!
-//! `given.json` is a base of `tests/cases/base` and merge patches (RFC 7386) over it; `expected.json` is what `decide`
-//! and `report` must answer. Two conveniences keep both short: words in angle brackets stand for long strings
+//! `given.json` is a base of `tests/cases/base` and merge patches (RFC 7386) over it; `expected.json` is the result of
+//! `decide` and `report`. Two conveniences keep both short: words in angle brackets stand for long strings
 //! (`base/words.json`), and an array element `{"like": "B", …}` is a patch over the deployment of that name
-//! (`base/deployments.json`). In `expected.json`, `<told>` is the reason annotation that says `reason: message`, and
-//! `says` lists what must occur in the message. `UPDATE_CASES=1` rewrites what is expected, except `says`.
+//! (`base/deployments.json`). In `expected.json`, `<told>` is the reason annotation `reason: message`, and `says` lists
+//! texts that the message must contain. `UPDATE_CASES=1` rewrites `expected.json`, except `says`.
 //!
-//! Every case is decided for both backends, unless it names its own. Where bootc's is decided otherwise, the fields in
-//! `bootc` of `expected.json` stand for those of the same name.
+//! Every case runs with both backends, unless it names one. Where bootc's decision differs, the fields in `bootc` of
+//! `expected.json` replace those of the same name.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -30,7 +30,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use ways_out::names_a_way_out;
 
-/// Longest message, in characters: `systemctl status`, annotations and Events all show it whole.
+/// Longest message, in characters: `systemctl status`, annotations and Events all show it completely.
 const LONGEST: usize = 900;
 
 type Words = BTreeMap<String, String>;
@@ -48,7 +48,7 @@ fn parse(path: &Path, words: &Words) -> Result<Value, String> {
     serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// RFC 7386. A deletion of what is not there is a typing error.
+/// RFC 7386. Deleting a key that does not exist is a typing error.
 fn merge(target: &mut Value, patch: &Value, at: &str) -> Result<(), String> {
     let Value::Object(changes) = patch else {
         *target = patch.clone();
@@ -85,7 +85,7 @@ fn expand(value: &mut Value, named: &Value) -> Result<(), String> {
     }
 }
 
-/// Every key that was given must come back from the model, or it is a typing error.
+/// Every given key must come back from the model; otherwise it is a typing error.
 fn known(given: &Value, understood: &Value, at: &str) -> Result<(), String> {
     match (given, understood) {
         (Value::Object(given), Value::Object(understood)) => given.iter().try_for_each(|(key, value)| {
@@ -115,7 +115,7 @@ struct Situation {
 
 const PARTS: [&str; 4] = ["observed", "memory", "limits", "now"];
 
-/// A case or a base, with everything that it builds on merged.
+/// A case or a base, merged with everything it builds on.
 fn load(path: &Path, words: &Words, named: &Value) -> Result<Value, String> {
     let mut given = parse(path, words)?;
     expand(&mut given, named)?;
@@ -148,7 +148,7 @@ fn situation(path: &Path, words: &Words, named: &Value) -> Result<Situation, Str
     })
 }
 
-/// What is compared, with `says` taken over from what was expected.
+/// The compared fields, with `says` copied from the expectation.
 fn answer(situation: &Situation, decision: &Decision, says: Option<&Value>) -> Value {
     let told = format!("{}: {}", decision.reason, decision.message);
     let patch: BTreeMap<String, Option<String>> = match situation.observed.cluster.known() {
@@ -189,7 +189,7 @@ fn difference(expected: &str, actual: &str) -> String {
     out
 }
 
-/// What holds for every decision, whatever is expected of it.
+/// Checks that hold for every decision.
 fn sound(decision: &Decision, says: &[String]) -> Result<(), String> {
     let message = &decision.message;
     if message.chars().count() > LONGEST || message.chars().any(char::is_control) {
@@ -205,7 +205,7 @@ fn sound(decision: &Decision, says: &[String]) -> Result<(), String> {
     }
 }
 
-/// The same for the other backend, if it makes a difference to the case at all.
+/// The same situation with the other backend, or `None` if the backend makes no difference.
 fn with_bootc(situation: &Situation) -> Option<Situation> {
     let Reading::Known(host) = &situation.observed.host else { return None };
     let host = HostFacts { backend: Backend::Bootc, ..host.clone() };
@@ -219,7 +219,7 @@ fn with_bootc(situation: &Situation) -> Option<Situation> {
     })
 }
 
-/// `fields` in place of those of the same name.
+/// `whole` with `fields` in place of those of the same name.
 fn instead(mut whole: Value, fields: Option<&Value>) -> Value {
     for (key, field) in fields.and_then(Value::as_object).into_iter().flatten() {
         whole[key] = field.clone();
@@ -264,7 +264,7 @@ fn owned((key, field): (&String, &Value)) -> (String, Value) {
     (key.clone(), field.clone())
 }
 
-/// What is decided.
+/// Decides one situation and compares the result with the expectation.
 fn check_one(situation: &Situation, expected: &Value, words: &Words, update: bool) -> Result<Value, String> {
     let Situation { observed, memory, limits, now } = situation;
     let decision = decide(observed, memory, limits, *now);
@@ -303,7 +303,7 @@ fn every_case_is_decided_as_expected() {
     assert!(directories.len() >= 70, "only {} cases were found", directories.len());
 }
 
-/// The rule that is expected counts, which [`check`] holds to what decides.
+/// Counts the expected rules; [`check`] ensures that they are the deciding ones.
 #[test]
 fn every_rule_decides_a_case() {
     let expected = |directory: PathBuf| -> Option<Rule> {

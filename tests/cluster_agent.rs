@@ -1,4 +1,4 @@
-//! The whole agent in a whole world: what the API server, its controllers and people do to a node while it is updated.
+//! The agent in a complete world: the API server, its controllers and operators act on a node during an update.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
@@ -26,7 +26,7 @@ fn options() -> WorldOptions {
     WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")))
 }
 
-/// A world whose node is up and Done on the image it was installed with.
+/// A world whose node is up and Done on the installed image.
 async fn settled(options: WorldOptions) -> World {
     let world = World::new(options).await.unwrap();
     world.target("1", &world.installed);
@@ -55,7 +55,7 @@ async fn happens(world: &World, what: &str, event: impl Fn(&Event) -> bool) {
     World::wait_event(&mut queue, what, |seen| event(seen).then_some(())).await.unwrap();
 }
 
-/// Done on `image`, booted, schedulable, and no drain open.
+/// Checks that the node is Done on `image`, booted, schedulable, and that no drain is open.
 async fn arrived(world: &World, image: &Pushed) {
     world.wait_done(image).await.unwrap();
     let node = world.store().node(NODE).unwrap();
@@ -64,7 +64,7 @@ async fn arrived(world: &World, image: &Pushed) {
     assert_eq!(annotation(&node, "desiredDrain"), annotation(&node, "lastAppliedDrain"));
 }
 
-/// The server stamps whole seconds: waits until it stamps a later one than that of the agent's latest write.
+/// The server's time stamps have whole seconds: waits until they are later than the agent's latest write.
 async fn next_second(world: &World) {
     let stamp = |manager: &str| {
         let node = world.store().node(NODE).unwrap();
@@ -103,7 +103,7 @@ async fn few_requests_and_at_most_eight_writes_in_an_update() {
     assert!(patches.len() <= 8, "{patches:#?}");
     assert!(patches.iter().all(|patch| patch.status == 200));
 
-    // Nobody is told anything by heartbeats.
+    // Heartbeats cause no writes.
     let before = writes(&world).len();
     for _ in 0..300 {
         world.store().heartbeat(NODE);
@@ -135,7 +135,7 @@ async fn credentials_rotated_in_the_middle_of_an_update() {
         .wait("the drain request", |node| annotation(node, "desiredDrain") == Some("drain-rendered-worker-2"))
         .await
         .unwrap();
-    // Another authority on both sides, and no connection lives through it.
+    // Both sides get another authority, and every connection is closed.
     let new = Pki::new();
     world.api.rotate(&new).unwrap();
     world.api.stop().await;
@@ -214,7 +214,7 @@ async fn node_cordoned_by_an_admin_is_updated_only_when_already_chosen() {
     world.store().set_unschedulable(NODE, false);
     world.store().annotate("kubectl-annotate", NODE, HOLD, Some("until cordoned")).unwrap();
     world.wait_reason("Held").await.unwrap();
-    // Cordoned after it was chosen: drained all the same.
+    // Cordoned after MCC chose it: the node is drained anyway.
     world.store().set_unschedulable(NODE, true);
     world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
     arrived(&world, &two).await;
@@ -225,16 +225,16 @@ async fn node_cordoned_by_an_admin_is_updated_only_when_already_chosen() {
 async fn node_uncordoned_after_the_drain_is_drained_again() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
-    // As the drain is acknowledged, before the agent hears of it.
+    // Uncordons the node when the drain is acknowledged, before the agent reads it.
     let (meddled, store) = (Arc::new(AtomicBool::new(false)), world.store());
     let runtime = tokio::runtime::Handle::current();
     let (once, drains) = (meddled.clone(), world.store());
     world.events.listen(move |event| {
         if wrote(event, "lastAppliedDrain", "drain-") && !once.swap(true, Ordering::SeqCst) {
             let store = drains.clone();
-            // The answer to what the agent asks next is of after that.
+            // Delays the agent's next read until after the uncordon.
             store.inject(Scope::Read, 1, Fault::Delay(Duration::from_millis(300)));
-            // Listeners may not write.
+            // Listeners must not write.
             runtime.spawn_blocking(move || store.set_unschedulable(NODE, false));
         }
     });
@@ -265,7 +265,7 @@ async fn retarget_while_draining_boots_only_the_new_target() {
         .wait("the drain request", |node| annotation(node, "desiredDrain") == Some("drain-rendered-worker-2"))
         .await
         .unwrap();
-    // MCC would wait for the node; whoever sets the annotations by hand does not.
+    // MCC would wait for the node; an operator who sets the annotations by hand does not.
     let wanted = json!({"metadata": {"annotations": {
         format!("{PREFIX}desiredConfig"): "rendered-worker-3", format!("{PREFIX}desiredImage"): three.pullspec().as_str(),
     }}});
@@ -307,7 +307,7 @@ async fn restored_database_is_followed() {
     for _ in 0..500 {
         world.store().heartbeat(NODE);
     }
-    // Long enough that the agent has heard of them all.
+    // Long enough for the agent to receive all of them.
     tokio::time::sleep(Duration::from_secs(1)).await;
     world.store().restore(&backup);
     let two = world.signed("2").await.unwrap();
@@ -326,11 +326,11 @@ async fn drained_node_is_uncordoned_once_for_the_mcd() {
     let before = writes(&world).len();
     world.store().annotate(MCD, NODE, &format!("{PREFIX}state"), Some("Done")).unwrap();
     tokio::time::sleep(Duration::from_secs(5)).await;
-    // The node is given back, once, and that does not make us forget why.
+    // The node is uncordoned once, and the message keeps its cause.
     let [given_back] = &writes(&world)[before..] else { panic!("{:#?}", &writes(&world)[before..]) };
     assert!(given_back.body.contains("\"uncordon-rendered-worker-2\"") && !given_back.body.contains("state"));
     assert_eq!(world.annotation("lastAppliedDrain").as_deref(), Some("uncordon-rendered-worker-2"));
-    assert_eq!(world.annotation("state").as_deref(), Some("Done"), "the other's word stands");
+    assert_eq!(world.annotation("state").as_deref(), Some("Done"), "the state that the MCD wrote is kept");
 }
 
 #[tokio::test]
@@ -350,7 +350,8 @@ async fn lost_replies_and_a_busy_server_only_delay_the_update() {
     assert_eq!(world.drains.drains(), 1);
 }
 
-/// One request, then silence for as long as the server asks; without a drain nothing but the last look is left.
+/// One request, then silence for as long as the server asks. Without a drain only the full read before the reboot is
+/// left.
 #[tokio::test]
 async fn full_read_refused_with_retry_after_is_not_repeated() {
     let world = settled(WorldOptions { topology: "SingleReplica".to_owned(), ..options() }).await;
@@ -390,14 +391,14 @@ async fn new_retry_annotation_verifies_a_refused_image_at_once() {
     sign::sign(&world.registry, &two.digest, &two.repo, &identity, &foreign).await.unwrap();
     world.target("2", &two);
     world.wait_reason("SignatureRejected").await.unwrap();
-    // A refusal is looked at again after ten minutes.
+    // Without the annotation, a refused image is verified again after ten minutes.
     sign::unsign(&world.registry, &two.digest, &two.repo).await.unwrap();
     world.sign(&two, "2").await.unwrap();
     world.store().annotate("kubectl-annotate", NODE, RETRY, Some("signed it")).unwrap();
     arrived(&world, &two).await;
 }
 
-/// Two PATCHes that failed put the third off by 2 s and more; a read that succeeds brings it at once.
+/// Two failed PATCHes delay the third by 2 s or more; a successful read sends it at once.
 #[tokio::test]
 async fn successful_read_retries_a_failed_patch() {
     let world = settled(options()).await;
@@ -410,7 +411,7 @@ async fn successful_read_retries_a_failed_patch() {
         }
     };
     tokio::time::timeout(Duration::from_secs(90), failing).await.unwrap();
-    // The fifth failure puts the next off by 16 s and more.
+    // The fifth failure delays the next PATCH by 16 s or more.
     world.store().clear_faults();
     let began = std::time::Instant::now();
     world.store().end_watches();
@@ -420,7 +421,7 @@ async fn successful_read_retries_a_failed_patch() {
     arrived(&world, &two).await;
 }
 
-/// systemd needs a sign of life twice per limit, not per event.
+/// systemd needs a watchdog ping twice per limit, not one per event.
 #[tokio::test]
 async fn ten_thousand_events_send_a_handful_of_datagrams() {
     let world =
@@ -431,17 +432,17 @@ async fn ten_thousand_events_send_a_handful_of_datagrams() {
         world.store().heartbeat(NODE);
         tokio::task::yield_now().await;
     }
-    // The agent has heard of all of them when it answers to this one.
+    // The agent has received all events when it reacts to this one.
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);
     arrived(&world, &two).await;
     let (pings, seconds) = (world.machine.pings() - before, began.elapsed().as_secs());
     eprintln!("{pings} WATCHDOG datagrams in {seconds} s with 10,000 events");
-    // Every 2 s, and one when the new boot's agent starts.
+    // One ping every 2 s, and one when the agent starts after the reboot.
     assert!(pings <= seconds / 2 + 3, "{pings} datagrams in {seconds} s");
 }
 
-/// A server whose clock is 16 min behind stamps a write of just now as one of 16 min ago.
+/// A server whose clock is 16 min behind stamps a current write as 16 min old.
 #[tokio::test]
 async fn silence_of_the_mcd_is_measured_by_the_servers_clock() {
     let world = World::new(options()).await.unwrap();
@@ -467,7 +468,7 @@ async fn recreated_node_is_published_again() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     world.store().create_node(NODE, &[]);
     world.wait_done(&world.installed).await.unwrap();
-    // By this MCC finds the custom pool that the node was booted into.
+    // MCC uses this annotation to find the custom pool that the node was booted into.
     assert_eq!(world.annotation("firstPivotConfig").as_deref(), Some("rendered-worker-1"));
     assert_ne!(world.store().node(NODE).unwrap()["metadata"]["uid"], uid);
     let two = world.signed("2").await.unwrap();
@@ -475,7 +476,7 @@ async fn recreated_node_is_published_again() {
     arrived(&world, &two).await;
 }
 
-/// MCC finds the custom pool that a node was booted into by what the agent publishes of its first boot.
+/// MCC finds the custom pool of a node by the first-boot annotations that the agent publishes.
 #[tokio::test]
 async fn node_booted_into_a_custom_pool_joins_it() {
     let world = World::new(WorldOptions { pool: "infra".to_owned(), ..options() }).await.unwrap();
@@ -487,7 +488,7 @@ async fn node_booted_into_a_custom_pool_joins_it() {
         }
     });
     world.machine.power_on().await.unwrap();
-    // A real node is not Ready before, so that no pool tells it anything.
+    // A real node is not Ready earlier, so no pool targets it before.
     world.wait("the first boot's annotations", |node| annotation(node, "currentConfig").is_some()).await.unwrap();
     let two = world.signed("2").await.unwrap();
     let workers = PoolSpec { custom: vec!["infra".to_owned()], ..PoolSpec::worker(&[NODE]) };
@@ -498,10 +499,10 @@ async fn node_booted_into_a_custom_pool_joins_it() {
     world.target("2", &two);
     arrived(&world, &two).await;
     assert_eq!(world.annotation("currentConfig").as_deref(), Some("rendered-infra-2"));
-    assert!(!told.load(Ordering::SeqCst), "told what the pool worker runs");
+    assert!(!told.load(Ordering::SeqCst), "the pool worker targeted the node");
 }
 
-/// A verdict under a policy that is gone counts for nothing, even where it was asked for before.
+/// A verdict under an old policy does not count, even when it was requested before the change.
 #[tokio::test]
 async fn policy_change_ends_a_running_verification() {
     let tools = tempfile::tempdir().unwrap();
@@ -521,14 +522,14 @@ async fn policy_change_ends_a_running_verification() {
     world.target("2", &two);
     world.wait_reason("Verifying").await.unwrap();
     Policy::reject_by_default().write(&world.path().join("containers/policy.json")).unwrap();
-    // The engine still waits, so this is of the new policy.
+    // The engine still waits, so this reason comes from the new policy.
     world.wait_reason("PolicyRejects").await.unwrap();
     std::fs::write(&gate, "").unwrap();
     let three = world.unsigned("3").await.unwrap();
     world.target("3", &three);
-    // An answer for image 3 comes after whatever the first engine still says.
+    // The answer for image 3 comes after all output of the first engine.
     let short = &three.digest[..19];
     let rejected = |reason: &str| reason.starts_with("PolicyRejects") && reason.contains(short);
     world.wait("an answer for image 3", |node| annotation(node, "reason").is_some_and(rejected)).await.unwrap();
-    assert!(world.machine.deployments().iter().all(|d| !d.staged), "an image was staged under a policy that was gone");
+    assert!(world.machine.deployments().iter().all(|d| !d.staged), "an image was staged under the old policy");
 }

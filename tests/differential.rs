@@ -1,5 +1,5 @@
-//! The scope gate against the real engine: for the same policy and reference, both choose the same scope and come to
-//! the same verdict. The engine says its choice in its debug log.
+//! Compares the scope gate with the real engine: for the same policy and reference, both choose the same scope and
+//! reach the same verdict. The engine's debug log names its choice.
 //!
 //! `REBASE_TEST_CASES` is the number of pairs, 150 by default; `FULL=1` means 2400. `REBASE_TEST_SEED` repeats a run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
@@ -58,7 +58,7 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 
-/// Requirements that fail without a signature, without asking for one, or not at all.
+/// Requirements that fail without a signature, fail without reading one, or never fail.
 fn requirements(random: &mut Random) -> serde_json::Value {
     let one = |random: &mut Random| match random.of(&KINDS) {
         "sigstoreSigned" => json!({ "type": "sigstoreSigned", "keyPath": "/nonexistent" }),
@@ -109,7 +109,7 @@ async fn gate_chooses_the_same_policy_scope_as_the_engine() {
     let registry = Registry::start(&path("registry"), tls).await.unwrap();
     let pushed = registry.push("ns/os", "tag", &ImageSpec::default()).await.unwrap();
 
-    // Every name is served by the one repository; scopes go by the name.
+    // One repository serves every name; scopes apply to the name.
     let mut conf = "unqualified-search-registries = []\n".to_owned();
     for (host, repository) in HOSTS.iter().flat_map(|host| PATHS.map(|path| (host, path))) {
         let at = pushed.repository();
@@ -137,7 +137,7 @@ async fn gate_chooses_the_same_policy_scope_as_the_engine() {
         let image = reference::parse(&spelt).unwrap();
         let mut docker = serde_json::Map::new();
         for _ in 0..random.below(7) {
-            // Now and then another name's scopes.
+            // Sometimes the scopes of another name.
             let name = if random.below(4) == 0 { random.of(&["quay.io/ns/os", "a.b.c/os"]) } else { image.name() };
             docker.insert(scope(&mut random, name, image.digest().as_str()), requirements(&mut random));
         }
@@ -149,7 +149,7 @@ async fn gate_chooses_the_same_policy_scope_as_the_engine() {
         }
         let policy = policy.to_string();
         fs::write(path("policy.json"), &policy).unwrap();
-        // What is handed to the host is the canonical spelling, but the engine has to see through both.
+        // The host gets the canonical spelling; the engine must understand both.
         let named = if random.below(2) == 0 { &spelt } else { &image.to_string() };
         let opened = engine.open_image(&format!("docker://{named}")).await;
         let log = fs::read(path("log")).unwrap();
@@ -159,7 +159,7 @@ async fn gate_chooses_the_same_policy_scope_as_the_engine() {
         let context = || format!("case {case} of seed {seed}: {spelt}\n{policy}\n{opened:?}\n{said}");
         let gate = Policy::parse(policy.as_bytes()).unwrap().gate(&image);
         let Some(theirs) = scope_in(&said) else {
-            // The engine found fault with the policy as a whole, such as a scope that is no name.
+            // The engine rejected the policy as a whole, for example a scope that is not a name.
             assert!(
                 opened.as_ref().is_err_and(|error| error.to_string().contains("invalid policy in")),
                 "{}",
@@ -183,7 +183,7 @@ async fn gate_chooses_the_same_policy_scope_as_the_engine() {
     assert!(chosen.len() >= 4, "{chosen:?}");
 }
 
-/// The engine's choice in its debug log, as the gate names it.
+/// The engine's choice from its debug log, spelled as the gate spells it.
 fn scope_in(log: &str) -> Option<String> {
     let text = log.replace("\\\"", "\"");
     for line in text.lines() {

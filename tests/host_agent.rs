@@ -1,4 +1,4 @@
-//! The whole agent as a process on a machine whose daemons, boot loader and power supply misbehave.
+//! The agent as a process on a machine whose daemons, boot loader and power supply fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::path::Path;
@@ -22,7 +22,7 @@ const UPDATE: &str = "bootloader-update.service";
 const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 const HOLD: &str = "rebase-agent.openshift.io/hold";
 
-/// A world whose node is Done on the image that it was installed with, and everything that happens from then on.
+/// A world whose node is Done on the installed image, and all events from then on.
 struct Stage {
     world: World,
     seen: Arc<Mutex<Vec<Event>>>,
@@ -46,14 +46,14 @@ impl Stage {
         Self { world, seen }
     }
 
-    /// A signed image that the pool wants from now on.
+    /// Pushes a signed image and makes it the pool's target.
     async fn target(&self, version: &str) -> Pushed {
         let image = self.world.signed(version).await.unwrap();
         self.world.target(version, &image);
         image
     }
 
-    /// As MCC would, without waiting for the node's turn.
+    /// Writes the desired annotations as MCC does, without waiting for the node's turn.
     fn retarget(&self, version: &str, image: &Pushed) {
         self.world.pool.pause(true);
         let annotations = json!({
@@ -112,7 +112,7 @@ impl Stage {
         self.world.store().annotate("kubectl-annotate", NODE, key, value).unwrap();
     }
 
-    /// Calls `then` once, in the middle of the first such event.
+    /// Calls `then` once, during the first event that `choose` accepts.
     fn once(&self, choose: impl Fn(&Event) -> bool + Send + Sync + 'static, then: impl Fn() + Send + Sync + 'static) {
         let armed = AtomicBool::new(true);
         self.world.events.listen(move |event| {
@@ -164,7 +164,8 @@ fn rebase_requested(event: &Event) -> bool {
     matches!(event, Event::TransactionRequested { method, .. } if method == "rebase")
 }
 
-// --- boots that do not arrive -----------------------------------------------------------------------------------------
+// --- reboots that do not reach the image
+// --------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn image_is_refused_after_two_failed_finalizations() {
@@ -177,7 +178,7 @@ async fn image_is_refused_after_two_failed_finalizations() {
     let reason = stage.refused("NeverCameUp").await;
     assert!(reason.contains("could not finalize") && reason.contains(ATTEMPT), "{reason}");
     assert_eq!((stage.boots(), stage.booted()), (2, stage.world.installed.digest.clone()));
-    // An operator made room.
+    // An operator made room and removed the attempt.
     stage.annotate(ATTEMPT, None);
     stage.done(&image).await;
     assert_eq!(stage.boots(), 3);
@@ -262,7 +263,7 @@ async fn foreign_stage_is_dropped_once_and_then_left_alone() {
     let dropped = |event: &Event| matches!(event, Event::TransactionRequested { method, .. } if method == "cleanup");
     stage.world.machine.human_stage(&typed).await.unwrap();
     stage.says("was staged again by hand").await;
-    // A new target waits, too.
+    // A new target waits as well.
     let image = stage.target("2").await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!((stage.staged(), stage.count(dropped)), (Some(other.digest), 1));
@@ -371,7 +372,7 @@ async fn node_is_not_drained_while_the_finalizer_cannot_start() {
     stage.world.machine.systemd().refuse_start(FINALIZER, Some("exit-code"));
     let image = stage.target("2").await;
     let reason = stage.world.wait_reason("Finalizer").await.unwrap();
-    stage.until("told why", || stage.world.annotation("reason").is_some_and(|r| r.contains(FINALIZER))).await;
+    stage.until("finalizer named", || stage.world.annotation("reason").is_some_and(|r| r.contains(FINALIZER))).await;
     assert!(stage.world.drains.drains() == 0 && !stage.cordoned(), "{reason}");
     stage.world.machine.systemd().refuse_start(FINALIZER, None);
     stage.done(&image).await;
@@ -454,7 +455,7 @@ async fn boot_loader_is_updated_once_before_the_reboot() {
     let updated = |event: &Event| *event == Event::UnitStarted(UPDATE.to_owned());
     assert_eq!(stage.count(updated), 1);
     assert!(stage.position(updated) < stage.position(|event| *event == Event::RebootAccepted));
-    // As the MCD: a failure is told and does not keep the node from its update.
+    // As with the MCD, a failed boot loader update is reported and does not stop the update.
     stage.world.machine.systemd().refuse_start(UPDATE, Some("exit-code"));
     let image = stage.target("3").await;
     stage.done(&image).await;
@@ -464,7 +465,7 @@ async fn boot_loader_is_updated_once_before_the_reboot() {
 
 // --- the agent's own process ------------------------------------------------------------------------------------------
 
-/// SIGTERM, as for an update of the agent; the next one finishes what was begun.
+/// Sends SIGTERM, as an update of the agent does; the next start resumes unfinished work.
 async fn terminated(choose: fn(&Event) -> bool) {
     let stage = Stage::new().await;
     let machine = stage.world.machine.clone();

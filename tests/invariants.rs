@@ -1,7 +1,8 @@
-//! What no decision may ever do, and what every run must come to.
+//! Laws that hold for every decision, and ends that every run must reach.
 //!
-//! Two ways to look: random situations, of which most never happen, and a small world that the loop really lives in
-//! (drain controller, host, registry, operators, power cuts), walked breadth-first within budgets and at random beyond.
+//! Two methods: random situations, most of which never occur, and a small world that the loop acts in (drain
+//! controller, host, registry, operators, power cuts), explored breadth-first within budgets and by random walks
+//! beyond.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -40,7 +41,7 @@ fn digest(letter: char) -> Digest {
 }
 
 thread_local! {
-    /// Parsing a reference is the slowest thing here, and there are only a handful.
+    /// Parsing a reference is the slowest operation here, and there are only a few.
     static PARSED: RefCell<HashMap<String, Option<PinnedImage>>> = RefCell::default();
 }
 
@@ -100,14 +101,15 @@ fn apply(patch: &Patch, node: &mut NodeFacts) {
     }
 }
 
-// --- what holds for every decision --------------------------------------------------------------------------------
+// --- laws for every decision
+// ------------------------------------------------------------------------------------------
 
 /// The first law that `decision` breaks.
 fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision: &Decision) -> Result<(), String> {
     let law = |holds: bool, law: &str| if holds { Ok(()) } else { Err(law.to_owned()) };
     let message = &decision.message;
     law(!message.chars().any(char::is_control) && message.chars().count() <= 900, "a message is one short line")?;
-    law(matches!(seen.cluster, Reading::Known(_)) || decision.action == Action::Nothing, "nothing without the Node")?;
+    law(matches!(seen.cluster, Reading::Known(_)) || decision.action == Action::Nothing, "no action without the Node")?;
     let refuses = matches!(decision.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
     if refuses {
         names_a_way_out(message)?;
@@ -115,10 +117,10 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let (Reading::Known(node), Reading::Known(host), Reading::Known(machine)) =
         (&seen.cluster, &seen.host, &seen.machine)
     else {
-        return law(decision.action == Action::Nothing, "nothing is done to a host that cannot be read");
+        return law(decision.action == Action::Nothing, "no action on an unreadable host");
     };
     if machine.shutting_down {
-        return law(decision.action == Action::Nothing && decision.state.is_none(), "nothing at shutdown");
+        return law(decision.action == Action::Nothing && decision.state.is_none(), "no action at shutdown");
     }
     let wanted = node.desired().cloned();
     let config = node.desired_config.as_deref().unwrap_or_default();
@@ -131,29 +133,29 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let idle = seen.running.is_none();
     match &decision.action {
         Action::Begin(Work::Reboot { image }) => {
-            let staged = host.staged().ok_or("a reboot needs something staged")?;
-            law(boots_next && wanted.as_ref() == Some(image), "a reboot goes into the desired image")?;
-            law(fit, "a reboot goes into an image that this process verified")?;
+            let staged = host.staged().ok_or("no deployment is staged at a reboot")?;
+            law(boots_next && wanted.as_ref() == Some(image), "the desired image boots next at a reboot")?;
+            law(fit, "this process verified the image before the reboot")?;
             if let Some(demanded) = &staged.wanted_arguments {
                 let entry = host.booted().and_then(|booted| booted.arguments.as_deref());
                 let there = staged.arguments.as_deref().or(entry).unwrap_or_default();
-                law(missing(demanded, there).is_none(), "a reboot has its kernel arguments, in order")?;
+                law(missing(demanded, there).is_none(), "the next boot has the kernel arguments, in order")?;
             }
             let drain = Some(format!("drain-{config}"));
             let drained =
                 node.desired_drain == drain && node.last_applied_drain == drain && node.schedulable == Some(false);
-            law(drained || node.topology.as_deref() == Some("SingleReplica"), "a reboot is of a drained node")?;
+            law(drained || node.topology.as_deref() == Some("SingleReplica"), "a node is drained before it reboots")?;
             let counted = node.attempt.as_ref().is_some_and(|a| a.image == *image && a.boot_id == machine.boot_id);
-            law(counted, "a reboot is counted before")?;
-            law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what reboots")?;
-            law(machine.uptime >= limits.uptime_floor, "no reboot before the floor")?;
-            law(machine.finalizer == UnitState::Active, "a reboot has its finalizer")?;
-            law(idle && host.transaction.is_none(), "a reboot interrupts nothing")?;
+            law(counted, "an attempt is recorded before the reboot")?;
+            law(node.hold.is_none() && machine.inhibitors.is_empty(), "no hold and no inhibitor at a reboot")?;
+            law(machine.uptime >= limits.uptime_floor, "no reboot before the uptime floor")?;
+            law(machine.finalizer == UnitState::Active, "the finalizer is active at a reboot")?;
+            law(idle && host.transaction.is_none(), "no task and no transaction runs at a reboot")?;
         }
         Action::Begin(Work::Stage { image }) => {
             law(wanted.as_ref() == Some(image) && fit, "only a verified, desired, fitting image is staged")?;
             let over = staged_other && !host.backend.drops_staged();
-            law(!booted || over, "what runs is staged only over what cannot be dropped")?;
+            law(!booted || over, "the booted image is staged only over a stage that cannot be dropped")?;
             law(idle, "one task at a time")?;
         }
         Action::Begin(Work::SetKernelArguments { image, .. }) => {
@@ -169,43 +171,49 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             let left = next
                 .is_some_and(|n| !is(n) && node.attempt.as_ref().and_then(|a| a.deployment.as_ref()) == Some(&n.id));
             let other = left || staged_other && host.staged().unwrap().checksum == *checksum;
-            law(other || refused && next.is_some_and(|n| !n.booted), "only what is not desired is dropped")?;
+            law(other || refused && next.is_some_and(|n| !n.booted), "only an unwanted deployment is dropped")?;
             law(
                 decision.reason != Reason::RolledBack || node.attempt.as_ref().is_some_and(|a| a.rolled_back),
                 "proof",
             )?;
-            law(host.transaction.is_none(), "nothing is dropped under a transaction")?;
-            law(host.backend.drops_staged(), "bootc is not asked for what it cannot do")?;
+            law(host.transaction.is_none(), "no drop during a transaction")?;
+            law(host.backend.drops_staged(), "no drop with bootc, which has none")?;
         }
         Action::Begin(Work::CancelTransaction { digest }) => {
             let ours = host.transaction.as_ref().and_then(|transaction| transaction.ours.as_ref());
-            law(ours == Some(digest) && wanted.as_ref().is_some_and(|w| w.digest() != digest), "only ours, obsolete")?;
+            law(
+                ours == Some(digest) && wanted.as_ref().is_some_and(|w| w.digest() != digest),
+                "only own, obsolete ones are cancelled",
+            )?;
         }
-        Action::Abort => law(!idle, "there is something to abort")?,
+        Action::Abort => law(!idle, "an abort needs a running task")?,
         Action::Annotate(Annotate::RequestDrain { value }) => {
             law(boots_next && fit, "no drain before the image is verified and staged")?;
-            law(node.hold.is_none() && machine.inhibitors.is_empty(), "nobody holds what is drained")?;
+            law(node.hold.is_none() && machine.inhibitors.is_empty(), "no hold and no inhibitor at a drain")?;
             law(value.strip_prefix("drain-") == Some(config), "a drain is for the desired config")?;
         }
         Action::Annotate(Annotate::RequestUncordon { value }) => {
-            law(value.starts_with("uncordon-"), "an uncordon is called so")?;
-            law(node.desired_drain.as_ref() != Some(value), "an uncordon is asked for once")?;
-            law(node.last_applied_drain.as_ref() != Some(value), "an uncordon is not one that counts as done already")?;
+            law(value.starts_with("uncordon-"), "an uncordon request begins with its prefix")?;
+            law(node.desired_drain.as_ref() != Some(value), "an uncordon is requested once")?;
+            law(node.last_applied_drain.as_ref() != Some(value), "a new uncordon differs from the acknowledged one")?;
         }
         Action::Annotate(Annotate::RecordAttempt { attempt }) if attempt.rolled_back => {
-            law(decision.reason == Reason::RolledBack, "a fall-back is recorded when it is seen")?;
+            law(decision.reason == Reason::RolledBack, "a fall-back is recorded with the reason RolledBack")?;
         }
         Action::Annotate(Annotate::RecordAttempt { attempt }) => {
-            // What is staged again in the same boot is one attempt, whatever somebody wrote into it.
+            // Staging again in the same boot is the same attempt, even if the annotation was edited by hand.
             let earlier = node
                 .attempt
                 .as_ref()
                 .filter(|earlier| earlier.image == attempt.image && earlier.boot_id == attempt.boot_id);
             let counted = earlier.is_some_and(|earlier| earlier.count == attempt.count);
-            law((attempt.count <= 2 || counted) && attempt.boot_id == machine.boot_id, "two boots per image")?;
-            law(boots_next && fit && node.hold.is_none(), "what is counted is about to happen")?;
+            law(
+                (attempt.count <= 2 || counted) && attempt.boot_id == machine.boot_id,
+                "at most two attempts per image",
+            )?;
+            law(boots_next && fit && node.hold.is_none(), "an attempt is recorded only right before its reboot")?;
             let length = serde_json::to_string(attempt).map_or(0, |text| text.len());
-            law(length < 8192, "what is recorded can be read back")?;
+            law(length < 8192, "a recorded attempt can be read back")?;
         }
         Action::Annotate(Annotate::Settle) => {
             law(booted && !staged_other, "Done is what is booted, and nothing else is staged")?;
@@ -215,17 +223,18 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(machine.kubelet == UnitState::Active, "Done is healthy")?;
         }
         Action::Annotate(Annotate::ReportTrust { untrusted }) => {
-            law(booted && node.untrusted != *untrusted, "trust is reported of what runs, when it changed")?;
+            law(booted && node.untrusted != *untrusted, "trust is reported for the booted image, when it changed")?;
         }
         Action::Annotate(Annotate::FirstBoot { .. }) => {
             law(node.current_config.is_none(), "only a new node is published")?
         }
         Action::Begin(Work::UpdateBootloader { image }) => {
-            law(boots_next && wanted.as_ref() == Some(image), "the boot loader is updated for what boots next")?;
+            law(boots_next && wanted.as_ref() == Some(image), "the boot loader is updated for the next boot")?;
         }
         Action::Nothing | Action::ConfirmDrain | Action::Begin(Work::StartFinalizer) => {}
     }
-    // A refusal reaches the disk: what is refused and could boot next is dropped, or there is a reason why not.
+    // A refusal reaches the disk: a refused deployment that could boot next is dropped, unless a reason against it is
+    // known.
     let boots_refused = refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && !s.locked);
     let boots_refused = boots_refused && !booted;
     let waits = host.staged().is_some_and(|staged| {
@@ -233,20 +242,23 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             || memory.failure(&Work::DropStaged { checksum: staged.checksum.clone() }).is_some()
     });
     if boots_refused && idle && host.transaction.is_none() && host.backend.drops_staged() && !waits {
-        law(matches!(decision.action, Action::Begin(Work::DropStaged { .. })), "what is refused does not boot next")?;
+        law(matches!(decision.action, Action::Begin(Work::DropStaged { .. })), "a refused image does not boot next")?;
     }
     let drain = node.desired_drain.as_deref().unwrap_or_default();
     let waits = decision.action == Action::Nothing && decision.state == Some(NodeState::Working);
     let wished = matches!(decision.reason, Reason::Held | Reason::UptimeFloor | Reason::Rebooting);
     if drain.starts_with("drain-") && waits && !wished && machine.kubelet == UnitState::Active {
-        law(decision.clock.is_some() || decision.wake.is_some(), "a drained node waits for no more than a time")?;
+        law(decision.clock.is_some() || decision.wake.is_some(), "a drained node waits for a limited time only")?;
     }
-    law(!boots_refused || host.backend.drops_staged() || message.contains("undeploy"), "bootc says what it cannot")?;
+    law(
+        !boots_refused || host.backend.drops_staged() || message.contains("undeploy"),
+        "with bootc, the message says how to undeploy",
+    )?;
     law(
         decision.state != Some(NodeState::Done) || decision.action == Annotate::Settle.into(),
-        "Done is said by settling only",
+        "only settling reports Done",
     )?;
-    // What failed just now is not begun again at once.
+    // A step that has just failed is not retried at once.
     if let (true, Action::Begin(work)) = (idle, &decision.action)
         && let Some(failure) = memory.failure(work)
     {
@@ -257,7 +269,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
 
 // --- (a) random situations ----------------------------------------------------------------------------------------
 
-/// Choices, mostly the first of each list: situations close to one where something happens.
+/// Choices, mostly the first of each list: situations close to one where the agent acts.
 struct Tape<'a>(std::slice::Iter<'a, u8>);
 
 impl Tape<'_> {
@@ -429,7 +441,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
     for _ in 0..tape.even(&[0, 0, 1, 2]) {
         let subject =
             tape.even(&[image('b').to_string(), format!("{} r2", image('b')), "drain-r2".into(), String::new()]);
-        // A clock of the future is one that was kept across a bug; it must not hurt either.
+        // A clock in the future survived a bug and must do no harm.
         let mono = tape.even(&[now.mono - 31 * MINUTE, 0, now.mono, u64::MAX]);
         memory.clocks.insert(tape.even(&clocks), Since { subject, mono });
     }
@@ -464,7 +476,7 @@ proptest! {
         if let Err(law) = broken(&observed, &memory, &limits, now, &decision) {
             prop_assert!(false, "{}: {:#?}\n{:#?}\n{:#?}", law, decision, observed, memory);
         }
-        // Telling the cluster comes to an end by itself, and tells nothing twice.
+        // Reporting ends by itself and repeats no patch.
         for round in 0.. {
             let decision = decide(&observed, &memory, &limits, now);
             memory.note(&observed, &decision, now);
@@ -476,7 +488,7 @@ proptest! {
             let before = node.clone();
             apply(&patch, node);
             prop_assert_ne!(&before, &*node, "a patch that changes nothing: {:?} for {:?}", patch, decision);
-            prop_assert!(round < 8, "the Node is written for ever: {:?} for {:?}", patch, decision);
+            prop_assert!(round < 8, "writing the Node does not end: {:?} for {:?}", patch, decision);
         }
     }
 }
@@ -486,7 +498,7 @@ fn repeated_drain_request_starts_a_new_wait() {
     let (mut observed, mut memory, limits, now) = situation(&[]);
     let Reading::Known(node) = &mut observed.cluster else { panic!() };
     (node.desired_drain, node.last_applied_drain) = (Some("uncordon-r2".into()), Some("uncordon-r2".into()));
-    // It was drained for r2 a while ago, and given back.
+    // The node was drained for r2 earlier and then uncordoned.
     let long_ago = now.mono - 70 * MINUTE;
     memory.clocks.insert(Clock::Drain, Since { subject: "drain-r2".into(), mono: long_ago });
     memory.clocks.insert(Clock::Uncordon, Since { subject: "uncordon-r2".into(), mono: long_ago });
@@ -509,7 +521,7 @@ enum Signature {
     Rejected,
 }
 
-/// How B behaves once it is to boot.
+/// How B behaves when it boots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Nature {
     Sound,
@@ -517,13 +529,13 @@ enum Nature {
     RollsBack,
     /// Boots, fails, and the boot loader falls back without changing the boot order.
     FallsBack,
-    /// The boot loader never gets it.
+    /// The boot loader never gets an entry for it.
     NeverFinalized,
     /// Boots; its kubelet never becomes active.
     Unhealthy,
 }
 
-/// How often the world may still be unkind.
+/// How many faults of each kind are left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 struct Budget {
     retargets: u8,
@@ -629,7 +641,7 @@ struct World {
     node: NodeFacts,
     cordoned: bool,
     host: HostFacts,
-    /// bootc was not asked yet by this process and cannot be asked now.
+    /// This process has no status of bootc yet and cannot ask for it now.
     blind: bool,
     finalizer: UnitState,
     arguments: Vec<String>,
@@ -638,13 +650,13 @@ struct World {
     now: Now,
     memory: Memory,
     task: Option<Work>,
-    /// Everything is being looked at once more, as before a reboot.
+    /// All facts are read once more, as before a reboot.
     confirm: bool,
-    /// The agent has nothing to do until something changes.
+    /// The agent is idle until something changes.
     quiet: bool,
     wake: u64,
     last: Option<Decision>,
-    /// Boots of B that the agent asked for while it was desired without interruption.
+    /// Boots of B that the agent requested while B was desired without interruption.
     boots: u8,
     counted_in: Option<u32>,
     /// The deployments that were finalized.
@@ -739,7 +751,7 @@ impl World {
                 boot_needed: None,
                 finalizer: self.finalizer,
                 kubelet: if unhealthy { UnitState::Failed } else { UnitState::Active },
-                // One of the two has the unit.
+                // Only one of the two backends has the unit.
                 bootloader_update: match self.scenario.backend {
                     Backend::RpmOstree => UnitState::Inactive,
                     Backend::Bootc => UnitState::Absent,
@@ -782,7 +794,7 @@ impl World {
             Action::Begin(Work::Reboot { .. }) if !confirmed => self.confirm = true,
             Action::Annotate(Annotate::Settle) => {
                 if self.cordoned {
-                    return Err("the node is Done and cordoned, and nobody will uncordon it".into());
+                    return Err("the node is Done and cordoned, and no uncordon is requested".into());
                 }
                 if self.booted() != self.desired() {
                     return Err("the node is Done with another image".into());
@@ -800,16 +812,16 @@ impl World {
     fn begin(&mut self, work: Work) -> Result<(), String> {
         let signed = self.desired() == 'a' || self.signature == Signature::Good;
         if matches!(work, Work::Stage { .. } | Work::Reboot { .. }) && !signed {
-            return Err("an image that is not signed reaches the host".into());
+            return Err("an unsigned image was staged".into());
         }
         if matches!(work, Work::Reboot { .. }) {
             if !(self.cordoned || self.scenario.single) {
-                return Err("a node reboots with its workloads".into());
+                return Err("the node reboots without a drain".into());
             }
             if self.counted_in.replace(self.boot) != Some(self.boot) {
                 self.boots += 1;
                 if self.boots > 2 {
-                    return Err("a third boot of the same image".into());
+                    return Err("the same image boots a third time".into());
                 }
             }
         }
@@ -830,7 +842,7 @@ impl World {
         self.host.deployments.insert(0, staged);
     }
 
-    /// What the loop does when a task ends well.
+    /// The loop's reaction to a task that ends without an error.
     fn succeed(&mut self) {
         let Some(work) = self.task.take() else { return };
         let mut outcome = Outcome::Succeeded(None);
@@ -849,7 +861,7 @@ impl World {
                 self.stage(if *wanted == image('a') { 'a' } else { 'b' });
             }
             Work::DropStaged { .. } => {
-                // Everything before the booted one, as rpm-ostree does.
+                // Drops all deployments before the booted one, as rpm-ostree does.
                 let booted = self.host.deployments.iter().position(|deployment| deployment.booted).unwrap();
                 self.host.deployments.drain(..booted);
             }
@@ -876,7 +888,7 @@ impl World {
         self.confirm = false;
     }
 
-    /// Down and up again; what is staged boots if it was finalized.
+    /// Shutdown and boot; a staged deployment boots if it was finalized.
     fn boots(&mut self, finalized: bool) {
         self.boot += 1;
         self.start_over();
@@ -900,14 +912,14 @@ impl World {
             if !fails {
                 self.arguments = staged.arguments.clone().unwrap_or_default();
             }
-            // Only the booted one and its rollback are kept.
+            // Only the booted deployment and its rollback are kept.
             let first = if fails && !falls_back { [before, staged] } else { [staged, before] };
             self.host.deployments = first.into();
         }
         self.finalizer = UnitState::Inactive;
     }
 
-    /// `event` happens, unless it cannot now.
+    /// Applies `event`, or returns `false` if it cannot happen now.
     fn happen(&mut self, event: Event) -> Result<bool, String> {
         fn spend(budget: &mut u8) -> bool {
             let left = *budget > 0;
@@ -1011,7 +1023,7 @@ impl World {
             Event::Restart => {
                 let restarts = spend(&mut self.budget.restarts);
                 if restarts {
-                    // The host tool goes on without us.
+                    // The host tool goes on without the agent.
                     if let Some(Work::Stage { image }) = &self.task {
                         let ours = Some(image.digest().clone());
                         self.host.transaction =
@@ -1051,7 +1063,7 @@ impl World {
                 let revokes = self.signature == Signature::Good && spend(&mut self.budget.revocations);
                 if revokes {
                     self.signature = Signature::Rejected;
-                    // What the loop does when the policy's files change.
+                    // The loop's reaction to changed policy files.
                     self.memory.withdraw();
                     self.task.take_if(|work| matches!(work, Work::Verify { .. }));
                 }
@@ -1076,7 +1088,7 @@ impl World {
         Ok(happened)
     }
 
-    /// The state without what does not matter: absolute times become "over or not", boots become "this one or not".
+    /// A hash of the state without irrelevant parts: absolute times become "over or not", boots "this one or not".
     fn key(&self) -> u64 {
         let mut text = String::with_capacity(400);
         let node = &self.node;
@@ -1134,7 +1146,7 @@ impl World {
         hasher.finish()
     }
 
-    /// Everybody does what is due, nobody does harm: the next thing that happens, or `None` at the end.
+    /// The next event of a fair run, in which every party does its duty and none does harm; `None` at the end.
     fn fair(&self) -> Option<Event> {
         if !self.quiet {
             return Some(Event::Agent);
@@ -1155,25 +1167,25 @@ impl World {
         }
         let last = self.last.as_ref()?;
         match last.reason {
-            // A neighbour that failed by chance is asked again.
+            // A step that failed by chance is retried.
             _ if self.is_pending(last) => Some(Event::Time),
             reason if reason.is_at_rest() && last.action == Action::Nothing && self.verification_is_over() => None,
             Reason::Held => None,
-            // Whoever staged by hand takes the way out that the message names.
+            // The operator who staged by hand follows the way out that the message names.
             Reason::StagedByOther
                 if last.action == Action::Nothing
                     && (last.wake.is_none() || self.verification_failed(Reason::SignatureRejected)) =>
             {
                 Some(Event::HumanCleansUp)
             }
-            // What failed by chance is tried again; everything else that is refused stays so.
+            // Failures by chance are retried; every other refusal stays.
             Reason::RegistryUnreachable | Reason::HostBusy => Some(Event::Time),
             _ if last.state == Some(NodeState::Degraded) => None,
             _ => Some(Event::Time),
         }
     }
 
-    /// Verification of what runs, or dropping what boots next, failed by chance and is due again.
+    /// Whether verifying the booted image or dropping the next one failed by chance and is due again.
     fn is_pending(&self, last: &Decision) -> bool {
         let next = self.host.next_boot().filter(|next| !next.booted);
         let drop = |next: &Deployment| Work::DropStaged { checksum: next.checksum.clone() };
@@ -1187,28 +1199,28 @@ impl World {
         self.memory.failures.iter().any(failed)
     }
 
-    /// What runs was verified, or refused.
+    /// Whether the booted image was verified or refused.
     fn verification_is_over(&self) -> bool {
         !self.memory.verified.is_empty() || self.memory.failures.iter().any(|f| matches!(f.work, Work::Verify { .. }))
     }
 
-    /// Whether the end of a fair run is one that may be.
+    /// Whether a fair run may end in this state.
     fn ends_well(&self) -> Result<(), String> {
         let last = self.last.as_ref().unwrap();
         let held = matches!(last.reason, Reason::Held | Reason::HealthFailed);
         if self.cordoned && !held {
-            return Err(format!("it ends with a cordoned node: {}: {}", last.reason, last.message));
+            return Err(format!("the run ends with a cordoned node: {}: {}", last.reason, last.message));
         }
         let refused = self.signature == Signature::Rejected || last.reason == Reason::RolledBack;
         let next = self.host.next_boot().filter(|next| !next.booted && next.checksum == "b");
         let by_hand = last.message.contains("drop it with");
         if refused && self.desired() == 'b' && next.is_some() && !by_hand {
-            return Err("what was refused boots next".into());
+            return Err("a refused image boots next".into());
         }
         if self.booted() == 'b' && self.desired() == 'b' && self.signature == Signature::Rejected {
             let shown = last.reason == Reason::RunsUntrusted && self.node.untrusted.is_some();
             if !shown && last.reason.is_at_rest() {
-                return Err("what runs is refused, and the Node does not say so".into());
+                return Err("the booted image is refused and the Node does not report it".into());
             }
         }
         if last.reason.is_at_rest() {
@@ -1216,24 +1228,24 @@ impl World {
                 && self.node.is_current_image_desired()
                 && self.node.current_config == self.node.desired_config
                 && self.booted() == self.desired();
-            return if said { Ok(()) } else { Err("it ends in a Done that is none".into()) };
+            return if said { Ok(()) } else { Err("the agent is at rest and the Node is not Done".into()) };
         }
         let told = self.node.reason.as_deref() == Some(format!("{}: {}", last.reason, last.message).as_str());
         if last.reason != Reason::Held && self.node.state.as_deref() != Some("Degraded") {
-            return Err(format!("it ends without a word to the cluster: {}", last.message));
+            return Err(format!("the run ends without a report to the cluster: {}", last.message));
         }
         if told {
             names_a_way_out(&last.message)
         } else {
-            Err(format!("its last message is not on the Node: {}", last.message))
+            Err(format!("the last message is not on the Node: {}", last.message))
         }
     }
 }
 
-/// More things than any fair run needs; half of them are retries while patience lasts.
+/// More events than any fair run needs; half of them are retries before the patience ends.
 const LONGEST_RUN: usize = 900;
 
-/// Follows the fair run from `world` to its end, or to a state whose run is known to end well.
+/// Follows the fair run from `world` to its end, or to a state from which runs are known to end well.
 fn follow(world: &World, ending: &mut HashSet<u64>, trace: &mut Vec<Event>) -> Result<&'static str, String> {
     let mut world = world.clone();
     let mut keys = Vec::new();
@@ -1253,15 +1265,15 @@ fn follow(world: &World, ending: &mut HashSet<u64>, trace: &mut Vec<Event>) -> R
             Some(event) => {
                 trace.push(event);
                 if !world.happen(event)? {
-                    return Err(format!("nothing can happen any more: {:?}", world.last));
+                    return Err(format!("no event is possible: {:?}", world.last));
                 }
             }
         }
     }
-    Err(format!("it does not end: {:?}", world.last))
+    Err(format!("the run does not end: {:?}", world.last))
 }
 
-/// What an exploration has seen: states, steps between them, and how fair runs ended.
+/// Result of an exploration: states, steps between them, and the ends of fair runs.
 type Seen = (usize, usize, BTreeMap<&'static str, usize>);
 
 /// Every order of events within the budgets, up to `most` states.
@@ -1308,7 +1320,7 @@ fn explore(scenario: Scenario, most: usize) -> Result<Seen, String> {
     Ok((seen.len(), transitions, ends))
 }
 
-/// The whole world at its unkindest, for the random walks.
+/// All faults at once, for the random walks.
 const UNKIND: Budget = Budget {
     retargets: 4,
     failures: 4,
@@ -1401,7 +1413,7 @@ proptest! {
         let mut world = World::new(scenario);
         let mut trace = Vec::new();
         for byte in bytes {
-            // Half of the time the agent runs; what cannot happen is skipped.
+            // Every second event is the agent's; events that cannot happen are skipped.
             let event = if byte % 2 == 0 { Event::Agent } else { EVENTS[usize::from(byte / 2) % EVENTS.len()] };
             match world.happen(event) {
                 Ok(true) => trace.push(event),

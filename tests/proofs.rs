@@ -1,5 +1,5 @@
-//! What the compiler must refuse: a host that is changed without a verified image. Each program is given to rustc, which
-//! must name exactly the expected error; the control, which does it rightly, must compile.
+//! Programs that the compiler must refuse, because they change a host without a verified image. rustc must report
+//! exactly the expected error for each; the correct control program must compile.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -24,7 +24,7 @@ const CONTROL: &str = "fn control(host: &Host, image: &VerifiedImage, cancel: &m
     let (_, _): (&PinnedImage, &ImageFacts) = (image.image(), image.facts());
 }";
 
-/// Functions that try what they must not, and the only error of each.
+/// Function bodies that must not compile, and the only error of each.
 const REFUSED: &[(&str, &str)] = &[
     (
         "E0451",
@@ -50,13 +50,13 @@ const REFUSED: &[(&str, &str)] = &[
     ("E0061", "fn reboot(host: &Host) { drop(host.reboot()); }"),
 ];
 
-/// The compiler beside the cargo that runs the test.
+/// The compiler next to the cargo that runs the test.
 fn compiler() -> PathBuf {
     let beside = std::env::var_os("CARGO").map(|cargo| Path::new(&cargo).with_file_name("rustc"));
     beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from("rustc"))
 }
 
-/// The error codes of `program`, and all that the compiler says.
+/// The error codes of `program`, and the compiler's whole output.
 fn compile(library: &Path, program: &str) -> (bool, BTreeSet<String>, String) {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("program.rs");
@@ -76,8 +76,8 @@ fn compile(library: &Path, program: &str) -> (bool, BTreeSet<String>, String) {
     (output.status.success(), codes.collect(), said)
 }
 
-/// The library that this test is linked with: the newest that the control compiles with, as a target directory may keep
-/// those of other builds.
+/// The library that this test is linked with: the newest that the control compiles with, because a target directory may
+/// keep those of other builds.
 fn library() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let mut found: Vec<PathBuf> = std::fs::read_dir(test.parent().unwrap())

@@ -1,5 +1,5 @@
-//! README.md's commands: what needs neither a cluster nor root is run, and the rest is held against what it names.
-//! They are found by what they say, so that README.md can be rearranged without this file.
+//! README.md's commands: those that need neither a cluster nor root are run, and the others are compared with the tools
+//! they name. The tests find them by content, so README.md can be rearranged freely.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
@@ -11,10 +11,10 @@ use support::tools;
 use support::world::{World, WorldOptions};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent-under-test");
-/// What README.md writes for an image, and for a reason.
+/// README.md's placeholder for an image, and for a reason.
 const IMAGE: &str = "REGISTRY/REPOSITORY@sha256:DIGEST";
 const REASON: &str = "REASON";
-/// Done, refused, on the way. Anything else is a command line that the agent does not know, or no node.
+/// Exit codes: done, refused, in progress. Others mean an unknown command line or no node.
 const ANSWERS: [i32; 3] = [0, 3, 4];
 
 fn root() -> PathBuf {
@@ -25,7 +25,7 @@ fn readme() -> String {
     std::fs::read_to_string(root().join("README.md")).unwrap()
 }
 
-/// The blocks of code, indented or fenced, and what is between them.
+/// The code blocks, indented or fenced, and the text between them.
 fn parts(text: &str) -> (Vec<String>, String) {
     let (mut blocks, mut prose, mut fenced) = (vec![String::new()], String::new(), false);
     for line in text.lines() {
@@ -43,19 +43,19 @@ fn parts(text: &str) -> (Vec<String>, String) {
     (blocks, prose)
 }
 
-/// The lines of all blocks, with those that go on joined and comments taken away.
+/// The lines of all blocks, with continued lines joined and comments removed.
 fn lines(text: &str) -> Vec<String> {
     let joined = parts(text).0.concat().replace("\\\n", " ");
     joined.lines().map(|line| line.split(" #").next().unwrap_or_default().trim().to_owned()).collect()
 }
 
-/// What stands in backticks outside of blocks.
+/// The texts in backticks outside of blocks.
 fn spans(text: &str) -> Vec<String> {
     let spaced = |span: &str| span.split_whitespace().collect::<Vec<_>>().join(" ");
     parts(text).1.split('`').skip(1).step_by(2).map(spaced).collect()
 }
 
-/// Every command that begins with `program`, once.
+/// Every command that begins with `program`, without repetition.
 fn commands(program: &str) -> Vec<String> {
     let text = readme();
     let mut found = [lines(&text), spans(&text)].concat();
@@ -98,7 +98,7 @@ async fn agent_commands_do_what_the_readme_says() {
         let mut words: Vec<&str> = agent.split_whitespace().skip(1).collect();
         match words.as_slice() {
             [] => continue,
-            // The name of the command, or the service itself.
+            // Skips the bare name of the command or service.
             ["verify"] | ["run", ..] => words.push("--help"),
             _ => {}
         }
@@ -140,7 +140,7 @@ fn options_of_repository_programs_exist() {
         };
         let file = root().join(program);
         let Ok(source) = std::fs::read_to_string(&file) else { continue };
-        // A script that knows no --help could do anything with it.
+        // A script without --help could run anything.
         if !source.starts_with("#!/bin/bash") || !source.contains("-h | --help)") {
             assert!(!command.contains(" --"), "`{command}`: {program} has no --help");
             continue;
@@ -213,7 +213,7 @@ fn journalctl_options_exist() {
     for command in &commands {
         let nowhere = format!("journalctl --no-pager --directory={} ", directory.path().display());
         let output = bash(&command.replacen("journalctl ", &nowhere, 1), "");
-        // Options are parsed before files are opened.
+        // journalctl parses options before it opens files.
         let parsed = output.status.success() || said(&output).contains("No journal files were found");
         assert!(parsed, "`{command}`: {}", said(&output));
     }

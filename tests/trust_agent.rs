@@ -1,4 +1,4 @@
-//! The whole agent while what it stands on changes: the files that decide about signatures, and the deployments.
+//! The agent as a process while its inputs change: the files that decide about signatures, and the deployments.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
@@ -18,12 +18,12 @@ use support::world::{NODE, World, WorldOptions};
 const HOLD: &str = "rebase-agent.openshift.io/hold";
 const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 
-/// A node that is Done on the image that it was installed with, has another one staged, and is held.
+/// A node that is Done on the installed image, has another one staged, and is held.
 struct Held {
     world: World,
     image: Pushed,
     seen: Arc<Mutex<Vec<Event>>>,
-    /// The digest that was staged at each request to drain.
+    /// The digest that was staged at each drain request.
     staged_at_drain: Arc<Mutex<Vec<Option<String>>>>,
 }
 
@@ -63,7 +63,7 @@ impl Held {
         Files { scope: format!("{}/example", self.world.registry.host()), path }
     }
 
-    /// The node is refused for `word`, in service, and has not been rebooted.
+    /// Waits until the node is refused for `word`; checks that it is schedulable and was not rebooted.
     async fn refused(&self, word: &str) {
         let given_back = |node: &Value| {
             annotation(node, "reason").is_some_and(|reason| reason.starts_with(word))
@@ -85,7 +85,7 @@ impl Held {
     }
 }
 
-/// A node that is Done on the image that it was installed with.
+/// A node that is Done on the installed image.
 async fn settled(env: &[(&str, &str)]) -> World {
     let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")));
     options.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
@@ -112,7 +112,7 @@ impl Files {
         self.path.join("containers/policy.json")
     }
 
-    /// A policy that demands a key which has signed nothing.
+    /// A policy that demands a key which signed none of the images.
     fn stranger(&self) -> Policy {
         let key = self.path.join("stranger.pub");
         Signer::generate(KeyKind::P256).write_public(&key).unwrap();
@@ -120,7 +120,7 @@ impl Files {
     }
 }
 
-/// Puts what `write` writes in the place of `path`, with the old time of modification.
+/// Replaces `path` by a file that `write` writes, and keeps the old modification time.
 fn replace(path: &Path, write: impl Fn(&Path)) {
     let new = path.with_extension("new");
     write(&new);
@@ -185,7 +185,7 @@ async fn new_file_in_registries_d_is_noticed() {
     held.refused("SignatureMissing").await;
 }
 
-/// Changes the key at the first event that `choose` takes, while the agent's write is being answered.
+/// Changes the key at the first event that `choose` accepts, before the agent's write is answered.
 async fn key_changes_at(choose: impl Fn(&Event) -> bool + Send + Sync + 'static) {
     let held = Held::new().await;
     let (key, armed) = (held.world.path().join("os.pub"), AtomicBool::new(true));
@@ -225,7 +225,7 @@ async fn identical_replacement_files_cause_one_more_verification() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn signed_image_created_before_the_floor_is_refused() {
-    // The registry's images say that they were created in 1970; what runs already is not judged by its age.
+    // The registry's images have a creation time of 1970; the age of the booted image does not count.
     let floor = "2026-11-01T00:00:00.5+01:00";
     let world = settled(&[("REBASE_AGENT_MINIMUM_CREATED", floor)]).await;
     let image = world.signed("2").await.unwrap();

@@ -20,7 +20,7 @@ use support::skip::skip;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_rebase-agent-under-test");
 
-/// The unit, directive by directive. Whoever changes one says so here too.
+/// The unit, directive by directive. A change of the unit changes this list, too.
 const UNIT: &[(&str, &str, &str)] = &[
     ("Unit", "Description", "Follow the pool's desired OS image"),
     ("Unit", "ConditionPathExists", "/run/ostree-booted"),
@@ -84,7 +84,7 @@ fn run(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
 }
 
-/// systemd.syntax(7), as far as our files use it: sections, comments, one directive per line.
+/// systemd.syntax(7), as far as these files use it: sections, comments, one directive per line.
 fn directives(text: &str) -> Vec<(String, String, String)> {
     let mut section = String::new();
     let mut found = Vec::new();
@@ -110,7 +110,7 @@ fn unit_has_exactly_the_reviewed_directives() {
     for directive in &unit {
         assert!(UNIT.contains(directive), "new or changed: {directive:?}");
     }
-    // Lists may be given in parts; anything else twice would be a mistake.
+    // Lists may be given in parts; repeating another directive would be a mistake.
     let single = unit.iter().filter(|(_, key, _)| !["After", "SystemCallFilter"].contains(key));
     let keys: BTreeSet<_> = single.clone().map(|(section, key, _)| (section, key)).collect();
     assert_eq!(keys.len(), single.count(), "a directive is given twice");
@@ -121,7 +121,7 @@ fn systemd_accepts_the_unit() {
     if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
         return skip("systemd-analyze is not installed, so systemd does not check the unit");
     }
-    // The program is not where a node has it.
+    // A copy with the path of the program under test.
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("rebase-agent.service");
     let unit = read("systemd/rebase-agent.service");
@@ -132,18 +132,18 @@ fn systemd_accepts_the_unit() {
     assert!(exposed.status.success(), "more exposed than 1.5: {}", String::from_utf8_lossy(&exposed.stdout));
     let verify = run(Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).arg(&path));
     let said = String::from_utf8_lossy(&verify.stderr);
-    // Other units of this machine may have their own troubles.
+    // Other units of this machine may be faulty.
     let ours: Vec<_> = said.lines().filter(|line| line.contains("rebase-agent")).collect();
     assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
 }
 
-/// Takes the proxy's variables out of MCO's file.
+/// Copies the proxy variables out of MCO's file.
 const PROXY_ONLY: &str = concat!(
     r#"-/usr/bin/sed -nE "/^[[:space:]]*(https?|no)_proxy[[:space:]]*=/Iw /run/rebase-agent-bootc/proxy.env""#,
     " /etc/mco/proxy.env"
 );
 
-/// What stages through bootc, as reviewed; `SIGNED` of them differs in what it is for and in one option.
+/// The units that stage through bootc, as reviewed; `SIGNED` replaces their description and command for signed origins.
 const SWITCH: &[(&str, &str, &str)] = &[
     ("Unit", "Description", "Stage %I with bootc"),
     ("Unit", "Documentation", "man:rebase-agent(8) man:bootc-switch(8)"),
@@ -210,20 +210,21 @@ fn bootc_units_have_exactly_the_reviewed_directives() {
         let unit = directives(&read(&format!("systemd/{name}")));
         let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
         assert_eq!(unit, reviewed, "{name}");
-        // Only a unit's own program changes into the domain that may change the system.
+        // Only a unit's main program enters the domain that may change the system.
         let programs = unit.iter().filter(|(_, key, command)| key.starts_with("Exec") && *command != PROXY_ONLY);
         for (_, key, command) in programs {
             assert!(*key == "ExecStart" && command.trim_start_matches(':').starts_with("/usr/bin/bootc "), "{command}");
             assert!(!command.contains('$') && !command.replace("%I", "").contains('%'), "{command}");
         }
     }
-    // Whoever is quicker to give up tells more: the unit says that it took too long, the agent only that it waited.
+    // The shorter time limit gives the better message: the unit reports that bootc took too long, the agent only that
+    // it waited.
     let deadlines = Deadlines::default();
     assert!(Duration::from_secs(2 * 60 * 60) < deadlines.whole);
     assert!(Duration::from_secs(60) >= deadlines.status, "bootc would be cut off while the agent waits");
 }
 
-/// The real sed, on what a file of MCO's could have in it.
+/// Runs the real sed on contents that MCO's file could have.
 #[test]
 fn only_proxy_variables_reach_bootc() {
     let directory = tempfile::tempdir().unwrap();
@@ -240,7 +241,7 @@ fn only_proxy_variables_reach_bootc() {
     std::fs::write(&from, others.join("\n")).unwrap();
     assert!(filter());
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "");
-    // Without the file nothing of an earlier start is left.
+    // Without MCO's file, no variables of an earlier start are left.
     std::fs::write(&to, "HTTP_PROXY=old").unwrap();
     std::fs::remove_file(&from).unwrap();
     assert!(!filter());
@@ -258,7 +259,7 @@ fn systemd_accepts_the_bootc_units() {
         std::fs::write(&path, read(&format!("systemd/{from}")).replace("/usr/bin/bootc ", "/bin/true ")).unwrap();
         path
     };
-    // Behind a colon systemd-analyze takes another name for the same unit.
+    // systemd-analyze takes the text after a colon as an alias of the unit.
     let instance = format!(r"quay.io-a\x2db-c_d\x40sha256\x3a{}", "0".repeat(64));
     copy("rebase-agent-bootc-status@.service", "rebase-agent-bootc-status@.service");
     let units = [
@@ -272,7 +273,7 @@ fn systemd_accepts_the_bootc_units() {
     assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
 }
 
-/// What systemd itself makes of instances, read from a manager that loads units and starts none.
+/// Asks a systemd manager that loads units and starts none how it reads the instances.
 #[test]
 fn instance_name_is_exactly_one_argument() {
     const SYSTEMD: &str = "/usr/lib/systemd/systemd";
@@ -291,7 +292,7 @@ fn instance_name_is_exactly_one_argument() {
     let cases = [
         (r"rebase-agent-bootc@quay.io:5000-a\x2db-c_d\x40sha256:0123.service", "-- quay.io:5000/a-b/c_d@sha256:0123"),
         (r"rebase-agent-bootc-signed@q.io-o\x40sha256:0.service", "--enforce-container-sigpolicy -- q.io/o@sha256:0"),
-        // No image has such a name; systemd would not do more with it than bootc, which refuses it.
+        // No image has such a name; systemd passes it on as one argument, and bootc refuses it.
         (r"rebase-agent-bootc@\x2d\x2dapply.service", "--quiet -- --apply"),
         (r"rebase-agent-bootc@a\x20\x24HOME\x20\x25i\x3b.service", r#"-- "a \$HOME %i;""#),
     ];
@@ -301,7 +302,7 @@ fn instance_name_is_exactly_one_argument() {
     for target in ["basic.target", "sysinit.target", "shutdown.target"] {
         std::fs::write(units.join(target), "[Unit]\nDescription=Something else\n").unwrap();
     }
-    // It does not want to be root for that.
+    // The manager refuses to run as root for this.
     let mut command = match std::fs::metadata(&units).unwrap().uid() {
         0 => Command::new("setpriv"),
         _ => Command::new("env"),
@@ -337,7 +338,7 @@ fn preset_and_tmpfiles_name_existing_files() {
     };
     let enabled = ["enable rebase-agent.service", "enable rebase-agent-bootc-status.socket"];
     assert_eq!(lines("systemd/80-rebase-agent.preset"), enabled);
-    // The first of the places where ostree's pull looks.
+    // The first place where ostree's pull looks.
     assert_eq!(lines("systemd/10-ostree-auth.conf"), ["L /run/ostree/auth.json - - - - /var/lib/kubelet/config.json"]);
     let (readme, mut named) = (read("README.md"), 0);
     let mut directories = vec![file("systemd")];
@@ -492,7 +493,7 @@ fn catalog_explains_exactly_the_known_message_ids() {
     explained.sort_unstable();
     sent.sort_unstable();
     assert_eq!(explained, sent);
-    // journalctl fills these in; a field that the agent never sends stays as it is.
+    // journalctl fills these in; the placeholder of a field that the agent never sends would stay as it is.
     let sends = ["@REBASE_AGENT_REASON@", "@REBASE_AGENT_RULE@", "@REBASE_AGENT_IMAGE@"];
     for word in catalog.split_whitespace().filter(|word| word.matches('@').count() > 1) {
         assert!(sends.contains(&word.trim_end_matches(['.', ','])), "{word}");
@@ -570,7 +571,7 @@ fn installed_and_packaged_files_are_the_same() {
     assert!(!found.contains("/usr/lib/systemd/system/rebase-agent.service.d/"), "an example is in force: {found}");
 }
 
-/// `UPDATE_DOCS=1` writes it.
+/// Checks that the file at `path` is up to date. `UPDATE_DOCS=1` writes it.
 fn is_current(path: &str, text: &str) {
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(file(path), text).unwrap();
@@ -581,7 +582,7 @@ fn is_current(path: &str, text: &str) {
     );
 }
 
-/// cargo finds no test by itself here, so a forgotten one would never run.
+/// cargo finds no tests by itself here, so a forgotten file would never run.
 #[test]
 fn every_test_file_is_in_a_manifest() {
     let manifests = read("Cargo.toml") + &read("tests/Cargo.toml");
@@ -624,7 +625,7 @@ fn man_page_is_up_to_date() {
     man.render_options_section(&mut page).unwrap();
     for sub in command.get_subcommands() {
         let title = sub.get_name().to_uppercase();
-        // What every command has is explained once, above.
+        // Options of every command are explained once, above.
         let man = Man::new(sub.clone().mut_args(|arg| match arg.is_global_set() || arg.get_id() == "help" {
             true => arg.hide(true),
             false => arg,

@@ -1,6 +1,6 @@
-//! The verification of an image, as an operator sees it: `rebase-agent verify`, confined as the service is, against
-//! the real engine and a real registry. Whatever a test asks, it also finds out that no engine is left running and
-//! that the words are fit to print.
+//! Verification of an image as an operator sees it: `rebase-agent verify`, confined as the service is, with the real
+//! engine and a real registry. Every call also checks that no engine is left running and that the text is safe to
+//! print.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 #![allow(clippy::disallowed_methods, reason = "the tests own the disk that the agent must not write")]
 
@@ -32,9 +32,9 @@ use tempfile::TempDir;
 use tokio::process::Command;
 
 const REPO: &str = "ns/os";
-/// A host name that only a proxy knows.
+/// A host name that only a proxy can resolve.
 const NAMED: &str = "registry.test.example";
-/// Longest sentence that may reach an annotation.
+/// Longest sentence that an annotation may get.
 const LONGEST: usize = 900;
 /// Exit codes of `verify`.
 const REFUSED: i32 = 3;
@@ -48,7 +48,7 @@ struct Node {
     signer: Signer,
 }
 
-/// What the agent said.
+/// Output of the agent.
 #[derive(Debug)]
 struct Outcome {
     code: i32,
@@ -88,12 +88,12 @@ impl Node {
         self.path("key.pub")
     }
 
-    /// The node's key, with an identity rule that cosign's signatures meet.
+    /// The node's key, with an identity rule that accepts cosign's signatures.
     fn requirement(&self) -> Requirement {
         Requirement::sigstore_key_path(&self.key()).identity(&Identity::MatchRepository)
     }
 
-    /// Demands this of everything in the registry; anything else is accepted.
+    /// Requires this for every image in the registry; other images are accepted.
     fn require(&self, requirements: impl IntoIterator<Item = Requirement>) {
         self.policy(&Policy::accept_by_default().scope(&self.registry.host(), requirements));
     }
@@ -106,7 +106,7 @@ impl Node {
         registries_d.write(&self.path("registries.d/tests.yaml")).unwrap();
     }
 
-    /// A program that stands in for the engine: a shell script, which finds the real one as `$REAL`.
+    /// A program that replaces the engine: a shell script, with the real engine in `$REAL`.
     fn engine(&self, name: &str, body: &str) -> PathBuf {
         let path = self.path(name);
         let real = tools::skopeo().unwrap();
@@ -119,7 +119,7 @@ impl Node {
         self.registry.push(REPO, "tag", spec).await.unwrap()
     }
 
-    /// An image signed as cosign would with the node's key.
+    /// An image signed with the node's key, as cosign signs.
     async fn signed(&self) -> Pushed {
         let pushed = self.push(&ImageSpec::default().rendered_config("rendered-worker-1")).await;
         self.sign(&pushed).await;
@@ -154,7 +154,7 @@ impl Node {
         self.verify_with(pullspec, &[]).await
     }
 
-    /// With these variables as well, or without those whose value is empty.
+    /// Runs with these variables added, or removed where the value is empty.
     async fn verify_with(&self, pullspec: &str, env: &[(&str, &str)]) -> Outcome {
         let mut command = self.command(pullspec);
         command.arg("--json");
@@ -189,7 +189,7 @@ impl Node {
         found
     }
 
-    /// The same once there are none, or when the patience is over.
+    /// The remaining processes once none is left, or at the end of the patience.
     async fn engines_after(&self, patience: Duration) -> Vec<String> {
         let started = Instant::now();
         loop {
@@ -209,7 +209,7 @@ impl Outcome {
         serde_json::from_value(self.said.clone()).unwrap()
     }
 
-    /// The sentence of a refusal with that word, which has to be fit for an annotation and a terminal.
+    /// The sentence of a refusal with that reason, checked to be safe for an annotation and a terminal.
     #[track_caller]
     fn refused(&self, reason: Reason) -> &str {
         let message = self.said["message"].as_str().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Whether a message names a way out: something that the reader can do, and that exists.
+//! Checks that a message names a way out: an action that the reader can take, with commands that exist.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods, reason = "a part of tests")]
 
 use std::collections::BTreeSet;
@@ -8,8 +8,8 @@ use clap::CommandFactory as _;
 use rebase_agent::cli::Cli;
 use rebase_agent::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
 
-/// Commands that solve or explain something, as their tools take them. A word in capitals stands for one argument. Look
-/// at the tool's own manual before you add one.
+/// Commands that solve or explain a problem, as their tools accept them. A word in capitals stands for one argument.
+/// Check the tool's manual before you add one.
 const COMMANDS: &[&str] = &[
     "bootc rollback",
     "bootc status",
@@ -42,7 +42,7 @@ const COMMANDS: &[&str] = &[
     "systemd-inhibit --list",
 ];
 
-/// Names of commands and parts of them, which a text may mention and which are no way out.
+/// Commands and parts of them that a text may mention and that are no way out.
 const MENTIONED: &[&str] = &[
     "bootc",
     "bootc status --format=json --format-version=1",
@@ -55,7 +55,7 @@ const MENTIONED: &[&str] = &[
     "systemctl status",
 ];
 
-/// What a clause begins with that tells the reader to do something.
+/// First words of a clause that tells the reader to act.
 const INSTRUCTIONS: &[&str] = &[
     "annotate", "build", "correct", "delete", "free", "give", "hand", "install", "let", "look", "lower", "push", "put",
     "raise", "remove", "set", "sign", "take",
@@ -79,7 +79,7 @@ const ANNOTATIONS: &[&str] = &[
 /// Checks that `message` names a way out, and that every command and every annotation in it exists.
 ///
 /// # Errors
-/// One sentence that says what is missing or unknown.
+/// One sentence that names the missing or unknown part.
 pub fn names_a_way_out(message: &str) -> Result<(), String> {
     let commands = commands(message)?;
     let annotations = annotations(message)?;
@@ -89,7 +89,7 @@ pub fn names_a_way_out(message: &str) -> Result<(), String> {
     Err(format!("names no command, annotation, option or instruction that tests/ways_out.rs knows: {message}"))
 }
 
-/// Whether a command in backticks solves or explains something; an error if one does not exist.
+/// Whether a command in backticks solves or explains a problem; an error if a command does not exist.
 fn commands(message: &str) -> Result<bool, String> {
     let mut found = false;
     for quoted in message.split('`').skip(1).step_by(2) {
@@ -111,7 +111,7 @@ fn commands(message: &str) -> Result<bool, String> {
     Ok(found)
 }
 
-/// Whether the agent's command line has the subcommand and the options; it may be mentioned without any.
+/// Whether the agent's command line has the subcommand and the options; a bare `rebase-agent` is only a mention.
 fn is_ours(words: &[&str]) -> Result<bool, String> {
     let cli = Cli::command();
     let Some(name) = words.get(1) else { return Ok(false) };
@@ -124,7 +124,7 @@ fn is_ours(words: &[&str]) -> Result<bool, String> {
     }
 }
 
-/// Whether an annotation is named; an error if one does not exist.
+/// Whether an annotation is named; an error if an annotation does not exist.
 fn annotations(message: &str) -> Result<bool, String> {
     let mut found = false;
     let is_part = |c: char| c.is_ascii_alphanumeric() || "-./".contains(c);
@@ -158,7 +158,7 @@ fn options(message: &str) -> bool {
     message.split(|c: char| !is_part(c)).any(|word| KNOWN.contains(word))
 }
 
-/// The parts of a message between marks of punctuation that a space follows, without `or` and `and` before them.
+/// The parts of a message between punctuation marks followed by a space, without a leading `or` or `and`.
 fn clauses(message: &str) -> impl Iterator<Item = &str> {
     [". ", "; ", ": ", ", "]
         .iter()
@@ -170,7 +170,7 @@ fn clauses(message: &str) -> impl Iterator<Item = &str> {
 fn instructs(clause: &str) -> bool {
     let mut words = clause.split(' ');
     let (first, rest) = (words.next().unwrap_or_default().to_lowercase(), words.collect::<Vec<_>>());
-    // A log is looked at where there is no command for it that is the same everywhere.
+    // "see the log" counts where no command for that log works everywhere.
     let log = first == "see" && rest.iter().any(|word| word.trim_matches(['.', ',']) == "log");
     log || (INSTRUCTIONS.contains(&first.as_str()) && !rest.is_empty())
 }
@@ -198,7 +198,7 @@ fn commands_that_do_not_exist_are_no_way_out() {
         ("`nonsense` is not pinned", "names no command"),
         ("the signature is missing", "names no command"),
         ("it went wrong, see below", "names no command"),
-        ("the annotation is set and nobody will sign it", "names no command"),
+        ("the annotation is set and no signature follows", "names no command"),
         ("`bootc switch` failed", "names no command"),
         ("see `journalctl`", "is no command"),
         ("end it with `rpm-ostree cleanup --pending-please`", "is no command"),
@@ -213,7 +213,7 @@ fn commands_that_do_not_exist_are_no_way_out() {
     }
 }
 
-/// Also where no case and no walk comes along: in every message of the source, in README.md and in the catalog.
+/// Covers texts that no case and no walk reaches: every message in the source, README.md and the catalog.
 #[test]
 fn every_command_in_messages_and_documents_exists() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -230,7 +230,7 @@ fn every_command_in_messages_and_documents_exists() {
         let is_code = file.extension().is_some_and(|extension| extension == "rs");
         let text = text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
         let lines = text.lines().filter(|line| !is_code || !line.trim_start().starts_with("//"));
-        // A string goes on in the next line.
+        // A string continues in the next line.
         let joined: String = lines.map(|line| line.trim().trim_end_matches('\\').to_owned() + " ").collect();
         for quoted in joined.split('`').skip(1).step_by(2) {
             if let Err(why) = commands(&format!("`{quoted}`")) {

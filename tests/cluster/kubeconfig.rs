@@ -1,4 +1,4 @@
-//! What a kubeconfig may say, and what is refused in which words.
+//! Supported contents of a kubeconfig, and the messages for unsupported ones.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -47,13 +47,13 @@ impl Stage {
         format!("client-certificate: {pem}\nclient-key: {pem}")
     }
 
-    /// What comes of a kubeconfig.
+    /// The first read with this kubeconfig.
     async fn read(&self, yaml: &str, node: Option<&str>) -> Result<NodeObject, ClusterError> {
         fs::write(self.kubeconfig(), yaml).unwrap();
         Api::new(self.kubeconfig(), node.map(str::to_owned), quick()).metadata().await.map(|(node, _)| node)
     }
 
-    /// The error, which must be fit to be shown and name the kubeconfig.
+    /// The error, checked to be printable and to name the kubeconfig.
     async fn refusal(&self, yaml: &str, node: Option<&str>) -> String {
         let error = self.read(yaml, node).await.expect_err(yaml);
         assert!(matches!(error, ClusterError::Kubeconfig { .. }), "{error:?}");
@@ -177,7 +177,7 @@ async fn certificate_must_name_the_tls_server_name() {
     }
 }
 
-/// The server was reached: what is said is about its certificate and the clocks, never about the network.
+/// The server was reached: the message is about its certificate or the clocks, never about the network.
 #[tokio::test]
 async fn server_certificate_faults_are_reported() {
     const DAY: i64 = 24 * 3600;

@@ -1,5 +1,5 @@
-//! The agent's side of the API server, against one that is as nasty as the original: what a kubeconfig may say, how a
-//! Node is followed through everything that breaks, and what a patch may touch.
+//! The agent's API client against a server with all faults of the original: the kubeconfig, following a Node through
+//! interruptions, and the scope of a patch.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 #![allow(clippy::disallowed_methods, reason = "tests write the files that the agent reads")]
 
@@ -24,7 +24,7 @@ use tokio::time::timeout;
 
 /// The node of these tests.
 const NODE: &str = "worker-0.example.com";
-/// Longest wait for what must come.
+/// Longest wait for an expected event.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// An API server with one Node, and a kubelet's files.
@@ -47,7 +47,7 @@ impl Stage {
         stage
     }
 
-    /// The kubelet's files, with this authority and this client PEM.
+    /// Writes the kubelet's files with this authority and this client PEM.
     fn write(&self, authority: &Pki, pem: &str) {
         let link = rotate_client_pem(&self.directory.path().join("pki"), pem);
         write_kubeconfig(&self.kubeconfig(), &self.server.url(), &authority.ca_pem(), &link);
@@ -75,12 +75,12 @@ impl Stage {
         self.store.annotate("admin", NODE, &format!("{PREFIX}{key}"), Some(value)).unwrap();
     }
 
-    /// Requests of this kind so far.
+    /// The number of requests of this kind.
     fn count(&self, watches: bool) -> usize {
         self.server.requests().iter().filter(|request| request.is_watch() == watches).count()
     }
 
-    /// Waits until a watch is open: a change from then on comes through it.
+    /// Waits until a watch is open: later changes come through it.
     async fn watched(&self) {
         let open = || self.server.requests().iter().any(|request| request.is_watch() && request.status == 200);
         timeout(DEADLINE, async {
@@ -93,12 +93,12 @@ impl Stage {
     }
 }
 
-/// The service's limits without the first wait.
+/// The service's time limits without the first wait.
 fn quick() -> Timing {
     Timing { first: Duration::ZERO, ..Timing::default() }
 }
 
-/// A Node being followed, until dropped.
+/// A task that follows a Node until this is dropped.
 struct Following {
     told: mpsc::Receiver<Told>,
     task: JoinHandle<()>,
@@ -111,11 +111,11 @@ impl Drop for Following {
 }
 
 impl Following {
-    /// The next Node that this holds for; errors on the way are let pass.
+    /// The next Node that `is` accepts; errors before it are ignored.
     async fn node(&mut self, what: &str, is: impl Fn(&NodeObject) -> bool) -> NodeObject {
         let wait = async {
             loop {
-                match self.told.recv().await.expect("it goes on for ever") {
+                match self.told.recv().await.expect("following never ends") {
                     Ok(node) if is(&node) => return node,
                     _ => {}
                 }
@@ -132,11 +132,11 @@ impl Following {
     async fn error(&mut self) -> ClusterError {
         let wait = async {
             loop {
-                if let Err(error) = self.told.recv().await.expect("it goes on for ever") {
+                if let Err(error) = self.told.recv().await.expect("following never ends") {
                     return error;
                 }
             }
         };
-        timeout(DEADLINE, wait).await.expect("an error is told in time")
+        timeout(DEADLINE, wait).await.expect("an error arrives in time")
     }
 }

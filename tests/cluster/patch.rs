@@ -1,4 +1,4 @@
-//! What a patch may touch, and what becomes of one whose reply is lost.
+//! The scope of a patch, and a patch whose reply is lost.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ impl Stage {
         self.server.requests().into_iter().filter(|request| request.method == "PATCH").collect()
     }
 
-    /// The Node, without what every write changes.
+    /// The Node without the fields that every write changes.
     fn rest(&self) -> Value {
         let mut node = self.store.node(NODE).unwrap();
         for key in ["annotations", "managedFields", "resourceVersion"] {
@@ -91,7 +91,7 @@ async fn full_annotations_refuse_more() {
     let error = api.patch(&node.uid, &patch("reason", &"r".repeat(500))).await.unwrap_err();
     assert!(matches!(&error, ClusterError::Refused(why) if why.contains("Too long")), "{error}");
     assert_eq!(Told::from(&error).reason, Reason::ClusterUnreachable);
-    assert!(api.metadata().await.is_ok(), "and it can still be read");
+    assert!(api.metadata().await.is_ok(), "the Node can still be read");
 }
 
 #[tokio::test]
@@ -160,7 +160,7 @@ async fn annotations_are_bounded_and_escaped() {
     for value in values.into_iter().chain([desired.as_str()]) {
         assert!(value.len() < 9000 && !value.chars().any(char::is_control), "{value:?}");
     }
-    // Cleaned to a good image, it would be followed, and never be what MCC compares with.
+    // A reference that was cleaned to a valid image would be followed and would never equal MCC's.
     assert!(desired.image().is_err(), "{desired:?}");
     stage.annotate("reason", "");
     stage.annotate("desiredImage", &(image.clone() + &long));
@@ -172,7 +172,7 @@ async fn annotations_are_bounded_and_escaped() {
     let attempt = json!({"image": image, "bootID": "b", "count": 1, "more": long}).to_string();
     stage.store.annotate("admin", NODE, ATTEMPT, Some(&attempt)).unwrap();
     assert_eq!(api.metadata().await.unwrap().0.facts.attempt, None);
-    // No API server sends it; something that sits in between might.
+    // No API server sends this answer; a proxy in between might.
     let odd = r#"{"metadata":{"resourceVersion":"1"},"items":[{"metadata":
         {"name":"x","uid":"u","resourceVersion":"1","annotations":{"a":5}}}]}"#;
     stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: odd.to_owned() });
@@ -183,7 +183,7 @@ async fn annotations_are_bounded_and_escaped() {
     assert!(text.contains("it tells of the Node x"), "{text}");
 }
 
-/// Nodes with more images than the agent reads exist; the network is not to blame.
+/// Some Nodes list more images than the agent reads; the error must not blame the network.
 #[tokio::test]
 async fn whole_node_that_is_too_large_has_its_own_reason() {
     let stage = Stage::new();
@@ -198,7 +198,7 @@ async fn whole_node_that_is_too_large_has_its_own_reason() {
     let error = api.full().await.unwrap_err();
     assert_eq!(error.reason(), Reason::NodeTooLarge);
     assert!(error.to_string().contains("nodeStatusMaxImages"), "{error}");
-    // A large page of something in between is no Node.
+    // A large page from a proxy is not a Node.
     stage.store.inject(Scope::Read, 1, Fault::Page { code: 502, body });
     assert_eq!(api.full().await.unwrap_err().reason(), Reason::ClusterUnreachable);
 }
@@ -224,12 +224,12 @@ async fn other_daemons_are_recognized_by_later_writes() {
     let node = api.metadata().await.unwrap().0;
     let daemon = "machine-config-daemon";
     let other = async || api.metadata().await.unwrap().0.facts.other_writer;
-    // The server stamps whole seconds.
+    // The server's time stamps have whole seconds.
     let later = || tokio::time::sleep(Duration::from_millis(1100));
 
     stage.store.annotate(daemon, NODE, &format!("{MCO}currentConfig"), Some("r-1")).unwrap();
     stage.store.annotate(daemon, NODE, &format!("{MCO}state"), Some("Done")).unwrap();
-    assert_eq!(other().await, None, "it was here before us");
+    assert_eq!(other().await, None, "the earlier write does not count");
     api.patch(&node.uid, &patch("state", "Working")).await.unwrap();
     assert_eq!(other().await, None);
     later().await;
@@ -239,7 +239,7 @@ async fn other_daemons_are_recognized_by_later_writes() {
         ("kubectl-annotate", "rebase-agent.openshift.io/hold", Some("x")),
         ("kubectl-annotate", ATTEMPT, Some("{}")),
         ("kubectl-annotate", ATTEMPT, None),
-        // A repair by hand, and then something else: the stamp is one for all that a manager owns.
+        // A manual repair followed by another write: a manager has one time stamp for all its fields.
         ("kubectl-annotate", "machineconfiguration.openshift.io/currentConfig", Some("r-0")),
         ("kubectl-annotate", "rebase-agent.openshift.io/hold", None),
         ("kubelet", "volumes.kubernetes.io/controller-managed-attach-detach", Some("true")),
@@ -256,7 +256,7 @@ async fn other_daemons_are_recognized_by_later_writes() {
     assert_eq!(seen.manager, daemon);
     let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
     assert!(now.abs_diff(u128::from(seen.unix)) < 5000, "{} {now}", seen.unix);
-    // The same value again takes nothing over.
+    // Writing the same value again takes over no field.
     later().await;
     api.patch(&node.uid, &patch("state", "Working")).await.unwrap();
     later().await;

@@ -1,4 +1,4 @@
-//! How the Node is followed: through watches that end, break, lie or fall silent, and without any.
+//! Following the Node through watches that end, break, send invalid data or fall silent, and without any watch.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use support::mcc::PREFIX;
 use super::*;
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Far less than the minute after which the poll would have come, and enough for a machine that is busy.
+/// Much less than the minute after which the poll would follow, and enough for a busy machine.
 const SOON: Duration = Duration::from_secs(30);
 
 fn page(body: impl Into<String>) -> Fault {
@@ -32,7 +32,7 @@ async fn one_read_and_one_watch_report_every_change() {
         following.state(state).await;
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(following.told.try_recv().is_err(), "bookmarks are no news");
+    assert!(following.told.try_recv().is_err(), "bookmarks are not reported");
     assert_eq!((stage.count(false), stage.count(true)), (1, 1));
 }
 
@@ -44,7 +44,7 @@ async fn clean_end_is_followed_by_a_read() {
     stage.store.end_watches();
     stage.annotate("state", "Working");
     following.state("Working").await;
-    // By the server's own clock, too.
+    // The server ends watches by its own timeout, too.
     let mut following = stage.follow(Duration::from_secs(1));
     following.node("the first read", |_| true).await;
     following.node("the second", |_| true).await;
@@ -90,7 +90,7 @@ async fn broken_and_invalid_watches_are_closed() {
             stage.store.inject(Scope::Watch, 1, fault.clone());
             let mut following = stage.follow(MINUTE);
             following.node("the first read", |_| true).await;
-            // Cut breaks in the middle of this event.
+            // Cut breaks the connection in the middle of this event.
             stage.annotate("state", "Working");
             let began = Instant::now();
             following.state("Working").await;
@@ -177,7 +177,7 @@ async fn silent_watch_is_closed_after_its_timeout() {
         while !matches!(following.told.recv().await, Some(Ok(node)) if node.facts.state.is_some()) {}
     })
     .await
-    .expect("the poll tells what the watch does not");
+    .expect("the poll reports the change");
     // The longest watch and its grace.
     assert!(began.elapsed() <= Duration::from_secs(375 + 5), "{:?}", began.elapsed());
 }
@@ -224,12 +224,12 @@ async fn poll_notices_changes_while_the_watch_is_forbidden() {
     }
     let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
     assert!(stage.count(false) <= seconds + 2, "{} reads in {seconds} s", stage.count(false));
-    assert!(following.told.try_recv().is_err(), "and nobody is worried");
+    assert!(following.told.try_recv().is_err(), "no error is reported");
 }
 
 #[tokio::test]
 async fn server_faults_cause_only_a_handful_of_requests() {
-    // Whatever the server does, five seconds of it are a handful of requests.
+    // Every fault causes only a few requests in five seconds.
     let mut tasks = Vec::new();
     for (scope, fault) in [
         (Scope::Watch, page("")),
@@ -272,7 +272,7 @@ async fn watch_survives_a_rotated_certificate() {
     stage.store.end_watches();
     stage.annotate("state", "Done");
     following.state("Done").await;
-    // The old one is no longer taken, and one 401 is nobody's business.
+    // The server rejects the old certificate; a single 401 is not reported.
     stage.store.inject(Scope::Read, 1, status(401));
     stage.store.end_watches();
     stage.annotate("state", "Degraded");
@@ -331,7 +331,7 @@ async fn retry_after_is_honoured() {
 #[tokio::test]
 async fn forbidden_requests_are_reported_and_retried() {
     let stage = Stage::new();
-    // As a restarted API server answers until it has read its roles.
+    // A restarted API server answers 403 until it has read its roles.
     stage.store.inject(Scope::Any, 2, status(403));
     let mut following = stage.follow(Duration::from_secs(300));
     for _ in 0..2 {
@@ -368,7 +368,7 @@ async fn recreated_node_is_followed() {
     stage.watched().await;
     stage.store.delete_node(NODE);
     assert!(matches!(following.error().await, ClusterError::NotFound(_)));
-    assert!(matches!(following.error().await, ClusterError::NotFound(_)), "the read says so, too");
+    assert!(matches!(following.error().await, ClusterError::NotFound(_)), "the read reports it as well");
     stage.store.create_node(NODE, &[]);
     let new = following.node("the new Node", |node| node.uid != old.uid).await;
     assert!(!new.is_older_than(&old));
@@ -390,11 +390,11 @@ async fn restored_database_is_followed() {
     let after = following.state("Done").await;
     assert_eq!(after.uid, before.uid);
     assert!(after.resource_version < before.resource_version);
-    assert!(!after.is_older_than(&before), "it was asked for later");
+    assert!(!after.is_older_than(&before), "the read was sent later");
     stage.annotate("state", "Degraded");
     let next = following.state("Degraded").await;
-    assert!(!next.is_older_than(&after), "and the watch goes on from there");
-    assert!(next.is_older_than(&before), "which is why the read must be taken over");
+    assert!(!next.is_older_than(&after), "the watch continues from the restored version");
+    assert!(next.is_older_than(&before), "so the read must replace the old state");
 }
 
 #[tokio::test]
@@ -408,7 +408,7 @@ async fn late_event_does_not_overwrite_a_newer_reply() {
     let reply = stage.api().patch(&first.uid, &patch).await.unwrap();
     let late = following.state("Done").await;
     assert!(late.is_older_than(&reply) && !reply.is_older_than(&late));
-    // So does a read that was on its way when the patch was made.
+    // The same holds for a read that was under way during the patch.
     let (slow, reply) = {
         let api = Arc::new(stage.api());
         let reading = tokio::spawn(async move { api.metadata().await.unwrap().0 });

@@ -1,4 +1,4 @@
-//! Which host tool is used on which host.
+//! The choice of the host tool.
 
 use rebase_agent::host::{Host, HostError};
 use rebase_agent::model::{Backend, Reason, Severity};
@@ -36,7 +36,7 @@ async fn configured_host_tool_is_used() {
     let host = lab.host.clone().with_backend(Some(Backend::Bootc));
     let (rpm_ostree, bootc) = (lab.read().await, host.read().await.unwrap());
     assert_eq!((rpm_ostree.backend, bootc.backend), (Backend::RpmOstree, Backend::Bootc));
-    // Both tell the same of the same host.
+    // Both tools report the same host.
     let told = |facts: rebase_agent::model::HostFacts| {
         let mut booted = facts.booted().unwrap().clone();
         booted.version = None;
@@ -54,14 +54,14 @@ async fn host_without_either_tool_reports_what_is_missing() {
     assert!(matches!(&error, HostError::NoBackend(_)), "{error}");
     assert_eq!(error.reason(), Reason::HostUnsupported);
     assert!(error.to_string().contains("systemctl enable --now rebase-agent-bootc-status.socket"), "{error}");
-    // It is looked for again until there is one.
+    // The agent looks again until it finds a host tool.
     lab.machine.systemd().set(STATUS_UNIT, "active", "listening");
     lab.read().await;
     std::fs::remove_file(lab.machine.root().join("usr/bin/bootc")).unwrap();
     let other = Host::new(lab.host.root().clone(), Some(lab.machine.bus_address()));
     let error = other.read().await.unwrap_err();
     assert!(error.to_string().contains("/usr/bin/bootc"), "{error}");
-    assert!(lab.host.read().await.is_ok(), "the choice stands for as long as the process runs");
+    assert!(lab.host.read().await.is_ok(), "the choice is kept as long as the process runs");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

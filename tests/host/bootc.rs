@@ -15,7 +15,7 @@ async fn lab() -> Lab {
     Lab::with(HostTools::Bootc, false).await
 }
 
-/// As systemd-escape(1) writes it.
+/// The unit's name, escaped as by systemd-escape(1).
 fn unit(template: &str, image: &Pushed) -> String {
     let escaped = image.pullspec().replace('-', "\\x2d").replace('@', "\\x40").replace('/', "-");
     format!("{template}@{escaped}.service")
@@ -29,7 +29,7 @@ fn switched(event: &Event) -> bool {
     matches!(event, Event::TransactionRequested { method, .. } if method == "switch")
 }
 
-/// Another process of the agent, which remembers nothing.
+/// A restarted agent, which has no memory.
 fn another(lab: &Lab) -> Host {
     Host::new(lab.host.root().clone(), Some(lab.machine.bus_address()))
 }
@@ -52,10 +52,10 @@ async fn unit_stages_the_image() {
     assert_eq!(staged.arguments.as_deref().unwrap(), ["root=UUID=0a1b", "rw", "console=ttyS0"]);
     assert_eq!(facts.transaction, None);
     assert!(!lab.machine.bootc().was_asked_while_locked());
-    // Staged already: no unit is started for it.
+    // The image is staged already: no unit is started.
     lab.stage("3").await.unwrap();
     assert_eq!(count(&seen, switched), 1);
-    // And what is staged is staged over.
+    // Another image is staged over it.
     lab.stage("2").await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("2")));
 }
@@ -77,16 +77,16 @@ async fn signed_origin_is_kept_where_the_policy_allows() {
 async fn deployments_decide_and_not_the_exit_code() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
-    // 0, and nothing done.
+    // Exit code 0, nothing staged.
     bootc.do_nothing_next();
     let error = lab.stage("2").await.unwrap_err();
     assert!(matches!(&error, HostError::NoEffect { why, .. } if why.contains(&plain(&lab, "2"))), "{error}");
-    // 1, and staged.
+    // Exit code 1, image staged.
     bootc.fail_after_staging();
     lab.stage("2").await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("2")));
     let left = lab.machine.systemd().unit(&plain(&lab, "2")).unwrap();
-    assert_eq!(left.active, "inactive", "it does not linger as failed");
+    assert_eq!(left.active, "inactive", "the unit does not stay failed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -103,7 +103,7 @@ async fn failures_name_the_journal_of_the_unit() {
         assert!(error.reason().severity() == Severity::Transient && Fault::from(&error).message.len() < 900);
         assert_eq!(lab.machine.systemd().unit(&plain(&lab, "2")).unwrap().active, "inactive");
     }
-    // What an earlier run left is no obstacle.
+    // A unit that failed in an earlier run does not stop the next start.
     lab.machine.systemd().fail(&plain(&lab, "2"), "exit-code");
     lab.stage("2").await.unwrap();
 }
@@ -147,8 +147,8 @@ async fn restarted_agent_awaits_the_running_unit() {
     assert_eq!(active.client, plain(&lab, "2"));
     assert!(facts.deployments.is_empty(), "bootc cannot be asked now");
     let waiting = tokio::spawn(async move { stage(&host, image).await });
-    until("it has joined", || lab.machine.systemd().merged() == 1).await;
-    // Another image waits for its turn.
+    until("the second start joins the job", || lab.machine.systemd().merged() == 1).await;
+    // Another image has to wait.
     let error = stage(&another(&lab), lab.verified("3")).await.unwrap_err();
     assert!(matches!(&error, HostError::Busy(why) if why.contains(&lab.digest("2"))), "{error}");
     lab.machine.bootc().release();
@@ -178,7 +178,7 @@ async fn last_status_is_kept_while_the_switch_runs() {
 async fn obsolete_switch_is_stopped() {
     let lab = lab().await;
     let bootc = lab.machine.bootc();
-    // By the one who waits for it.
+    // Stopped by the agent that waits for it.
     bootc.hang();
     let (sender, mut cancel) = watch::channel(false);
     let (host, image) = (lab.host.clone(), lab.verified("2"));
@@ -188,7 +188,7 @@ async fn obsolete_switch_is_stopped() {
     assert!(matches!(running.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
     assert!(!bootc.is_hanging());
     assert_eq!(lab.read().await.transaction, None);
-    // By a later process.
+    // Stopped by a later process.
     bootc.hang();
     let (host, image) = (lab.host.clone(), lab.verified("2"));
     let killed = tokio::spawn(async move { stage(&host, image).await });
@@ -226,7 +226,7 @@ async fn switch_stopped_by_an_operator_is_retried_later() {
         let body = (plain(&lab, "2"), mode);
         systemctl.call_method(Some(name), "/org/freedesktop/systemd1", Some(manager), "StopUnit", &body).await
     };
-    // As systemd has it: a stop contradicts a start, unless it may take its place.
+    // systemd refuses a stop that contradicts a queued start, unless the stop may replace it.
     let error = stop("fail").await.unwrap_err();
     assert!(error.to_string().contains("TransactionIsDestructive"), "{error}");
     stop("replace").await.unwrap();
@@ -258,17 +258,17 @@ async fn held_lock_is_reported_and_not_awaited() {
     let facts = host.read().await.unwrap();
     let active = facts.transaction.as_ref().unwrap();
     assert_eq!((active.title.as_str(), &active.ours), ("sysroot lock", &None));
-    assert!(facts.booted().is_some(), "what was read before stands");
+    assert!(facts.booted().is_some(), "the last status is kept");
     let strangers =
         [stage(&host, lab.verified("2")).await.err(), another(&lab).with_deadlines(hasty).read().await.err()];
     for error in strangers.map(Option::unwrap) {
         assert!(matches!(&error, HostError::Busy(why) if why.contains("sysroot lock")), "{error}");
     }
-    // Not ours to end.
+    // A foreign lock is not cancelled.
     host.cancel_transaction().await.unwrap();
     assert!(lab.machine.sysroot().is_locked());
     assert!(began.elapsed() < Duration::from_secs(10) && !lab.machine.bootc().was_asked_while_locked());
-    // One that is held for a moment only is not worth a word.
+    // A short lock is not reported.
     let (patient, sysroot) = (lab.host.clone(), lab.machine.sysroot());
     let reading = tokio::spawn(async move { patient.read().await });
     tokio::time::sleep(moment).await;
@@ -283,7 +283,7 @@ async fn lock_taken_during_the_switch_is_awaited() {
     let lab = lab().await;
     let seen = lab.record();
     let sysroot = lab.machine.sysroot();
-    // Between our look and bootc's own.
+    // The lock is taken between the agent's look and bootc's own.
     lab.events.listen(move |event| {
         if matches!(event, Event::UnitStarted(_)) {
             sysroot.set_locked(true);
@@ -293,7 +293,7 @@ async fn lock_taken_during_the_switch_is_awaited() {
     let running = tokio::spawn(async move { stage(&host, image).await });
     until("bootc was started", || count(&seen, switched) == 1).await;
     let started = |event: &Event| matches!(event, Event::TransactionStarted { .. });
-    assert_eq!(count(&seen, started), 0, "it waits");
+    assert_eq!(count(&seen, started), 0, "the switch waits");
     lab.machine.sysroot().set_locked(false);
     running.await.unwrap().unwrap();
     assert_eq!(count(&seen, started), 1);
@@ -359,7 +359,7 @@ async fn operations_that_bootc_lacks_are_refused_by_name() {
     assert_eq!(error.reason(), Reason::ImageNameTooLong, "{error}");
     assert!(error.to_string().contains("255"), "{error}");
     assert!(lab.host.drop_pending("0", &mut cancel).await.is_err());
-    assert_eq!(count(&seen, |event| matches!(event, Event::UnitStarted(_))), 0, "nobody was asked for any of it");
+    assert_eq!(count(&seen, |event| matches!(event, Event::UnitStarted(_))), 0, "no unit was started");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -371,7 +371,7 @@ async fn foreign_stage_and_queued_rollback_are_staged_over() {
     assert_eq!(host.read().await.unwrap().staged().unwrap().digest.as_ref().unwrap().as_str(), lab.digest("3"));
     stage(&host, lab.verified("2")).await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("2")));
-    // Over what is staged, the image that runs is staged once more.
+    // The booted image is staged again, over the staged one.
     stage(&host, lab.verified("1")).await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("1")));
     lab.machine.sysroot().drop_staged().unwrap();

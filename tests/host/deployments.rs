@@ -1,4 +1,4 @@
-//! What the daemon tells of deployments.
+//! Deployments as the daemon reports them.
 
 use rebase_agent::host::HostError;
 use rebase_agent::model::Reason;
@@ -38,7 +38,7 @@ async fn missing_and_mistyped_keys_count_as_absent() {
         assert!(!deployment.booted && !deployment.staged && !deployment.pinned && !deployment.layered);
         assert_eq!((&deployment.reference, &deployment.digest, &deployment.version), (&None, &None, &None));
     }
-    // What cannot even be named is no deployment that could be skipped.
+    // A deployment without a name cannot be skipped: the whole answer is rejected.
     daemon.show("Deployments", vec![dict(vec![("id", 1_u32.into())])]);
     assert_eq!(lab.host.read().await.unwrap_err().reason(), Reason::HostConfused);
 }
@@ -51,7 +51,7 @@ async fn stateroots_pins_layers_and_digests_are_distinguished() {
     let elsewhere = dict(vec![("id", "fedora-def.0".into()), ("osname", "fedora".into()), ("checksum", "def".into())]);
     let pinned = entry("rhcos-abc.3", vec![("pinned", true.into())]);
     let metadata = dict(vec![("ostree.manifest-digest", digest.clone().into())]);
-    // The first digest is damaged, the other says the same.
+    // The first digest is damaged; the commit's metadata has the same digest.
     let from_metadata = entry(
         "rhcos-abc.4",
         vec![
@@ -64,14 +64,14 @@ async fn stateroots_pins_layers_and_digests_are_distinguished() {
     lab.machine.rpm_ostreed().show("Deployments", list);
     let facts = lab.read().await;
     assert!(facts.booted().unwrap().layered);
-    assert_eq!(facts.rollback().unwrap().id, "rhcos-abc.3", "another stateroot is no rollback");
+    assert_eq!(facts.rollback().unwrap().id, "rhcos-abc.3", "a deployment of another stateroot is no rollback");
     assert!(facts.rollback().unwrap().pinned);
     let last = &facts.deployments[3];
     assert_eq!(last.digest.as_ref().unwrap().as_str(), digest);
     assert_eq!(last.reference.as_deref(), Some("quay.io/o/i:latest"));
     let image = rebase_agent::trust::reference::parse(&format!("quay.io/other/name@{digest}")).unwrap();
-    assert!(is_image(last, &image, None), "a tag of any name, with the digest wanted");
-    assert!(!is_image(&facts.deployments[2], &image, None), "no digest is no claim");
+    assert!(is_image(last, &image, None), "the digest counts, not the name");
+    assert!(!is_image(&facts.deployments[2], &image, None), "a deployment without a digest matches no image");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,11 +82,11 @@ async fn index_is_recognized_by_its_instance() {
     assert_ne!(image.facts().instance, *image.image().digest());
     let mut staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.digest.as_ref(), Some(&image.facts().instance));
-    assert!(!is_image(&staged, image.image(), None), "its reference proves nothing before the index is verified");
+    assert!(!is_image(&staged, image.image(), None), "the reference proves nothing before the index is verified");
     staged.reference = Some("quay.io/o/i:latest".to_owned());
-    assert!(is_image(&staged, image.image(), Some(image.facts())), "by the instance");
-    assert!(!is_image(&staged, image.image(), None), "an instance nobody verified says nothing");
-    // Staged already: nothing is asked for.
+    assert!(is_image(&staged, image.image(), Some(image.facts())), "the verified instance matches");
+    assert!(!is_image(&staged, image.image(), None), "an unverified instance does not match");
+    // The image is staged already: no rebase is requested.
     let seen = lab.record();
     lab.stage("index").await.unwrap();
     assert!(seen.lock().unwrap().is_empty());
@@ -176,7 +176,7 @@ async fn locked_stage_is_reported_and_staged_over() {
     lab.idle().await;
     let staged = lab.read().await.staged().unwrap().clone();
     assert!(staged.locked);
-    // The same image, locked, is not what was asked for.
+    // A locked deployment of the image does not count as staged.
     lab.stage("2").await.unwrap();
     let staged = lab.read().await.staged().unwrap().clone();
     assert_eq!((staged.digest.unwrap().as_str(), staged.locked), (lab.digest("2").as_str(), false));
@@ -189,7 +189,7 @@ async fn pending_deployment_first_in_boot_order_is_reported_and_dropped() {
     lab.stage("2").await.unwrap();
     assert!(lab.machine.shut_down().await);
     lab.machine.power_on().await.unwrap();
-    // By hand: `rpm-ostree rollback`.
+    // A manual `rpm-ostree rollback`.
     lab.machine.sysroot().turn_boot_order().unwrap();
     let facts = lab.read().await;
     let first = facts.deployments[0].clone();
@@ -198,6 +198,6 @@ async fn pending_deployment_first_in_boot_order_is_reported_and_dropped() {
     lab.host.drop_pending(&first.checksum, &mut cancel).await.unwrap();
     let facts = lab.read().await;
     assert!(facts.deployments[0].booted && facts.deployments.len() == 1);
-    // What runs is never dropped.
+    // The booted deployment is never dropped.
     lab.host.drop_pending(&facts.deployments[0].checksum, &mut cancel).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! How a transaction failed, from the daemon's prose.
+//! Classifying a failed transaction by the daemon's text.
 
 use rebase_agent::model::{Fault, Reason, Severity};
 use support::image::digest;
@@ -19,7 +19,7 @@ async fn failures_of_a_real_pull_are_classified() {
         (error.reason(), error.to_string())
     };
 
-    // The pull's policy names a key that the agent's does not.
+    // The pull's policy names another key than the agent's.
     let stranger = dir.path().join("stranger.pub");
     Signer::generate(KeyKind::P256).write_public(&stranger).unwrap();
     let stricter = dir.path().join("stricter.json");
@@ -29,7 +29,7 @@ async fn failures_of_a_real_pull_are_classified() {
     let (found, text) = reason("2").await;
     assert_eq!(found, Reason::SignatureRejected, "{text}");
 
-    // It does not know where signatures are.
+    // The pull does not know where the signatures are.
     let without = dir.path().join("registries.d");
     RegistriesD::new().attachments(&store.scope, false).write(&without.join("os.yaml")).unwrap();
     daemon.set_engine(Engine { registries_d: without, ..store.engine.clone() });
@@ -40,11 +40,11 @@ async fn failures_of_a_real_pull_are_classified() {
     let (found, text) = reason("unbootable").await;
     assert_eq!(found, Reason::NotBootable, "{text}");
 
-    // Gone between verification and pull.
+    // The image was deleted between verification and pull.
     let (found, text) = reason("gone").await;
     assert_eq!(found, Reason::RegistryUnreachable, "{text}");
 
-    // Without the registry's CA.
+    // The pull runs without the registry's CA.
     daemon.set_engine(Engine { cert_dir: dir.path().to_owned(), ..store.engine.clone() });
     let (found, text) = reason("2").await;
     assert_eq!(found, Reason::RegistryUnreachable, "{text}");
@@ -68,7 +68,7 @@ async fn failures_known_only_by_their_text_are_classified() {
         let error = lab.stage("2").await.unwrap_err();
         assert_eq!(error.reason(), reason, "{text}: {error}");
     }
-    // Registering is refused as well, which keeps nobody from looking.
+    // The daemon refuses to register the client as well; reading still works.
     lab.machine.rpm_ostreed().distrust(true);
     lab.read().await;
     let error = lab.stage("2").await.unwrap_err();

@@ -48,7 +48,7 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
     let error = set(&["x"], &[]).await.unwrap_err();
     assert!(error.to_string().contains("the image is not staged any more"), "{error}");
     lab.stage("2").await.unwrap();
-    // As MCO's `--delete-if-present`.
+    // MCO has the same rule: `--delete-if-present`.
     set(&[], &["never-there"]).await.unwrap();
     let error = set(&["a=\"b"], &[]).await.unwrap_err();
     assert!(error.to_string().contains("a quote that is never closed"), "{error}");
@@ -60,8 +60,8 @@ async fn kernel_arguments_that_cannot_be_changed_are_reported() {
     set(&["x"], &[]).await.unwrap();
 }
 
-/// `ostree admin deploy --stage` leaves the note without arguments. The host stays readable, and what cannot be edited
-/// is dropped to be staged again.
+/// `ostree admin deploy --stage` records no arguments. The host stays readable; the deployment cannot be edited, so it
+/// is dropped and staged again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn staged_deployment_without_options_does_not_hide_the_others() {
     let lab = Lab::new().await;
@@ -76,7 +76,7 @@ async fn staged_deployment_without_options_does_not_hide_the_others() {
     assert!(lab.machine.rpm_ostreed().is_running());
 }
 
-/// Of two equal arguments the platform's comes first and stays where it is; spaces and quotes arrive as they are.
+/// Of two equal arguments the platform's comes first and stays in its place; spaces and quotes are kept.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn order_repetition_and_quotes_reach_the_next_boot() {
     let lab = Lab::new().await;
@@ -104,5 +104,5 @@ async fn order_repetition_and_quotes_reach_the_next_boot() {
     let line = lab.host.read_machine().await.unwrap().command_line;
     assert_eq!(line[1..line.len() - 1], expected, "{line:?}");
     let entry = lab.read().await.booted().unwrap().arguments.clone().unwrap();
-    assert_eq!(entry[..entry.len() - 1], expected, "the boot entry is read");
+    assert_eq!(entry[..entry.len() - 1], expected, "the arguments come from the boot entry");
 }

@@ -20,7 +20,7 @@ use support::tools;
 use tokio::sync::watch;
 use zbus::{OwnedVariant, Variant};
 
-/// Longest wait for anything.
+/// Longest wait of a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An image in the registry, verified.
@@ -32,14 +32,14 @@ pub struct Signed {
 /// Real images, in a registry that lives as long as the process.
 pub struct Store {
     pub engine: Engine,
-    /// The same with a policy that rejects by default.
+    /// The same engine with a policy that rejects by default.
     pub strict: Engine,
     pub scope: String,
     images: BTreeMap<&'static str, Signed>,
 }
 
 impl Store {
-    /// Filled by a thread that never ends: the registry dies with the thread that started it.
+    /// A thread that never ends fills the store: the registry ends with the thread that started it.
     pub fn get() -> &'static Self {
         static STORE: OnceLock<Store> = OnceLock::new();
         STORE.get_or_init(|| {
@@ -99,7 +99,7 @@ async fn fill(dir: &Path) -> (Registry, Store) {
     ];
     let mut images = BTreeMap::new();
     for (name, registry, spec) in specs {
-        // Too long for the name of a unit.
+        // Too long for a unit name.
         let repository = if name == "long" { "o".repeat(140) } else { "os".to_owned() };
         let pushed = registry.push(&repository, name, &spec).await.unwrap();
         sign_all(registry, &pushed, &format!("{}:{name}", pushed.repository()), &signer).await.unwrap();
@@ -111,7 +111,7 @@ async fn fill(dir: &Path) -> (Registry, Store) {
     (registry, Store { engine, strict, scope, images })
 }
 
-/// Verified under the policy of `engine`.
+/// Verifies `image` under the policy of `engine`.
 pub async fn verified(engine: &Engine, image: &Pushed) -> VerifiedImage {
     let verifier = Verifier::new(Settings {
         policy: engine.policy.clone(),
@@ -126,7 +126,7 @@ pub async fn verified(engine: &Engine, image: &Pushed) -> VerifiedImage {
     verify(&verifier, &reference::parse(&image.pullspec()).unwrap()).await.unwrap()
 }
 
-/// A machine that runs image 1, and the neighbour under test.
+/// A machine that runs image 1, and the host adapter under test.
 pub struct Lab {
     pub machine: Machine,
     pub host: Host,
@@ -140,7 +140,7 @@ impl Lab {
         Self::with(HostTools::RpmOstree, false).await
     }
 
-    /// With these host tools; `signed` installs with an origin that says so, as bootc's installer does when asked.
+    /// Uses these host tools; `signed` installs with a signed origin, as bootc's installer does on request.
     pub async fn with(host_tools: HostTools, signed: bool) -> Self {
         let store = tokio::task::spawn_blocking(Store::get).await.unwrap();
         let dir = tempfile::Builder::new().prefix("rebase-").tempdir().unwrap();
@@ -160,12 +160,12 @@ impl Lab {
         Self { machine, host, events, store, dir }
     }
 
-    /// Where its bus lives.
+    /// The directory of the machine's bus.
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The neighbour with less patience.
+    /// The host adapter with changed time limits.
     pub fn hasty(&self, change: impl FnOnce(&mut Deadlines)) -> Host {
         let mut deadlines = Deadlines::default();
         change(&mut deadlines);
@@ -180,7 +180,7 @@ impl Lab {
         self.store.image(image).pushed.digest.clone()
     }
 
-    /// As an admin would type it.
+    /// The reference as an operator would type it.
     pub fn typed(&self, image: &str) -> String {
         format!("ostree-unverified-registry:{}", self.store.image(image).pushed.pullspec())
     }
@@ -193,12 +193,12 @@ impl Lab {
         self.host.read().await.unwrap()
     }
 
-    /// The digest of what is staged on the disk.
+    /// The digest of the deployment that is staged on the disk.
     pub fn staged(&self) -> Option<String> {
         self.machine.deployments().into_iter().find(|deployment| deployment.staged).map(|staged| staged.digest)
     }
 
-    /// Everything that happens from now on.
+    /// Records all events from now on.
     pub fn record(&self) -> Arc<Mutex<Vec<Event>>> {
         let seen = Arc::<Mutex<Vec<Event>>>::default();
         let to = seen.clone();
@@ -220,7 +220,7 @@ pub async fn stage(host: &Host, image: &VerifiedImage) -> Result<(), HostError> 
     host.stage(image, &mut cancel, &|_| {}).await
 }
 
-/// Nobody cancels while the sender lives.
+/// A cancel channel that never fires while the sender lives.
 pub fn never() -> (watch::Sender<bool>, Cancel) {
     watch::channel(false)
 }
@@ -233,7 +233,7 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// How many of them there are.
+/// The number of recorded events that `choose` accepts.
 pub fn count(seen: &Arc<Mutex<Vec<Event>>>, choose: impl Fn(&Event) -> bool) -> usize {
     seen.lock().unwrap().iter().filter(|event| choose(event)).count()
 }

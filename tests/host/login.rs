@@ -12,14 +12,14 @@ use crate::lab::Lab;
 async fn reboot_is_announced_and_may_be_repeated() {
     let lab = Lab::new().await;
     let logind = lab.machine.logind();
-    // The machine itself stays up, to be asked again.
+    // The machine itself stays up, so that later calls are answered.
     logind.on_reboot(|| {});
     assert!(!lab.host.read_machine().await.unwrap().shutting_down);
     lab.host.reboot(lab.verified("2")).await.unwrap();
     let told = format!("rebooting into the desired OS image {}", lab.verified("2").image().digest().short());
     assert_eq!(logind.wall_message(), Some((told, true)));
     assert!(lab.host.read_machine().await.unwrap().shutting_down);
-    // OperationInProgress, and what inhibits it now comes too late.
+    // logind answers OperationInProgress, and a new inhibitor comes too late.
     lab.host.reboot(lab.verified("2")).await.unwrap();
     logind.add_inhibitor(Inhibitor::block("backup", "x"));
     lab.host.reboot(lab.verified("2")).await.unwrap();
@@ -63,7 +63,7 @@ async fn inhibitors_apply_with_either_semantics() {
     logind.add_inhibitor(Inhibitor { mode: "block-weak".to_owned(), ..Inhibitor::block("desktop", "x") });
     assert!(lab.host.read_machine().await.unwrap().inhibitors.is_empty());
     logind.add_inhibitor(Inhibitor { what: "idle:shutdown".to_owned(), ..hostile });
-    // 252: root would override it.
+    // systemd 252 lets root override the inhibitor; the agent does not.
     for overrides in [true, false] {
         logind.root_overrides_inhibitors(overrides);
         let seen = lab.host.read_machine().await.unwrap().inhibitors;

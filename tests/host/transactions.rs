@@ -1,4 +1,4 @@
-//! Transactions, and everything that goes wrong around them.
+//! Transactions and their failures.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ async fn staging_reports_progress_and_releases_the_daemon_at_once() {
     let lines = Arc::new(Mutex::new(Vec::new()));
     let to = lines.clone();
     lab.host.stage(lab.verified("2"), &mut cancel, &move |line| to.lock().unwrap().push(line)).await.unwrap();
-    // The daemon would wait for half a minute for a client that keeps its socket.
+    // The daemon would wait half a minute for a client that keeps its socket.
     let ended = Instant::now();
     lab.idle().await;
     assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
@@ -41,7 +41,7 @@ async fn staging_reports_progress_and_releases_the_daemon_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn signals_before_the_reply_to_start_count_and_foreign_ones_do_not() {
     let lab = Lab::new().await;
-    // More than a client's queue holds; after them a `Finished` of another interface.
+    // More signals than a client's queue holds, followed by a `Finished` of another interface.
     lab.machine.rpm_ostreed().chatter(500);
     lab.stage("2").await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("2")));
@@ -65,13 +65,13 @@ async fn foreign_transaction_is_reported_and_not_touched() {
     assert_eq!((active.title.as_str(), active.ours), ("upgrade\\u{1b}[2J", None));
     assert!(matches!(lab.stage("2").await.unwrap_err(), HostError::Busy(_)));
     lab.host.cancel_transaction().await.unwrap();
-    assert!(lab.machine.rpm_ostreed().active_transaction().is_some(), "it is not ours to cancel");
+    assert!(lab.machine.rpm_ostreed().active_transaction().is_some(), "a foreign transaction is not cancelled");
     foreign.finish();
     lab.idle().await;
     lab.stage("2").await.unwrap();
 }
 
-/// The address of a transaction that this client requested and does not start.
+/// Requests a transaction for this client without starting it; returns its address.
 async fn request(lab: &Lab, client: &zbus::Connection, image: &str, title: &str) -> String {
     let options = std::collections::BTreeMap::from([
         ("allow-downgrade", zbus::Variant::from(true)),
@@ -101,11 +101,11 @@ async fn transaction_that_is_never_started_is_reported_and_not_awaited() {
     let other = client(&lab).await;
     request(&lab, &other, "2", "rpm-ostree rebase").await;
     let began = Instant::now();
-    // It gets its own title with its start.
+    // The transaction gets its title when it starts.
     assert_eq!(lab.read().await.transaction.unwrap().title, "new-deployment");
     assert!(matches!(lab.stage("2").await.unwrap_err(), HostError::Busy(_)));
     assert!(began.elapsed() < Duration::from_secs(10));
-    // Nor did looking at it start it.
+    // Reading the transaction did not start it.
     other.close().await.unwrap();
     lab.idle().await;
     assert_eq!(lab.staged(), None);
@@ -116,7 +116,8 @@ async fn identical_rebase_calls_join_one_transaction() {
     let lab = Lab::new().await;
     let daemon = lab.machine.rpm_ostreed();
     let seen = lab.record();
-    // By the daemon's own rule: byte for byte the same request. Begun between our look and our call.
+    // The daemon joins requests that are equal byte for byte. The transaction starts between the agent's look and its
+    // call.
     let unseen = || daemon.show_once("ActiveTransactionPath", "");
     daemon.hang_at("Importing");
     let (host, image) = (lab.host.clone(), lab.verified("2"));
@@ -125,7 +126,7 @@ async fn identical_rebase_calls_join_one_transaction() {
     unseen();
     let (host, image) = (lab.host.clone(), lab.verified("2"));
     let second = tokio::spawn(async move { stage(&host, image).await });
-    until("both ask", || count(&seen, |event| requested(event, "rebase")) == 2).await;
+    until("both have requested", || count(&seen, |event| requested(event, "rebase")) == 2).await;
     daemon.release();
     first.await.unwrap().unwrap();
     second.await.unwrap().unwrap();
@@ -146,7 +147,7 @@ async fn restarted_agent_attaches_to_its_transaction_at_any_point() {
     let daemon = lab.machine.rpm_ostreed();
     let seen = lab.record();
     daemon.hang_at("Importing");
-    // The first agent dies in the middle.
+    // The first agent dies during the pull.
     let (host, image) = (lab.host.clone(), lab.verified("2"));
     let first = tokio::spawn(async move { stage(&host, image).await });
     lab.hanging().await;
@@ -154,14 +155,14 @@ async fn restarted_agent_attaches_to_its_transaction_at_any_point() {
     let _ = first.await;
     let active = lab.read().await.transaction.unwrap();
     assert_eq!(active.ours.as_ref().map(|digest| digest.as_str()), Some(lab.digest("2").as_str()));
-    assert!(matches!(lab.stage("3").await.unwrap_err(), HostError::Busy(_)), "ours, and of another image");
+    assert!(matches!(lab.stage("3").await.unwrap_err(), HostError::Busy(_)), "own transaction of another image");
     let (host, image) = (lab.host.clone(), lab.verified("2"));
     let second = tokio::spawn(async move { stage(&host, image).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
     daemon.release();
     second.await.unwrap().unwrap();
     assert_eq!(count(&seen, |event| requested(event, "rebase")), 1);
-    // Ended, and kept by a client that lingers: a late Start is told the end once more.
+    // A finished transaction that a slow client keeps: a late Start gets its end once more.
     let other = client(&lab).await;
     let address = request(&lab, &other, "3", &format!("rebase-agent {}", lab.digest("3"))).await;
     let peer = zbus::connection::Builder::address(address.as_str()).p2p().build().await.unwrap();
@@ -171,7 +172,7 @@ async fn restarted_agent_attaches_to_its_transaction_at_any_point() {
     until("ended", || count(&seen, |event| matches!(event, Event::TransactionFinished { .. })) == 2).await;
     lab.machine.sysroot().drop_staged().unwrap();
     let error = lab.stage("3").await.unwrap_err();
-    assert!(matches!(error, HostError::NoEffect { .. }), "success of old, and nothing staged: {error}");
+    assert!(matches!(error, HostError::NoEffect { .. }), "success of an old transaction, and nothing staged: {error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -218,7 +219,7 @@ async fn error_of_a_daemon_that_keeps_dying_names_its_journal() {
     assert!(error.reason() == Reason::HostUnreachable, "{said}");
     assert!(said.starts_with("rpm-ostreed.service ends each time it is asked (4 times; "), "{said}");
     assert!(said.ends_with("; see `journalctl -u rpm-ostreed`"), "{said}");
-    // Fewer are got over.
+    // Fewer crashes are retried.
     lab.machine.rpm_ostreed().crash_on_calls(3);
     lab.read().await;
 }
@@ -229,7 +230,7 @@ async fn slowly_starting_daemon_is_awaited() {
     lab.machine.rpm_ostreed().set_start_delay(Duration::from_millis(1500));
     assert!(!lab.machine.rpm_ostreed().is_running());
     lab.read().await;
-    // But not for ever.
+    // The wait has a limit.
     assert!(lab.machine.rpm_ostreed().idle_exit().await);
     let host = lab.hasty(|deadlines| deadlines.reply = Duration::from_millis(300));
     assert_eq!(host.read().await.unwrap_err().reason(), Reason::DeadlineExceeded);
@@ -264,7 +265,7 @@ async fn transaction_that_ends_between_two_calls_causes_another_read() {
     assert_eq!(lab.read().await.staged(), None);
     daemon.show_once("ActiveTransactionPath", "unix:path=/nowhere/ended");
     lab.host.cancel_transaction().await.unwrap();
-    // It is not looked at for ever.
+    // The retries have a limit.
     daemon.show("ActiveTransactionPath", "unix:path=/nowhere/listed");
     assert_eq!(lab.host.read().await.unwrap_err().reason(), Reason::HostUnreachable);
 }
@@ -277,7 +278,7 @@ async fn deployments_show_the_result_after_a_crash() {
     let error = lab.stage("2").await.unwrap_err();
     assert!(matches!(error, HostError::Vanished(_)) && error.reason().severity() == Severity::Transient, "{error}");
     lab.stage("2").await.unwrap();
-    // The next one replaces what is staged, and its image is pruned: everything is done by then.
+    // At this point the new deployment has replaced the old one and its image was pruned: the work is done.
     daemon.crash_at("Pruned images");
     lab.stage("3").await.unwrap();
     assert_eq!(lab.staged(), Some(lab.digest("3")));
@@ -289,7 +290,7 @@ async fn success_without_a_new_deployment_is_an_error() {
     lab.machine.rpm_ostreed().no_change_next();
     let error = lab.stage("2").await.unwrap_err();
     assert!(matches!(error, HostError::NoEffect { .. }) && error.reason().severity() == Severity::Transient, "{error}");
-    // A human stages something else before the verdict.
+    // Another image is staged by hand before the transaction's end is read.
     lab.stage("2").await.unwrap();
     lab.machine.rpm_ostreed().hang_at("Pruned images");
     let (host, image) = (lab.host.clone(), lab.verified("3"));
@@ -307,10 +308,10 @@ async fn equal_references_are_never_sent() {
     let lab = Lab::new().await;
     let seen = lab.record();
     let equal = |event: &Event| matches!(event, Event::TransactionFinished { error: Some(text), .. } if text.contains("refs are equal"));
-    // Booted already.
+    // The image is booted already.
     lab.stage("1").await.unwrap();
     assert_eq!(count(&seen, |event| requested(event, "rebase")), 0);
-    // Booted by tag: the same image, under a name that says nothing.
+    // The image is booted by tag: the same image under another name.
     let booted = lab.machine.booted().unwrap();
     let by_tag = format!("ostree-unverified-registry:{}:1", lab.store.image("1").pushed.repository());
     let origin = lab.machine.sysroot().tree(&booted).with_extension(format!("{}.origin", booted.serial));
@@ -318,12 +319,13 @@ async fn equal_references_are_never_sent() {
     assert_eq!(lab.read().await.booted().unwrap().reference.as_deref(), by_tag.split_once(':').map(|(_, name)| name));
     lab.stage("1").await.unwrap();
     assert_eq!(count(&seen, |event| requested(event, "rebase")), 0);
-    // Staged already, by hand.
+    // The image was staged by hand already.
     lab.machine.human_stage(&lab.verified("2").to_pull()).await.unwrap();
     lab.idle().await;
     lab.stage("2").await.unwrap();
     assert_eq!(count(&seen, |event| requested(event, "rebase")), 1);
-    // Finalized, and the boot loader fell back from it: first in boot order, and neither staged nor booted.
+    // The deployment is finalized, and the boot loader fell back from it: first in boot order, neither staged nor
+    // booted.
     lab.machine.fall_back();
     assert!(lab.machine.shut_down().await);
     lab.machine.power_on().await.unwrap();
@@ -350,20 +352,20 @@ async fn cancel_ends_the_transaction_or_times_out() {
     assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
     lab.idle().await;
     assert_eq!(lab.staged(), None);
-    // Whatever the daemon calls it, in its locale.
+    // The daemon's text depends on its locale.
     daemon.say_when_cancelled("Vorgang wurde abgebrochen");
     let (sender, staging) = begin(&lab.host, "2").await;
     sender.send_replace(true);
     assert!(matches!(staging.await.unwrap().unwrap_err(), HostError::Cancelled(_)));
     lab.idle().await;
-    // Past the point: it ends well although it was asked not to.
+    // The cancel comes too late: the transaction succeeds.
     daemon.ignore_cancel(true);
     let (sender, staging) = begin(&lab.host, "2").await;
     sender.send_replace(true);
     tokio::time::sleep(Duration::from_millis(50)).await;
     daemon.release();
     staging.await.unwrap().unwrap();
-    // It does not end.
+    // The transaction does not end.
     let host = lab.hasty(|deadlines| deadlines.cancel = Duration::from_millis(300));
     let (sender, staging) = begin(&host, "3").await;
     sender.send_replace(true);
@@ -385,7 +387,7 @@ async fn obsolete_transaction_of_an_earlier_run_is_cancelled() {
     lab.host.cancel_transaction().await.unwrap();
     lab.idle().await;
     assert_eq!(lab.staged(), None);
-    // One that was never started does not begin for being cancelled.
+    // Cancelling does not start a transaction that was never started.
     let seen = lab.record();
     let other = client(&lab).await;
     request(&lab, &other, "2", &format!("rebase-agent {}", lab.digest("2"))).await;
@@ -394,7 +396,7 @@ async fn obsolete_transaction_of_an_earlier_run_is_cancelled() {
     lab.idle().await;
     assert_eq!(count(&seen, started), 0);
     assert_eq!(lab.staged(), None);
-    // One that does not care is given up.
+    // A transaction that ignores the cancel causes a timeout.
     daemon.ignore_cancel(true);
     daemon.hang_at("Importing");
     let (host, image) = (lab.host.clone(), lab.verified("2"));
@@ -417,7 +419,7 @@ async fn silence_and_duration_of_a_transaction_are_limited() {
         daemon.hang_at("Importing");
         let error = stage(&lab.hasty(shrink), lab.verified("2")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::DeadlineExceeded, "{error}");
-        // It was asked to end, too.
+        // The transaction was cancelled as well.
         lab.idle().await;
     }
     assert_eq!(lab.staged(), None);
@@ -438,7 +440,7 @@ async fn transaction_address_must_be_a_local_socket() {
         lab.idle().await;
     }
     assert!(!witness.exists());
-    // A socket that is gone: the daemon died after its reply.
+    // The socket does not exist: the daemon died after its reply.
     lab.machine.rpm_ostreed().answer_address(Some("unix:path=/nowhere/socket"));
     let error = lab.stage("2").await.unwrap_err();
     assert!(matches!(error, HostError::Vanished(_)), "{error}");

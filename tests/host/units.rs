@@ -1,4 +1,4 @@
-//! systemd's units.
+//! Units of systemd: states, jobs and aliases.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ async fn unit_alias_is_followed() {
     systemd.uninstall(UPDATE);
     systemd.alias(UPDATE, "loader-update.service");
     systemd.set("loader-update.service", "inactive", "dead");
-    // Both the rows of a list and the signal of a job's end name the unit itself.
+    // The rows of a list and the signal at a job's end both use the unit's real name.
     for early in [true, false] {
         systemd.job_removed_early(early);
         let host = lab.hasty(|deadlines| deadlines.job = Duration::from_secs(5));

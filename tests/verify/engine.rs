@@ -1,4 +1,4 @@
-//! The engine as a program: unfit, stuck, replaced, orphaned, and what it is given.
+//! The engine as a program: unfit, hanging, replaced or orphaned engines, and the environment that an engine gets.
 
 use rebase_agent::trust::{Engine, Settings, reference, verify};
 use support::hostile_registry::{HostileRegistry, Place, Trick};
@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 
-/// Answers to `--version` and passes everything else on to `$REAL`.
+/// A script that answers `--version` itself; `otherwise` handles every other call.
 pub fn claims(version: &str, otherwise: &str) -> String {
     format!("case \"$*\" in --version) echo 'skopeo version {version}'; exit;; esac\n{otherwise}")
 }
@@ -15,7 +15,7 @@ pub fn claims(version: &str, otherwise: &str) -> String {
 #[tokio::test]
 async fn engine_that_does_not_enforce_is_refused() {
     let node = Node::new().await;
-    // Such an engine opens even this.
+    // An engine that does not enforce opens even an unsigned image.
     let pushed = node.push(&ImageSpec::default()).await;
     let mut engines = vec![
         (node.path("missing"), "No such file"),
@@ -68,7 +68,7 @@ async fn hanging_engine_is_killed() {
     }
 }
 
-/// A killed agent cannot end its engine; the kernel does.
+/// A killed agent cannot stop its engine; the kernel does.
 #[tokio::test]
 async fn engine_dies_with_the_agent() {
     let node = Node::new().await;
@@ -78,7 +78,7 @@ async fn engine_dies_with_the_agent() {
     let mut command = node.command(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest));
     let mut agent = command.stdout(std::process::Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    // Before it is busy, an engine would end by itself.
+    // An engine without a running request would exit by itself.
     while hostile.played() == 0 {
         assert!(started.elapsed() < Duration::from_secs(20), "no engine was started");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -89,11 +89,10 @@ async fn engine_dies_with_the_agent() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// Waits for ever in the one process that the script is, as skopeo does in the middle of a request, and looks at no
-/// socket.
+/// Waits without end in the script's only process, as skopeo does during a request, and reads no socket.
 const WAIT: &str = "test -p $0.pipe || mkfifo $0.pipe\nread -r nothing <$0.pipe";
 
-/// A retarget drops a verification, and with it its engine, long before that one's deadline.
+/// A retarget drops a verification and its engine long before the deadline.
 #[tokio::test]
 async fn dropped_verifications_leave_at_most_one_engine() {
     const RETARGETS: usize = 77;
@@ -105,7 +104,7 @@ async fn dropped_verifications_leave_at_most_one_engine() {
     let begun = || fs::read_to_string(&count).unwrap_or_default().len();
     let (started, mut most) = (Instant::now(), 0);
     for retarget in 1..=RETARGETS {
-        // Dropped only once its own engine runs; the one before may still be ending.
+        // Dropped only after its own engine started; the previous one may still be exiting.
         tokio::select! {
             result = verify(&engine, &image) => panic!("{result:?}"),
             () = async { while begun() < retarget { tokio::time::sleep(Duration::from_millis(5)).await } } => {}
@@ -115,7 +114,7 @@ async fn dropped_verifications_leave_at_most_one_engine() {
     let left = node.engines_after(Duration::from_secs(10)).await;
     assert!(left.is_empty() && started.elapsed() < Duration::from_secs(110), "{left:?}");
     eprintln!("{RETARGETS} retargets: at most {most} processes, {:?}", started.elapsed());
-    // The last engine, and one that is just ending.
+    // The last engine, and one that is exiting.
     assert!(most <= 2, "{most} processes");
     while let Some(zombie) = dead_engine() {
         assert!(started.elapsed() < Duration::from_secs(115), "not reaped: {zombie}");
@@ -123,7 +122,7 @@ async fn dropped_verifications_leave_at_most_one_engine() {
     }
 }
 
-/// A child of this process that has ended and was not waited for.
+/// A child of this process that has exited and was not reaped.
 fn dead_engine() -> Option<String> {
     let parent = format!(" Z {} ", std::process::id());
     let stats = fs::read_dir("/proc").unwrap().flatten();
@@ -131,7 +130,7 @@ fn dead_engine() -> Option<String> {
     stats.find(|stat| stat.contains("(stuck)") && stat.contains(&parent))
 }
 
-/// Two callers share one engine.
+/// Two callers take turns with the engine.
 #[tokio::test]
 async fn engines_run_one_at_a_time() {
     let node = Node::new().await;
@@ -146,7 +145,7 @@ async fn engines_run_one_at_a_time() {
     assert!(one.is_ok() && other.is_ok(), "{one:?} {other:?}");
 }
 
-/// A node that is out of processes says nothing of the engine.
+/// A node without free processes proves nothing about the engine.
 #[tokio::test]
 async fn verification_is_retried_when_the_node_lacks_resources() {
     let node = Node::new().await;
@@ -191,21 +190,21 @@ async fn replaced_engine_is_checked_again() {
     node.engine("engine", &script("1.18.0"));
     let engine = Engine::new(settings(&node, path.clone(), 10));
     let mut before = 0;
-    // Version and start, then start alone.
+    // The first call asks for the version and starts; the second only starts.
     for calls in [2, 1] {
         let why = verify(&engine, &image).await.unwrap_err().to_string();
         assert!(why.contains("exit status: 1"), "{why}");
         assert_eq!(asked() - before, calls);
         before = asked();
     }
-    // As `rpm-ostree usroverlay` or a layered update would, with the old file's time stamp, as ostree has it.
+    // Replaced as by `rpm-ostree usroverlay` or a layered update, with the old file's time stamp, as ostree keeps it.
     let stamp = fs::metadata(&path).unwrap().modified().unwrap();
     node.engine("new", &script("1.9.3"));
     fs::File::open(node.path("new")).unwrap().set_modified(stamp).unwrap();
     fs::rename(node.path("new"), &path).unwrap();
     let why = verify(&engine, &image).await.unwrap_err();
     assert!(why.reason() == Reason::EngineUnfit && why.to_string().contains("1.9 does not enforce"), "{why}");
-    // And in place.
+    // Replaced in place.
     node.engine("engine", &script("1.8.0"));
     fs::File::open(&path).unwrap().set_modified(stamp).unwrap();
     let why = verify(&engine, &image).await.unwrap_err().to_string();
@@ -214,7 +213,7 @@ async fn replaced_engine_is_checked_again() {
     assert!(verify(&engine, &image).await.unwrap_err().to_string().contains("exit status: 1"));
 }
 
-/// Gate and engine see the same bytes, whatever happens to the file or the descriptor in between.
+/// Gate and engine see the same bytes, even if the file or the descriptor changes in between.
 #[tokio::test]
 async fn policy_change_does_not_affect_a_running_verification() {
     let node = Node::new().await;
@@ -229,7 +228,7 @@ async fn policy_change_does_not_affect_a_running_verification() {
             node.path("policy.json").display()
         )
     };
-    // Scratch space is where the engine may write; here it has to, to play its trick.
+    // The engine may write to scratch space only; this one needs it to change the policy.
     let env = |engine: &Path| {
         [("REBASE_AGENT_SKOPEO", text(engine).to_owned()), ("REBASE_AGENT_SCRATCH", text(node.dir.path()).to_owned())]
     };
@@ -249,7 +248,7 @@ async fn policy_change_does_not_affect_a_running_verification() {
             None => drop(outcome.facts()),
         }
         assert_eq!(fs::read_to_string(node.path("policy.json")).unwrap().trim(), policy);
-        // A refused image without a signature is looked at once more, for words alone.
+        // A refused image without a signature is read once more, only for the message.
         let look: &[u8] = if reason.is_some() { br#"{"default":[{"type":"insecureAcceptAnything"}]}"# } else { b"" };
         assert_eq!(fs::read(&seen).unwrap(), [original.as_slice(), look].concat());
         let refused = fs::read_to_string(&refused).unwrap();
@@ -257,7 +256,7 @@ async fn policy_change_does_not_affect_a_running_verification() {
     }
 }
 
-/// The agent's confinement covers the engine; a verification leaves nothing behind.
+/// The agent's confinement covers the engine; a verification leaves no file behind.
 #[tokio::test]
 async fn engine_cannot_write() {
     let node = Node::new().await;
@@ -268,7 +267,7 @@ async fn engine_cannot_write() {
     assert!(!here.exists() && !there.exists(), "Landlock is absent, or the engine escaped it");
 }
 
-/// Variables that would change the engine or the crate that speaks to it.
+/// Variables that would change the engine or the crate that talks to it.
 #[tokio::test]
 async fn agent_environment_does_not_weaken_the_engine() {
     let node = Node::new().await;

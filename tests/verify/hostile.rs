@@ -1,4 +1,4 @@
-//! A registry that lies, stalls or breaks. Whatever it does, the image is refused.
+//! A registry that lies, stalls or breaks: the image is always refused.
 
 use std::sync::Arc;
 
@@ -9,14 +9,14 @@ use tokio::task::JoinSet;
 use super::engine::claims;
 use super::*;
 
-/// How long a verification may take that is answered, in seconds: more than any machine needs.
+/// Longest verification with an answering registry, in seconds: more than any machine needs.
 const ANSWERED: u64 = 30;
-/// How long one may take that is not.
+/// Deadline of a verification with a silent registry, in seconds.
 const UNANSWERED: u64 = 3;
-/// What a busy machine may add.
+/// Seconds that a busy machine may add.
 const SLACK: u64 = 4;
 
-/// Verifies an image that is signed for the good registry, through one that plays a trick.
+/// Verifies a signed image through a registry that plays a trick.
 async fn through(node: &Node, pushed: &Pushed, place: Place, trick: Trick, seconds: u64) -> Outcome {
     let hostile = HostileRegistry::start(&node.tls, &node.registry.host(), place, trick).await.unwrap();
     let deadline = seconds.to_string();
@@ -24,13 +24,13 @@ async fn through(node: &Node, pushed: &Pushed, place: Place, trick: Trick, secon
     node.verify_with(&format!("{}/{REPO}@{}", hostile.host(), pushed.digest), &env).await
 }
 
-/// A node whose policy demands the good registry's signature of everything, wherever it comes from.
+/// A node whose policy requires the honest registry's signature for every image.
 async fn node() -> (Node, Pushed) {
     let node = Node::new().await;
     let pushed = node.signed().await;
     let identity = Identity::ExactRepository(pushed.repository());
     node.policy(&Policy::new([Requirement::sigstore_key_path(&node.key()).identity(&identity)]));
-    // Ports are not known yet; what has no scope of its own goes by this.
+    // The ports are not known yet, so the default applies to these registries.
     fs::write(node.path("registries.d/default.yaml"), "default-docker:\n  use-sigstore-attachments: true\n").unwrap();
     (node, pushed)
 }
@@ -108,7 +108,7 @@ async fn registry_silence_ends_at_the_deadline() {
         tasks.spawn(async move { (place, through(&node, &pushed, place, Trick::Hang, UNANSWERED).await) });
     }
     {
-        // containers/image itself waits for half a minute then.
+        // containers/image waits half a minute before it retries after a 429.
         let (node, pushed) = (Arc::clone(&node), pushed.clone());
         let busy = Trick::Error(429, "TOOMANYREQUESTS", "later".into());
         tasks.spawn(async move { (Place::Manifest, through(&node, &pushed, Place::Manifest, busy, UNANSWERED).await) });
@@ -121,7 +121,7 @@ async fn registry_silence_ends_at_the_deadline() {
     }
 }
 
-/// Its end and the silence of whoever keeps its socket are one failed verification, not the agent's end.
+/// An engine that dies while another process keeps its socket open fails one verification and not the agent.
 #[tokio::test]
 async fn engine_that_dies_during_a_call_fails_only_that_verification() {
     let (node, pushed) = node().await;

@@ -1,5 +1,5 @@
-//! Who is at fault: a mirror, the source, the signature's place, the image, or the node's own configuration. Against
-//! the real engine, whose texts `src/registry/engine_text.rs` knows.
+//! Errors that name the faulty party: a mirror, the source, the place of the signature, the image, or the node's own
+//! configuration. They are checked with the real engine, whose texts `src/registry/engine_text.rs` parses.
 
 use serde_json::json;
 use support::hostile_registry::{HostileRegistry, Place, Trick};
@@ -8,10 +8,10 @@ use support::policy::RegistriesConf;
 
 use super::*;
 
-/// A source that nothing answers for.
+/// A source that does not answer.
 const CLOSED: &str = "127.0.0.1:1/team/os";
 
-/// The engine with a `registries.conf` of its own, which the agent reads, too, to name the mirrors.
+/// The engine with a `registries.conf` of its own, which the agent also reads to name the mirrors.
 fn configured(node: &Node) -> (PathBuf, PathBuf) {
     let conf = node.path("root/etc/containers/registries.conf");
     fs::create_dir_all(conf.parent().unwrap()).unwrap();
@@ -54,7 +54,7 @@ async fn mirrors_error_counts_when_the_source_gives_none() {
     assert!(said.contains(&format!("the mirror {mirror} has no manifest {zeros}")), "{said}");
 }
 
-/// Where a signature is missing, of which kind, and of what: the engine says none of that.
+/// The place, the kind and the level of a missing signature, none of which the engine reports.
 #[tokio::test]
 async fn missing_signature_error_names_place_kind_and_level() {
     let node = Node::new().await;
@@ -70,7 +70,7 @@ async fn missing_signature_error_names_place_kind_and_level() {
     let sigstore = Requirement::sigstore_key_path(&node.key()).identity(&exact);
     node.policy(&Policy::new([sigstore.clone()]));
 
-    // Signed at its source, and served by the mirror without the signature.
+    // The image is signed at its source; the mirror serves it without the signature.
     RegistriesConf::new().write(&conf).unwrap();
     let spec = ImageSpec::new("mirrored");
     let pushed = source.push(REPO, "tag", &spec).await.unwrap();
@@ -78,7 +78,7 @@ async fn missing_signature_error_names_place_kind_and_level() {
     node.verify_with(&pushed.pullspec(), &env).await.facts();
     let mirror = format!("{}/{REPO}", node.registry.host());
     RegistriesConf::new().mirrors(&pushed.repository(), [mirror.as_str()]).write(&conf).unwrap();
-    // The mirror does not have it yet.
+    // The mirror does not have the image yet.
     node.verify_with(&pushed.pullspec(), &env).await.facts();
     let copied = node.push(&spec).await;
     assert_eq!(copied.digest, pushed.digest);
@@ -86,12 +86,12 @@ async fn missing_signature_error_names_place_kind_and_level() {
     let said = outcome.refused(Reason::SignatureMissing);
     assert!(said.contains(&format!("read from the mirror {mirror}, and no sigstore signature is attached")), "{said}");
     assert!(said.contains("does not count for it"), "{said}");
-    // Not signed anywhere, and not in the mirror.
+    // The image is signed nowhere and is not in the mirror.
     let other = source.push(REPO, "other", &ImageSpec::new("other")).await.unwrap();
     let outcome = node.verify_with(&other.pullspec(), &env).await;
     let said = outcome.refused(Reason::SignatureMissing);
     assert!(said.contains(&format!("read from the registry {}, as no mirror", other.repository())), "{said}");
-    // Signed in the mirror, where attachments are not enabled.
+    // The image is signed in the mirror, where attachments are not enabled.
     sign(&node.registry, &pushed.digest, REPO, "build.example/os", &node.signer).await.unwrap();
     node.attachments(&RegistriesD::new().attachments(&source.host(), true));
     let outcome = node.verify_with(&pushed.pullspec(), &env).await;
@@ -103,7 +103,7 @@ async fn missing_signature_error_names_place_kind_and_level() {
     node.attachments(&both);
     node.verify_with(&pushed.pullspec(), &env).await.facts();
 
-    // An index, of which nothing, the instance, or the index is signed.
+    // An index: unsigned, with a signed instance, and signed itself.
     let pushed = node.push(&ImageSpec::new("index").architectures([support::image::host_architecture()]).index()).await;
     let instance = &pushed.instance_digests[support::image::host_architecture()];
     let outcome = node.verify_with(&pushed.pullspec(), &env).await;
@@ -120,7 +120,7 @@ async fn missing_signature_error_names_place_kind_and_level() {
     let said = outcome.refused(Reason::SignatureMissing);
     assert!(said.contains("a signature of an index that has this image does not count"), "{said}");
 
-    // A rule that asks for GnuPG's kind.
+    // A rule that requires a GnuPG signature.
     let signer = support::gpg::GpgSigner::generate().unwrap();
     signer.write_public(&node.path("os.gpg")).unwrap();
     node.policy(&Policy::new([Requirement::gpg_key_path(&node.path("os.gpg")).identity(&exact)]));
@@ -173,7 +173,7 @@ async fn error_names_the_nodes_own_configuration() {
     }
 }
 
-/// Documents that are no OS image, however well signed.
+/// Documents that are not OS images, even with a valid signature.
 #[tokio::test]
 async fn artifacts_are_reported_and_images_without_history_pass() {
     let node = Node::new().await;
@@ -218,7 +218,7 @@ async fn artifacts_are_reported_and_images_without_history_pass() {
     assert!(facts.bootable && facts.rendered_config.as_deref() == Some("rendered-worker-1"), "{facts:?}");
 }
 
-/// What a registry says of the image, its signature or its config, in the forms that registries are known for.
+/// Registries' errors about the image, its signature or its config, in their known formats.
 #[tokio::test]
 async fn errors_name_the_missing_or_denied_resource() {
     let node = Node::new().await;
@@ -250,7 +250,7 @@ async fn errors_name_the_missing_or_denied_resource() {
     }
 }
 
-/// The identity of a signature, as the engine writes it, and what to do about it.
+/// The identity in a signature, as the engine prints it, and the hint for it.
 #[tokio::test]
 async fn identity_mismatch_comes_with_a_hint() {
     let node = Node::new().await;
@@ -270,7 +270,7 @@ async fn identity_mismatch_comes_with_a_hint() {
         (copied, Identity::MatchRepository, "this is a copy"),
         (format!("{own}:tag"), Identity::MatchExact, "matchExact never accepts a reference by digest"),
     ] {
-        // There is none at first.
+        // The first round has no signature to remove.
         let _ = support::sign::unsign(&node.registry, &pushed.digest, REPO).await;
         node.sign_as(&pushed, &identity, &node.signer).await;
         node.require([Requirement::sigstore_key_path(&node.key()).identity(&rule)]);

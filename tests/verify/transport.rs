@@ -1,4 +1,4 @@
-//! The way to the registry: credentials, certificates, mirrors, proxies.
+//! The connection to the registry: credentials, certificates, mirrors, proxies.
 
 use support::hostile_registry::{ConnectProxy, HostileRegistry, Place, Trick, mumble};
 use support::policy::RegistriesConf;
@@ -39,7 +39,7 @@ async fn causes_of_a_failed_fetch_are_distinguished() {
     outcome.refused(Reason::RegistryUnreachable);
 }
 
-/// The first of the ostree auth files is used alone, as the pull does; nobody's own credentials are.
+/// Only the first of the ostree auth files is used, as the pull does; users' own credentials are ignored.
 #[tokio::test]
 async fn credentials_come_from_the_first_ostree_auth_file() {
     let node = Node::with(Some(Credentials::PULLER)).await;
@@ -55,7 +55,7 @@ async fn credentials_come_from_the_first_ostree_auth_file() {
         fs::write(path, content).unwrap();
     };
 
-    // Where people and other tools keep theirs.
+    // Files in which users and other tools keep credentials.
     let home = node.path("home");
     for file in [".docker/config.json", ".config/containers/auth.json", "containers/auth.json"] {
         fs::create_dir_all(home.join(file).parent().unwrap()).unwrap();
@@ -89,7 +89,7 @@ async fn credentials_come_from_the_first_ostree_auth_file() {
     set("run", "no JSON");
     let outcome = node.verify(&pushed.pullspec()).await;
     assert!(outcome.refused(Reason::RegistryDenied).contains("run/ostree/auth.json"), "{outcome:?}");
-    // Forms that people's other tools understand.
+    // Formats that only other tools understand.
     let helper = format!(r#"{{"auths":{{}},"credHelpers":{{"{host}":"nowhere"}}}}"#);
     let (store, old) = (r#"{"auths":{},"credsStore":"nowhere"}"#, good.strip_prefix("{\"auths\":").unwrap());
     let old = old.strip_suffix('}').unwrap();
@@ -110,7 +110,7 @@ async fn credentials_come_from_the_first_ostree_auth_file() {
     node.verify(&pushed.pullspec()).await.facts();
 }
 
-/// The CA is not what is wrong with every certificate.
+/// An untrusted CA is only one of the possible faults of a certificate.
 #[tokio::test]
 async fn faults_of_a_registry_certificate_are_distinguished() {
     const DAY: i64 = 24 * 3600;
@@ -137,7 +137,7 @@ async fn faults_of_a_registry_certificate_are_distinguished() {
     }
 }
 
-/// What the unit's drop-in sets for a cluster-wide proxy reaches the engine, in both spellings; nothing else does.
+/// The proxy variables of the unit's drop-in reach the engine, in both spellings; other variables do not.
 #[tokio::test]
 async fn proxy_variables_reach_the_engine() {
     let node = Node::new().await;
@@ -161,7 +161,7 @@ async fn proxy_variables_reach_the_engine() {
                 .refused(Reason::RegistryUnreachable);
         }
     }
-    // As MCO writes it. Nothing else in that file counts, for the agent or for the engine.
+    // MCO's format. The agent and the engine ignore all other variables in that file.
     let proxy = ConnectProxy::start().await.unwrap();
     let file = node.path("root/etc/mco/proxy.env");
     fs::create_dir_all(file.parent().unwrap()).unwrap();
@@ -178,7 +178,7 @@ async fn proxy_variables_reach_the_engine() {
     let environment = node.path("environment");
     let engine = node
         .engine("spy", &format!("env > {0}.$$; echo \"$*\" > {0}-args.$$; exec $REAL \"$@\"", environment.display()));
-    // The spy has to write, so it is started by hand, as the agent starts it.
+    // The spy has to write, so the test starts it in the way the agent does.
     let seen = tools::run(
         {
             let mut command = node.command(&spec);
@@ -197,7 +197,7 @@ async fn proxy_variables_reach_the_engine() {
     names.sort_unstable();
     assert_eq!(names, ["HOME", "HTTPS_PROXY", "NO_PROXY", "PATH", "TMPDIR"], "{environment}");
     assert!(environment.contains("HOME=/nonexistent\n"), "{environment}");
-    // Everything else is as the node has it, registries.conf above all.
+    // All other settings come from the node, registries.conf above all.
     let args = files().filter(|path| text(path).contains("/environment-args."));
     let mut args: Vec<_> = args.map(|path| fs::read_to_string(path).unwrap()).collect();
     args.sort();
@@ -215,7 +215,7 @@ async fn proxy_variables_reach_the_engine() {
     );
 }
 
-/// The engine asks a registry that it cannot reach without a proxy, whose URL it misreads.
+/// The engine needs a proxy for this registry and misreads its URL.
 #[tokio::test]
 async fn malformed_proxy_is_named_without_its_password() {
     let node = Node::new().await;
@@ -232,7 +232,7 @@ async fn malformed_proxy_is_named_without_its_password() {
         let said = outcome.refused(Reason::RegistryConfigInvalid);
         assert!(said.starts_with("HTTPS_PROXY in the environment of rebase-agent.service is no proxy"), "{said}");
         assert!(said.contains(why) && said.contains("`#` as %23") && !said.contains("s3cret"), "{said}");
-        // A registry that is reached without it does not care.
+        // A registry that needs no proxy can still be reached.
         node.verify_with(&pushed.pullspec(), &[("HTTPS_PROXY", url)]).await.facts();
     }
     let file = node.path("root/etc/mco/proxy.env");
@@ -242,12 +242,12 @@ async fn malformed_proxy_is_named_without_its_password() {
     let said = outcome.refused(Reason::RegistryConfigInvalid);
     assert!(said.starts_with(&format!("HTTPS_PROXY in {} is no proxy", file.display())), "{said}");
     assert!(said.contains("oc edit proxy.config/cluster") && !said.contains("s3cret"), "{said}");
-    // A list of hosts is no URL.
+    // A list of hosts is not a URL.
     fs::write(&file, "NO_PROXY=100%,#\n").unwrap();
     node.verify(&spec).await.refused(Reason::RegistryUnreachable);
 }
 
-/// `registries.conf` is the node's own: the agent passes no other, and the engine does as it says.
+/// `registries.conf` is the node's own: the agent passes no other, and the engine follows it.
 #[tokio::test]
 async fn policy_applies_to_the_source_name_of_mirrored_images() {
     let node = Node::new().await;
@@ -268,11 +268,11 @@ async fn policy_applies_to_the_source_name_of_mirrored_images() {
     assert_eq!(facts.vouched_by, "docker \"quay.test.example/team\"");
     assert_eq!(facts.image.to_string(), spec);
 
-    // An unreachable mirror is passed over.
+    // An unreachable mirror is skipped.
     mirrors(&["127.0.0.1:1/ns/os", &mirror]);
     node.verify_with(&spec, &env).await.facts();
 
-    // Signatures are looked for where the image came from: attachments of the logical name are no use.
+    // Signatures are read from the place that served the image: attachments of the logical name do not help.
     node.attachments(&RegistriesD::new().attachments("quay.test.example", true));
     let outcome = node.verify_with(&spec, &env).await;
     let said = outcome.refused(Reason::SignatureMissing);
@@ -282,7 +282,7 @@ async fn policy_applies_to_the_source_name_of_mirrored_images() {
     );
     node.attachments(&RegistriesD::new().attachments(&node.registry.host(), true));
 
-    // A rule for the mirror does not cover the name.
+    // A rule for the mirror does not cover the logical name.
     node.policy(&Policy::accept_by_default().scope(&node.registry.host(), [rule.clone()]));
     node.verify_with(&spec, &env).await.refused(Reason::PolicyAcceptsAnything);
 
@@ -299,8 +299,8 @@ async fn policy_applies_to_the_source_name_of_mirrored_images() {
     assert!(outcome.refused(Reason::RegistryConfigInvalid).contains("is blocked"), "{outcome:?}");
 }
 
-/// Go's runtime asks for IPv6 by binding a port, which Landlock denies; it must go on without the answer. Only a proxy
-/// can be named by its IPv6 address.
+/// Go's runtime probes IPv6 by binding a port, which Landlock denies; IPv6 must work anyway. Only a proxy can be named
+/// by its IPv6 address.
 #[tokio::test]
 async fn engine_may_use_ipv6() {
     let node = Node::new().await;

@@ -1,4 +1,4 @@
-//! What a policy may demand, and whether an image meets it.
+//! Requirements of a policy, and images that meet or break them.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -30,7 +30,7 @@ async fn signed_image_yields_its_facts() {
     assert_eq!((facts.architecture.as_str(), facts.bootable, facts.rendered_config), ("s390x", false, None));
     assert_eq!(facts.instance.as_str(), pushed.digest);
 
-    // A signature does not make text fit to print.
+    // A signed image can still contain text that is unsafe to print.
     let odd = node.push(&ImageSpec::new("3").architectures(["a\n\u{1b}[2J"]).rendered_config("r\n\u{1b}")).await;
     node.sign(&odd).await;
     let facts = node.verify(&odd.pullspec()).await.facts();
@@ -76,7 +76,7 @@ async fn refusals_have_different_reasons() {
     message(node.verify(&spec).await, Reason::PolicyRejects);
 }
 
-/// What cosign 3 attaches by itself, and what is attached but not looked at, is no signature to the engine.
+/// The engine ignores cosign 3's default attachments, and all attachments while they are not enabled.
 #[tokio::test]
 async fn signatures_that_the_engine_ignores_cause_a_hint() {
     let node = Node::new().await;
@@ -126,7 +126,7 @@ async fn identity_mismatch_hint_knows_cosign() {
     let said = outcome.refused(Reason::SignatureRejected);
     assert!(said.contains("\"a.example/os\" is not accepted") && !said.contains("matchRepository"), "{said}");
 
-    // MCO's default identity rule wants a tag, which cosign does not write.
+    // MCO's default identity rule needs a tag, which cosign does not write.
     unsign(&node.registry, &pushed.digest, REPO).await.unwrap();
     node.sign(&pushed).await;
     node.require([Requirement::sigstore_key_path(&node.key())]);
@@ -158,7 +158,7 @@ async fn every_key_type_works_inline_and_from_a_file() {
         node.require([Requirement::sigstore_key_path(&other).identity(&Identity::MatchRepository)]);
         node.verify(&pushed.pullspec()).await.refused(Reason::SignatureRejected);
     }
-    // A key of another kind is another key.
+    // A key of another type is another key.
     let pushed = node.push(&ImageSpec::new("ed25519")).await;
     node.sign_as(&pushed, &pushed.repository(), &Signer::generate(KeyKind::Ed25519)).await;
     node.require([node.requirement()]);
@@ -283,7 +283,7 @@ async fn key_with_mandatory_log_entry_is_checked() {
     node.verify(&pushed.pullspec()).await.facts();
 }
 
-/// `/tmp` is writable for this test; that the agent's own confinement covers the engine is what makes the difference.
+/// `/tmp` is writable in this test; the agent's own confinement of the engine makes the difference.
 #[tokio::test]
 async fn gpg_is_refused_without_scratch_space_and_works_with_it() {
     let node = Node::new().await;
@@ -310,7 +310,7 @@ async fn gpg_is_refused_without_scratch_space_and_works_with_it() {
     assert!(outcome.refused(Reason::SignatureRejected).contains("Invalid GPG signature"), "{outcome:?}");
 }
 
-/// The engine checks what the reference names, nothing below it.
+/// The engine checks the digest that the reference names, and nothing below it.
 #[tokio::test]
 async fn the_desired_digest_itself_must_be_signed() {
     let node = Node::new().await;
@@ -361,7 +361,7 @@ async fn rebase_prefix_follows_the_global_default() {
     }
 }
 
-/// The pull runs the engine as a user without privileges.
+/// The pull runs the engine as an unprivileged user.
 #[tokio::test]
 async fn key_that_the_pull_cannot_read_is_reported() {
     let node = Node::new().await;
@@ -380,7 +380,7 @@ async fn key_that_the_pull_cannot_read_is_reported() {
         .scope("other.example", [node.requirement()]);
     node.policy(&other);
     let outcome = node.verify(&pushed.pullspec()).await;
-    assert!(outcome.code == 0 && !outcome.stderr.contains("key.pub"), "another scope's key: {outcome:?}");
+    assert!(outcome.code == 0 && !outcome.stderr.contains("key.pub"), "the key of another scope: {outcome:?}");
 }
 
 #[tokio::test]
@@ -409,7 +409,7 @@ async fn unusable_policy_error_names_file_and_cause() {
     }
     fs::remove_file(node.path("policy.json")).unwrap();
     let outcome = node.verify(&pushed.pullspec()).await;
-    assert_eq!(outcome.code, 1, "what cannot be read is no refusal: {outcome:?}");
+    assert_eq!(outcome.code, 1, "an unreadable policy is not a refusal: {outcome:?}");
     let said = format!("{outcome:?}");
     assert!(said.contains("PolicyInvalid") && said.contains("No such file"), "{said}");
 }
