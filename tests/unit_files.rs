@@ -167,7 +167,7 @@ const SIGNED: [(&str, &str, &str); 2] = [
 ];
 
 const STATUS_SOCKET: &[(&str, &str, &str)] = &[
-    ("Unit", "Description", "Tell the rebase agent what bootc says"),
+    ("Unit", "Description", "Report bootc status to the rebase agent"),
     ("Unit", "Documentation", "man:rebase-agent(8)"),
     ("Unit", "ConditionPathExists", "/usr/bin/bootc"),
     ("Unit", "ConditionPathExists", "/run/ostree-booted"),
@@ -181,7 +181,7 @@ const STATUS_SOCKET: &[(&str, &str, &str)] = &[
 ];
 
 const STATUS: &[(&str, &str, &str)] = &[
-    ("Unit", "Description", "Tell the rebase agent what bootc says"),
+    ("Unit", "Description", "Report bootc status to the rebase agent"),
     ("Unit", "Documentation", "man:rebase-agent(8) man:bootc-status(8)"),
     ("Unit", "CollectMode", "inactive-or-failed"),
     ("Service", "Type", "exec"),

@@ -1,17 +1,18 @@
-//! Ways to misbehave, one at a time, so that tests can prove that they would notice. `tests/support/faulty` compiles
-//! this file into a copy of the agent; no release has it, and an agent that has it says so in its first message.
+//! Deliberate faults, one at a time, by which tests prove that they would find them. `tests/support/faulty` compiles
+//! this file into a copy of the agent; no release contains it, and an agent that contains it says so in its first
+//! message.
 
 use crate::model::{Attempt, UnitState};
 
 /// The environment variable that names the fault.
 const VARIABLE: &str = "REBASE_AGENT_FAULT";
-/// Tries to write to directories that a service could be expected to write to.
+/// Tries to write to directories in which a service might write.
 const WRITE: &str = "write";
 /// Accepts every image as verified.
 const NO_VERIFY: &str = "no-verify";
 /// Reboots without waiting for ostree's finalizer.
 const EARLY_REBOOT: &str = "early-reboot";
-/// Takes the end of a transaction for its success.
+/// Treats the end of a transaction as success.
 const TRUST_TRANSACTION: &str = "trust-transaction";
 /// Ignores attempts that were recorded in earlier boots.
 const FORGET_ATTEMPT: &str = "forget-attempt";
@@ -24,7 +25,7 @@ fn root() -> std::path::PathBuf {
     std::env::var_os("REBASE_AGENT_ROOT").map_or_else(|| "/".into(), Into::into)
 }
 
-/// Logs that this is a build for tests; with `write`, tries to write.
+/// Logs that this is a test build; with `write`, tries to write.
 #[allow(clippy::disallowed_methods, reason = "the deliberate write")]
 pub fn announce() {
     tracing::error!("this is a build for tests that misbehaves: {}", std::env::var(VARIABLE).unwrap_or_default());
@@ -39,7 +40,7 @@ pub fn announce() {
     }
 }
 
-/// With `no-verify`, a policy that keeps its global default and accepts every image of a registry.
+/// With `no-verify`, replaces the policy by one that keeps its global default and accepts every image of a registry.
 pub fn policy(bytes: Vec<u8>) -> Vec<u8> {
     match serde_json::from_slice::<serde_json::Value>(&bytes) {
         Ok(mut policy) if chosen(NO_VERIFY) => {
@@ -50,7 +51,7 @@ pub fn policy(bytes: Vec<u8>) -> Vec<u8> {
     }
 }
 
-/// Whether an image is accepted although the policy demands no signature for it.
+/// Whether an image is accepted although the policy requires no signature for it.
 pub fn accepts_anything() -> bool {
     chosen(NO_VERIFY)
 }
@@ -60,7 +61,7 @@ pub fn finalizer(state: UnitState) -> UnitState {
     if chosen(EARLY_REBOOT) { UnitState::Active } else { state }
 }
 
-/// Whether the deployments are left unread after a transaction.
+/// Whether the deployments are not read after a transaction.
 pub fn trusts_transaction() -> bool {
     chosen(TRUST_TRANSACTION)
 }

@@ -55,7 +55,7 @@ async fn story(lab: &mut Lab, teller: &Teller) -> Result<()> {
     let installed = lab.installed.clone();
     lab.wait_done(&installed).await?;
 
-    teller.chapter("the pool gets image 2, which nobody signed: refused, nothing touched");
+    teller.chapter("the pool gets image 2, which is not signed: refused, nothing touched");
     let unsigned = lab.unsigned().await?;
     let before = lab.deployments().await?;
     lab.target(&unsigned);

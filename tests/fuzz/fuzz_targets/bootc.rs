@@ -1,5 +1,5 @@
-//! What a bootc host says: the status (first byte 0 mod 3), libostree's note on what is staged (1), the name of a unit
-//! (2).
+//! Input from a bootc host: the status (first byte 0 mod 3), libostree's record of the staged deployment (1), a unit
+//! name (2).
 #![no_main]
 
 use fuzz::{bounded, shown};
@@ -19,7 +19,7 @@ fn status(json: &[u8]) {
         }
     };
     assert_eq!(deployments.iter().filter(|deployment| deployment.booted).count(), 1);
-    assert!(deployments.iter().skip(1).all(|deployment| !deployment.staged), "what is staged is first");
+    assert!(deployments.iter().skip(1).all(|deployment| !deployment.staged), "the staged deployment comes first");
     for deployment in &deployments {
         assert!(!(deployment.booted && deployment.staged));
         assert!(deployment.id.starts_with(&format!("{}-{}.", deployment.osname, deployment.checksum)));
@@ -34,7 +34,7 @@ fn status(json: &[u8]) {
 }
 
 fn note(bytes: &[u8]) {
-    // Elements of no length at all take a framing offset each, which the container's size limits.
+    // An element of length zero still needs a framing offset, which the container's size limits.
     let arguments = bounded(bytes.len(), 256, || staged_arguments(bytes));
     let length: usize = arguments.iter().flatten().map(String::len).sum();
     assert!(length <= bytes.len(), "an argument is read twice");

@@ -1,7 +1,7 @@
-//! What rpm-ostreed says: the property `Deployments`, and the signals of a transaction.
+//! Input from rpm-ostreed: the property `Deployments`, and the signals of a transaction.
 //!
-//! The first byte chooses: a reply's body as it came (0 mod 3), deployments with the keys that count and any values
-//! (1), a signal (2). All of them go through a message's bytes, as they do in the agent.
+//! The first byte chooses: an unchanged reply body (0 mod 3), deployments with the relevant keys and any values (1), a
+//! signal (2). All of them are parsed from a message's bytes, as in the agent.
 #![no_main]
 
 use std::collections::HashMap;
@@ -77,7 +77,7 @@ impl Value {
     fn variant(self) -> Variant<'static> {
         let hex = |bytes: [u8; 32]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         match self {
-            // D-Bus has no strings with a NUL in them.
+            // D-Bus strings have no NUL.
             Self::Text(text) => text.replace('\0', "").into(),
             Self::Image(true, name) => format!("ostree-unverified-registry:{}", name.replace('\0', "")).into(),
             Self::Image(false, name) => format!("ostree-image-signed:docker://{}", name.replace('\0', "")).into(),
@@ -148,7 +148,7 @@ fuzz_target!(|data: &[u8]| {
     let Some((kind, data)) = data.split_first() else { return };
     match kind % 3 {
         0 => {
-            // SAFETY: no descriptors; that the bytes are no valid body is the point, and the daemon's may be none.
+            // SAFETY: no descriptors; invalid bytes are the purpose, and the daemon's bytes may be invalid, too.
             let message = unsafe { call().build_raw_body(data, "a{sv}", Vec::new()) };
             reply(&message.unwrap());
         }
@@ -159,7 +159,7 @@ fuzz_target!(|data: &[u8]| {
             let complete: Vec<bool> = given.iter().map(complete).collect();
             let body = HashMap::from([("Deployments", Variant::from(given))]);
             let Ok(message) = call().build(&body) else { return };
-            // Variants that nest too deep are refused as a whole.
+            // Variants with too many levels are refused as a whole.
             let Some(parsed) = reply(&message) else { return };
             assert_eq!(parsed.len(), count);
             assert_eq!(parsed.iter().map(Option::is_some).collect::<Vec<_>>(), complete);
@@ -177,7 +177,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Whether a deployment has what it needs at least.
+/// Whether a deployment has at least the required fields.
 fn complete(dict: &HashMap<String, Variant<'static>>) -> bool {
     ["id", "osname", "checksum"].iter().all(|key| matches!(dict.get(*key), Some(Variant::Str(_))))
 }

@@ -1,4 +1,4 @@
-//! The engine's free text, most of which a registry may choose: what is told of it, and what not.
+//! The engine's free text, most of which a registry may choose: its reason, and the parts that a message may quote.
 #![no_main]
 
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ static ASKED: LazyLock<(Engine, NodePolicy, PinnedImage)> = LazyLock::new(|| {
     (engine, policy, image)
 });
 
-/// What a registry must not be able to make of its answer: these stop the node until a person changes the node.
+/// Reasons that a registry must not be able to cause with its answer: they stop the node until an operator acts.
 const OF_THE_NODE: [Reason; 6] = [
     Reason::PolicyInvalid,
     Reason::PolicyRejects,
@@ -39,7 +39,7 @@ const OF_THE_NODE: [Reason; 6] = [
 
 fuzz_target!(|text: &str| {
     let (engine, policy, image) = &*ASKED;
-    // `@` stands for the image's digest, as far as the fuzzer is to find it.
+    // `@` stands for the image's digest, so that the fuzzer can find it.
     let text = text.replace("@@", &image.to_string()).replace('@', image.digest().as_str());
     let secret = text.replace('?', "?X-Amz-Signature=5ecre7");
     let (error, fault) = bounded(secret.len(), 16, || {

@@ -1,8 +1,7 @@
-//! The kubeconfig: whatever it holds, the agent ends up at one HTTPS URL and one name of a node, or says what is wrong
-//! without telling a key or token.
+//! The kubeconfig: for any content, the agent gets one HTTPS URL and one node name, or an error without a key or token.
 //!
-//! `@CA@`, `@CERT@`, `@KEY@` and `@TOKEN@` stand for real ones; `kubelet.pem` beside the kubeconfig holds the two of
-//! the middle, `token` the last.
+//! `@CA@`, `@CERT@`, `@KEY@` and `@TOKEN@` stand for real ones; `kubelet.pem` next to the kubeconfig holds certificate
+//! and key, `token` the token.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -47,7 +46,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     World { directory, certificate: encode_block(&certificate), key: encode_block(&key) }
 });
 
-/// Whether secrets stand only where they belong: an error may quote every other field, such as the path of a file.
+/// Whether secrets appear only in their own fields: an error may quote every other field, such as the path of a file.
 fn in_their_place(text: &str) -> bool {
     let belongs = |line: &str| {
         let line = line.trim_start();
@@ -65,7 +64,7 @@ fuzz_target!(|text: &str| {
     let path = world.directory.path().join("kubeconfig");
     std::fs::write(&path, &whole).unwrap();
     for node in [None, Some(NODE)] {
-        // The bulk of it goes to the YAML parser, whose budgets do not depend on the length.
+        // The YAML parser gets most of the input, and its budgets do not depend on the length.
         match bounded(whole.len() + (8 << 10), 512, || load(&path, node)) {
             Ok((server, name)) => {
                 assert!(node.is_none_or(|node| node == name), "{name}");

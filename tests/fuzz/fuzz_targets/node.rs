@@ -1,6 +1,6 @@
-//! The Node: whatever its annotations say, there is one decision, and what is reported of it is bounded and said once.
+//! The Node: for any annotations there is one decision, and its report is bounded and written once.
 //!
-//! The first byte is the situation of the host and of the agent's memory, a bit for each thing; the rest is the Node.
+//! The first byte describes the host and the agent's memory, one bit for each fact; the rest is the Node.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -66,7 +66,7 @@ fn situation(bits: u8) -> (HostFacts, MachineFacts, Memory) {
 static SITUATIONS: LazyLock<Vec<(HostFacts, MachineFacts, Memory)>> =
     LazyLock::new(|| (0..=u8::MAX).map(situation).collect());
 
-/// What the rules look at is printable, or cannot be taken for anything that it is not.
+/// The values that the rules read are printable, or cannot be mistaken for another value.
 fn harmless(node: &NodeFacts) {
     let texts = [&node.desired_config, &node.current_config, &node.current_image, &node.state];
     if let Some(desired) = &node.desired_image {

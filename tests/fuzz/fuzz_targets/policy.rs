@@ -1,5 +1,5 @@
-//! The scope gate, for the reference in the first line and the policy in the others, beside a plain reading of the
-//! same JSON.
+//! The scope gate, for the reference in the first line and the policy in the others, compared with a simple reading of
+//! the same JSON.
 #![no_main]
 
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// Whether a rule of that name is about `image`.
+/// Whether a rule of that name applies to `image`.
 fn covers(name: &str, image: &PinnedImage) -> bool {
     let host = image.name().split(['/', ':']).next().unwrap_or_default();
     let above = image.name().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));

@@ -1,4 +1,4 @@
-//! Image references: what is accepted is one canonical spelling that no tool takes for anything else.
+//! Image references: every accepted reference has one canonical spelling that all tools read the same.
 #![no_main]
 
 use fuzz::{bounded, shown};
@@ -20,7 +20,7 @@ fuzz_target!(|text: &str| {
         }
         Err(error) => shown(&error.to_string(), 700),
     }
-    // What the host reports is free text: no more than a part of it is taken over.
+    // The host reports free text; the agent keeps only a part of it.
     if let Some(name) = bounded(text.len(), 16, || of_deployment(text)) {
         assert!(text.ends_with(&name), "{name}");
     }

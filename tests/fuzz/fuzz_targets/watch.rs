@@ -1,7 +1,7 @@
-//! The watch: what it tells does not depend on how its bytes come, and no line fills the memory.
+//! The watch: its events do not depend on how the bytes are split, and no line fills the memory.
 //!
-//! The first byte is the number of the bytes after it that say how long the pieces are. 255 stands for none of them,
-//! and for a line that does not end.
+//! The first byte is the number of following bytes that give the lengths of the pieces. 255 means none of them, and a
+//! line without an end.
 #![no_main]
 
 use std::path::PathBuf;

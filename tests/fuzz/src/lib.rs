@@ -1,4 +1,4 @@
-//! What the targets have in common: how much memory a parser takes, and what may be told of foreign text.
+//! Code shared by the targets: limits for a parser's memory and for text from outside.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -13,7 +13,7 @@ fn more(size: usize) {
     PEAK.fetch_max(live, Relaxed);
 }
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call is passed on unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         more(layout.size());
@@ -36,10 +36,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Runs `parser`, which may take 64 KiB and `factor` bytes for each of the `input`'s.
+/// Runs `parser`, which may use 64 KiB and `factor` bytes for each byte of `input`.
 ///
 /// # Panics
-/// If it takes more.
+/// If it uses more.
 pub fn bounded<T>(input: usize, factor: usize, parser: impl FnOnce() -> T) -> T {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
@@ -49,7 +49,7 @@ pub fn bounded<T>(input: usize, factor: usize, parser: impl FnOnce() -> T) -> T 
     result
 }
 
-/// `text` is what people are shown.
+/// Checks a `text` that users see.
 ///
 /// # Panics
 /// If it has control characters, or more than `limit` characters.

@@ -1,5 +1,5 @@
-//! A double of bootc as the agent reaches it: the two template units of `bootc switch`, and the socket behind which
-//! `bootc status` answers. It works on the same disk as the double of rpm-ostree, with the same real pull.
+//! A stand-in for bootc as the agent uses it: the two template units of `bootc switch`, and the socket behind which
+//! `bootc status` answers. It uses the same disk as the stand-in for rpm-ostree, with the same real pull.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt as _;
@@ -30,7 +30,7 @@ struct Faults {
     fail_after: bool,
     /// systemd's word for the failure.
     result: Option<String>,
-    /// Ends with exit code 0 and has done nothing.
+    /// Ends with exit code 0 without staging.
     idle: bool,
     hang: bool,
     mute: bool,
@@ -47,11 +47,11 @@ struct Inner {
     release: Notify,
     listener: Mutex<Option<JoinHandle<()>>>,
     asked_while_locked: AtomicBool,
-    /// The lock is held for status, which takes a moment.
+    /// Status holds the lock for a moment.
     telling: AtomicBool,
 }
 
-/// The handle to the double.
+/// The handle to the stand-in.
 #[derive(Clone)]
 pub struct Bootc {
     inner: Arc<Inner>,
@@ -64,7 +64,7 @@ impl fmt::Debug for Bootc {
 }
 
 impl Bootc {
-    /// Installs the units; nothing listens before [`Bootc::boot`].
+    /// Installs the units; the socket listens only after [`Bootc::boot`].
     pub(crate) fn new(events: Events, sysroot: Arc<Sysroot>, rpm_ostreed: RpmOstreed, systemd: &Systemd) -> Self {
         let inner = Arc::new(Inner {
             events,
@@ -91,10 +91,10 @@ impl Bootc {
         Self { inner }
     }
 
-    /// What systemd and the image bring at boot: the program, and the socket.
+    /// The parts that systemd and the image provide at boot: the program and the socket.
     pub(crate) fn boot(&self) -> anyhow::Result<()> {
         let root = self.inner.sysroot.root();
-        // Not what runs: the double does. It is there to be found.
+        // This file is only there to be found; the stand-in does the work.
         let program = root.join("usr/bin/bootc");
         std::fs::create_dir_all(program.parent().expect("a directory"))?;
         std::fs::write(program, "#!/bin/false\n")?;
@@ -116,29 +116,29 @@ impl Bootc {
         Ok(())
     }
 
-    /// Nothing answers any more.
+    /// Closes the socket.
     pub(crate) fn power_off(&self) {
         if let Some(task) = self.inner.listener.lock().unwrap().take() {
             task.abort();
         }
     }
 
-    /// The next switch ends with exit code 1 and has staged nothing.
+    /// The next switch ends with exit code 1 without staging.
     pub fn fail_next(&self) {
         self.inner.faults.lock().unwrap().fail_before = true;
     }
 
-    /// The next switch ends with exit code 1 although it has staged: a bound image could not be pulled.
+    /// The next switch ends with exit code 1 after staging: a bound image could not be pulled.
     pub fn fail_after_staging(&self) {
         self.inner.faults.lock().unwrap().fail_after = true;
     }
 
-    /// systemd ends the next failing switch with this word, e.g. `timeout`.
+    /// systemd ends the next failing switch with this result, e.g. `timeout`.
     pub fn fail_with(&self, result: &str) {
         self.inner.faults.lock().unwrap().result = Some(result.to_owned());
     }
 
-    /// The next switch ends with exit code 0 and has done nothing.
+    /// The next switch ends with exit code 0 without staging.
     pub fn do_nothing_next(&self) {
         self.inner.faults.lock().unwrap().idle = true;
     }
@@ -154,7 +154,7 @@ impl Bootc {
         self.inner.hanging.load(Ordering::SeqCst)
     }
 
-    /// Lets a hanging switch go on.
+    /// Continues a hanging switch.
     pub fn release(&self) {
         self.inner.release.notify_waiters();
     }
@@ -169,24 +169,24 @@ impl Bootc {
         self.inner.faults.lock().unwrap().answer = bytes;
     }
 
-    /// Whether status was ever asked while a switch or another program held the lock: it had to wait.
+    /// Whether status was ever asked while a switch or another program held the lock, so that it had to wait.
     #[must_use]
     pub fn was_asked_while_locked(&self) -> bool {
         self.inner.asked_while_locked.load(Ordering::SeqCst)
     }
 
-    /// Somebody types `bootc switch`, with `--enforce-container-sigpolicy` if `signed`: to its end, and no unit runs.
+    /// Runs `bootc switch` by hand, with `--enforce-container-sigpolicy` if `signed`: to its end, without a unit.
     pub async fn human_switch(&self, image: &str, signed: bool) -> anyhow::Result<()> {
         self.inner.switch(image, signed).await.map_err(|result| anyhow::anyhow!("bootc switch: {result}"))
     }
 
-    /// Somebody types `bootc rollback`: the boot order is turned around, and what is staged is gone.
+    /// Runs `bootc rollback` by hand: the boot order is swapped, and the staged deployment is dropped.
     pub fn human_rollback(&self) -> anyhow::Result<()> {
         self.inner.sysroot.drop_staged()?;
         self.inner.sysroot.roll_back()
     }
 
-    /// What `bootc status --format=json` prints.
+    /// The output of `bootc status --format=json`.
     #[must_use]
     pub fn status(&self) -> Value {
         status(&self.inner.sysroot.load())
@@ -210,7 +210,7 @@ impl Inner {
     async fn switch_locked(self: &Arc<Self>, target: &Reference) -> Result<(), String> {
         let reference = target.canonical();
         let deployments = self.sysroot.load();
-        // `host.spec` is what is staged, else what is booted.
+        // `host.spec` is the staged image, or else the booted one.
         let spec = deployments.iter().find(|d| d.staged).or(deployments.iter().find(|d| d.booted));
         let (idle, fails_before, hangs) = {
             let mut faults = self.faults.lock().unwrap();
@@ -265,7 +265,7 @@ impl Inner {
     }
 }
 
-/// Says that a switch hangs, also when it is killed there.
+/// Reports that a switch hangs, also when it is killed in that state.
 struct Hanging<'i>(&'i Inner);
 
 impl Drop for Hanging<'_> {
@@ -274,7 +274,7 @@ impl Drop for Hanging<'_> {
     }
 }
 
-/// What systemd makes of an instance name for `%I`.
+/// systemd's reading of an instance name for `%I`.
 fn unescape(instance: &str) -> String {
     let mut out = Vec::new();
     let bytes = instance.as_bytes();

@@ -1,7 +1,7 @@
-//! A private system bus: a real `dbus-daemon`, and the little that a service needs to answer calls on it.
+//! A private system bus: a real `dbus-daemon`, and the few helpers that a service needs to answer calls on it.
 //!
-//! Calls are answered from raw messages rather than through an object server: the doubles must be able to withhold a
-//! reply, to send a signal before it, and to vanish in the middle of a call.
+//! Calls are answered from raw messages rather than through an object server: stand-ins must be able to withhold a
+//! reply, to send a signal before it, and to disconnect during a call.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -62,7 +62,7 @@ impl Bus {
             ),
         )?;
         // The bus asks systemd to activate a service, as on a real node.
-        // The shell holds a pipe whose other end is ours: the daemon does not outlive this process, however it ends.
+        // The shell holds a pipe from this process: the daemon ends with this process in every case.
         let mut child = Command::new("sh")
             .args(["-c", "dbus-daemon \"$@\" & exec >&-; read -r line; kill $!; wait", "bus"])
             .arg(format!("--config-file={}", config.display()))
@@ -82,7 +82,7 @@ impl Bus {
         Ok(Self { child, dir: dir.to_owned(), address: format!("unix:path={}", socket.display()) })
     }
 
-    /// What a client puts into `DBUS_SYSTEM_BUS_ADDRESS`.
+    /// The value for `DBUS_SYSTEM_BUS_ADDRESS`.
     #[must_use]
     pub fn address(&self) -> String {
         self.address.clone()
@@ -136,7 +136,7 @@ pub(crate) async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Mess
     poll_fn(|context| Pin::new(&mut *stream).poll_next(context)).await
 }
 
-/// A variant of anything that fits into one.
+/// A variant of any value that fits into one.
 pub(crate) fn variant<'a>(value: impl Into<Variant<'a>>) -> OwnedVariant {
     OwnedVariant::try_from(value.into()).expect("no file descriptors here")
 }
@@ -173,7 +173,7 @@ impl From<zbus::Error> for Failure {
     }
 }
 
-/// What a service does with a call: a reply, no reply at all, or an error.
+/// A service's reaction to a call: a reply, no reply at all, or an error.
 pub(crate) type Answer = Result<Option<Message>, Failure>;
 
 /// One incoming method call.
@@ -212,7 +212,7 @@ impl Call {
         Message::error(&self.message.header(), failure.name.as_str()).build(&(failure.text.as_str(),))
     }
 
-    /// The failure for a member that is not there.
+    /// The error for a missing member.
     pub(crate) fn unknown(&self) -> Answer {
         Err(Failure::new(
             "org.freedesktop.DBus.Error.UnknownMethod",
@@ -221,27 +221,27 @@ impl Call {
     }
 }
 
-/// What is served at a path: introspection of one interface and its properties.
+/// An object at a path: introspection of one interface and its properties.
 pub(crate) struct Interface {
     /// Name.
     pub(crate) name: &'static str,
-    /// What goes between the `<interface>` tags.
+    /// The content of the `<interface>` tags.
     pub(crate) members: &'static str,
     /// Current values.
     pub(crate) properties: Vec<(&'static str, OwnedVariant)>,
 }
 
-/// Something that answers calls on one connection.
+/// A service that answers calls on one connection.
 pub(crate) trait Service: Send + Sync + 'static {
-    /// What is at `path`; empty where there is no object.
+    /// The object at `path`; empty where there is none.
     fn at(&self, path: &str) -> Vec<Interface>;
-    /// Answers a call that is not of a standard interface.
+    /// Answers a call to a non-standard interface.
     fn call(self: &Arc<Self>, connection: &Connection, call: &Call) -> impl Future<Output = Answer> + Send;
-    /// Whether the service leaves instead of answering this call.
+    /// Whether the service exits instead of answering this call.
     fn leaves(self: &Arc<Self>) -> impl Future<Output = bool> + Send {
         async { false }
     }
-    /// Hears a signal.
+    /// Receives a signal.
     fn signal(self: &Arc<Self>, message: &Message) -> impl Future<Output = ()> + Send {
         let _ = message;
         async {}
@@ -336,7 +336,7 @@ fn properties(interfaces: &[Interface], call: &Call) -> Answer {
     }
 }
 
-/// Tells that every property of an interface may have changed.
+/// Emits `PropertiesChanged` for every property of an interface.
 pub(crate) async fn properties_changed(connection: &Connection, path: &str, interface: &Interface) {
     let changed: HashMap<&str, &OwnedVariant> =
         interface.properties.iter().map(|(name, value)| (*name, value)).collect();

@@ -1,4 +1,4 @@
-//! What happened around the node, in order. Every double tells it here; a story, a test or a crash point listens.
+//! The events around the node, in order. Every stand-in reports them here; a story, a test or a crash point listens.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::broadcast;
 
-/// One thing that happened. Doubles emit it *before* they answer the call that caused it, so that a listener that
-/// kills the agent does so before the agent hears of its success.
+/// One event. Stand-ins emit it *before* they answer the call that caused it, so that a listener can kill the agent
+/// before the agent learns of its success.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Annotations (and `spec.unschedulable` under that name) of a Node changed; `None` is a removed key.
@@ -19,14 +19,14 @@ pub enum Event {
         /// Key to new value.
         changes: BTreeMap<String, Option<String>>,
     },
-    /// A method that makes a transaction was called on rpm-ostreed, or `bootc switch` was run.
+    /// A method that creates a transaction was called on rpm-ostreed, or `bootc switch` was run.
     TransactionRequested {
         /// `rebase`, `cleanup`, `kernel-args`, or `switch`.
         method: String,
-        /// The reference or the other telling argument.
+        /// The reference or another characteristic argument.
         argument: String,
     },
-    /// `Start` was called and this call started it.
+    /// `Start` was called and this call started the transaction.
     TransactionStarted {
         /// The transaction's title.
         title: String,
@@ -80,7 +80,7 @@ pub enum Event {
 
 type Listener = Box<dyn Fn(&Event) + Send + Sync>;
 
-/// Where events go: synchronous listeners first, then everybody who subscribed.
+/// The receivers of events: synchronous listeners first, then all subscribers.
 #[derive(Clone)]
 pub struct Events {
     listeners: Arc<Mutex<Vec<Listener>>>,
@@ -88,24 +88,24 @@ pub struct Events {
 }
 
 impl Events {
-    /// No listeners yet.
+    /// A sender without listeners.
     #[must_use]
     pub fn new() -> Self {
         Self { listeners: Arc::default(), sender: broadcast::channel(4096).0 }
     }
 
-    /// Calls `listener` synchronously for every event from now on, in the task that emits it.
+    /// Calls `listener` synchronously for every later event, in the task that emits it.
     pub fn listen(&self, listener: impl Fn(&Event) + Send + Sync + 'static) {
         self.listeners.lock().unwrap().push(Box::new(listener));
     }
 
-    /// A queue of every event from now on.
+    /// A queue of all later events.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.sender.subscribe()
     }
 
-    /// Tells everybody.
+    /// Reports an event to all receivers.
     pub fn emit(&self, event: Event) {
         for listener in self.listeners.lock().unwrap().iter() {
             listener(&event);

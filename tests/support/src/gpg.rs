@@ -1,4 +1,4 @@
-//! GPG signatures in a lookaside directory: what `signedBy` asks for.
+//! GPG signatures in a lookaside directory, for `signedBy` rules.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::image::Pushed;
 
-/// A GnuPG home with one key. Its daemon is ended when this is dropped.
+/// A GnuPG home with one key. Its daemon ends when this is dropped.
 #[derive(Debug)]
 pub struct GpgSigner {
     home: TempDir,
@@ -19,7 +19,7 @@ pub struct GpgSigner {
 impl GpgSigner {
     /// A new key without a passphrase.
     pub fn generate() -> Result<Self> {
-        // The agent's socket is in there, and a socket's path must be short.
+        // The directory holds the GnuPG agent's socket, whose path must be short.
         let signer = Self { home: tempfile::Builder::new().prefix("gpg").tempdir_in("/tmp")? };
         signer.gpg(&["--passphrase", "", "--quick-gen-key", "Test <os@example.test>", "ed25519", "sign", "never"])?;
         Ok(signer)
@@ -30,7 +30,8 @@ impl GpgSigner {
         fs::write(path, self.gpg(&["--export"])?).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Signs what the image's reference names, as `identity` (`host/repo:tag`), into a lookaside directory.
+    /// Signs the manifest that the image's reference names, as `identity` (`host/repo:tag`), into a lookaside
+    /// directory.
     pub fn sign(&self, lookaside: &Path, image: &Pushed, identity: &str) -> Result<()> {
         let payload = json!({
             "critical": {
@@ -64,7 +65,7 @@ impl GpgSigner {
 
 impl Drop for GpgSigner {
     fn drop(&mut self) {
-        // Without it, its agent would notice by itself that the directory is gone, but only in a minute.
+        // Otherwise the GnuPG agent would notice the missing directory only after a minute.
         let _ = Command::new("gpgconf").arg("--homedir").arg(self.home.path()).args(["--kill", "all"]).status();
     }
 }

@@ -1,4 +1,4 @@
-//! What may stand between a node and a good registry: one that misbehaves at one place, and an HTTP proxy.
+//! Parties between a node and an honest registry: a registry that misbehaves at one place, and an HTTP proxy.
 
 use std::convert::Infallible;
 use std::io;
@@ -25,10 +25,10 @@ use tokio_openssl::SslStream;
 
 use crate::registry::ServerTls;
 
-/// More than containers/image reads of a manifest or a signature, which is 4 MiB.
+/// Larger than containers/image's limit for a manifest or a signature, 4 MiB.
 const TOO_LARGE: usize = 5 << 20;
 
-/// Where a registry misbehaves.
+/// The place where a registry misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// The first request of every conversation.
@@ -37,16 +37,16 @@ pub enum Place {
     Manifest,
     /// The manifest of a signature attachment.
     Signature,
-    /// The document that was signed.
+    /// The signed document.
     Payload,
     /// The image's config.
     Config,
 }
 
-/// What it does there.
+/// The misbehaviour.
 #[derive(Clone, Debug)]
 pub enum Trick {
-    /// Answers as it should.
+    /// Answers honestly.
     Honest,
     /// Answers with that status and an error document with that code and message.
     Error(u16, &'static str, String),
@@ -62,11 +62,11 @@ pub enum Trick {
     Inflate,
     /// Sends the client to a token server, as quay.io does, which answers with that status.
     Token(u16),
-    /// Answers with what the good registry has at that path.
+    /// Answers with the honest registry's content of that path.
     Swap(String),
 }
 
-/// Serves TLS on a port of 127.0.0.1, passing on what it has from the good registry, until it is dropped.
+/// Serves TLS on a port of 127.0.0.1 and passes on the honest registry's content, until it is dropped.
 #[derive(Debug)]
 pub struct HostileRegistry {
     address: SocketAddr,
@@ -75,7 +75,7 @@ pub struct HostileRegistry {
 }
 
 impl HostileRegistry {
-    /// Starts one in front of `upstream` (`host:port`, which the same authority vouches for).
+    /// Starts a registry in front of `upstream` (`host:port`, with a certificate of the same authority).
     pub async fn start(tls: &ServerTls, upstream: &str, place: Place, trick: Trick) -> Result<Self> {
         let mut acceptor = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server())?;
         acceptor.set_certificate(&*X509::from_pem(tls.cert_pem.as_bytes())?)?;
@@ -100,7 +100,7 @@ impl HostileRegistry {
         Ok(Self { address, played, task })
     }
 
-    /// How often it has played its trick so far.
+    /// The number of tricks played so far.
     pub fn played(&self) -> usize {
         self.played.load(Ordering::Relaxed)
     }
@@ -124,7 +124,7 @@ async fn serve(stream: TcpStream, context: SslContext, behaviour: Arc<Behaviour>
         let behaviour = Arc::clone(&behaviour);
         async move { behaviour.answer(request).await.map_err(io::Error::other) }
     });
-    // A client that is refused, or a connection that is cut on purpose, is not an error of the test.
+    // A refused client or an intended cut is not an error of the test.
     let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
     Ok(())
 }
@@ -206,7 +206,7 @@ impl Good {
     }
 }
 
-/// Spaces after the opening brace.
+/// Adds spaces after the opening brace.
 fn pad(body: &mut Vec<u8>, count: usize) {
     body.splice(1..1, std::iter::repeat_n(b' ', count));
 }
@@ -223,7 +223,7 @@ fn place(path: &str, body: &[u8]) -> Option<Place> {
     }
 }
 
-/// An HTTP proxy that tunnels every host to 127.0.0.1 and remembers whom it was asked for. Until it is dropped.
+/// An HTTP proxy that tunnels every host to 127.0.0.1 and records the requested hosts, until it is dropped.
 #[derive(Debug)]
 pub struct ConnectProxy {
     address: SocketAddr,
@@ -232,7 +232,7 @@ pub struct ConnectProxy {
 }
 
 impl ConnectProxy {
-    /// Starts one.
+    /// Starts a proxy.
     pub async fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
@@ -278,7 +278,8 @@ async fn tunnel(stream: TcpStream, asked: Arc<Mutex<Vec<String>>>) -> Result<()>
     Ok(())
 }
 
-/// A port of 127.0.0.1 that waits for the first bytes of every connection, answers with these, and closes it; until the handle is aborted.
+/// A port of 127.0.0.1 that waits for the first bytes of every connection, answers with these, and closes it, until the
+/// handle is aborted.
 pub async fn mumble(bytes: &'static [u8]) -> Result<(SocketAddr, JoinHandle<Infallible>)> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;

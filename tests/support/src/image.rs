@@ -7,7 +7,7 @@ use std::io::Write;
 use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 
-/// Which media types an image is written with.
+/// The media types of an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Media {
     /// OCI image manifest and index.
@@ -49,8 +49,8 @@ impl Media {
     }
 }
 
-/// What an OS image contains. The default is a bootable image of the host's architecture that no MachineConfig was
-/// rendered into.
+/// The content of an OS image. The default is a bootable image of the host's architecture without a rendered
+/// MachineConfig.
 #[derive(Clone, Debug)]
 pub struct ImageSpec {
     /// The OS version, in os-release and as a label.
@@ -65,13 +65,13 @@ pub struct ImageSpec {
     pub payload_mib: u32,
     /// OCI names, as in `amd64`.
     pub architectures: Vec<String>,
-    /// Whether there is an index even over one architecture. Several always have one.
+    /// Whether there is an index even with one architecture. Several architectures always have one.
     pub index: bool,
     /// Whether the labels say that the image can be booted.
     pub bootable: bool,
-    /// More labels; they win over those from the fields above.
+    /// More labels; they override those from the fields above.
     pub extra_labels: BTreeMap<String, String>,
-    /// Which media types are used.
+    /// The media types.
     pub media: Media,
 }
 
@@ -93,7 +93,7 @@ impl Default for ImageSpec {
 }
 
 impl ImageSpec {
-    /// The default image, of that version.
+    /// The default image with that version.
     pub fn new(version: &str) -> Self {
         Self { version: version.into(), ..Self::default() }
     }
@@ -190,7 +190,7 @@ impl ImageSpec {
         }))
     }
 
-    /// Everything a registry has to be given.
+    /// Builds everything that is pushed to a registry.
     pub fn build(&self) -> Image {
         assert!(!self.architectures.is_empty(), "an image without architectures");
         let mut blobs = Vec::new();
@@ -259,7 +259,7 @@ impl ImageSpec {
         let mut layers = vec![("base", Layer::new(&files, Compression::fast()))];
         if self.payload_mib > 0 {
             let bytes = noise(&format!("{} {architecture}", self.version), self.payload_mib);
-            // It would not get any smaller, only later.
+            // Compression would not make it smaller, only slower.
             layers.push(("payload", Layer::new(&[("usr/share/payload".into(), bytes)], Compression::none())));
         }
         layers
@@ -286,7 +286,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// What a reference to the image names: its index, or else its only manifest.
+    /// The manifest that a reference to the image names: its index, or its only manifest.
     pub fn top(&self) -> &Manifest {
         self.index.as_ref().unwrap_or_else(|| self.instances.values().next().expect("an architecture"))
     }
@@ -307,13 +307,13 @@ impl Blob {
         Self { digest: digest(&bytes), bytes }
     }
 
-    /// How a manifest refers to them.
+    /// The descriptor by which a manifest refers to them.
     pub fn descriptor(&self, media_type: &str) -> Value {
         json!({ "mediaType": media_type, "digest": self.digest, "size": self.bytes.len() })
     }
 }
 
-/// A manifest or an index, as it is stored.
+/// A manifest or an index in its stored form.
 #[derive(Clone, Debug)]
 pub struct Manifest {
     /// Its media type.
@@ -351,7 +351,7 @@ impl Pushed {
         format!("{}@{}", self.repository(), self.digest)
     }
 
-    /// `host/repo`, which is also the identity `cosign sign` gives an image unless told otherwise.
+    /// `host/repo`, which is also the identity that `cosign sign` uses by default.
     pub fn repository(&self) -> String {
         format!("{}/{}", self.host, self.repo)
     }
@@ -398,7 +398,7 @@ struct Layer {
 }
 
 impl Layer {
-    /// Files and the directories above them, owned by root and as old as Unix.
+    /// Files and the directories above them, owned by root, with modification time 0.
     fn new(files: &[(String, Vec<u8>)], compression: Compression) -> Self {
         let mut entries = BTreeMap::new();
         for (path, content) in files {
@@ -426,7 +426,7 @@ impl Layer {
     }
 }
 
-/// Bytes that do not compress: a stream cipher's output, which is the fastest of them even in a debug build.
+/// Bytes that do not compress: a stream cipher's output, which is fast even in a debug build.
 fn noise(seed: &str, mib: u32) -> Vec<u8> {
     use openssl::symm::{Cipher, encrypt};
     let key = openssl::sha::sha256(seed.as_bytes());

@@ -1,4 +1,4 @@
-//! A double of logind's manager on the bus: reboot, inhibitors, wall messages.
+//! A stand-in for logind's manager on the bus: reboot, inhibitors, wall messages.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,7 +61,7 @@ struct Inner {
     reboot: Mutex<Option<Reboot>>,
 }
 
-/// The handle to the double.
+/// The handle to the stand-in.
 #[derive(Clone)]
 pub struct Logind {
     inner: Arc<Inner>,
@@ -94,18 +94,18 @@ impl Logind {
         Ok(Self { inner })
     }
 
-    /// What happens after a reboot was accepted.
+    /// Sets the action after an accepted reboot.
     pub fn on_reboot(&self, hook: impl Fn() + Send + Sync + 'static) {
         *self.inner.reboot.lock().unwrap() = Some(Arc::new(hook));
     }
 
-    /// Somebody takes a lock.
+    /// Takes a lock for another program.
     pub fn add_inhibitor(&self, inhibitor: Inhibitor) {
         self.inner.inhibitors.lock().unwrap().push(inhibitor);
         self.changed();
     }
 
-    /// Everything that `who` holds is released.
+    /// Releases all locks of `who`.
     pub fn remove_inhibitor(&self, who: &str) {
         self.inner.inhibitors.lock().unwrap().retain(|inhibitor| inhibitor.who != who);
         self.changed();
@@ -117,7 +117,7 @@ impl Logind {
         self.inner.wall.lock().unwrap().clone()
     }
 
-    /// `true`: as systemd 252, where root overrides block locks; `false`: as 257, where they bind root.
+    /// `true`: as in systemd 252, where root overrides block locks; `false`: as in 257, where they apply to root.
     pub fn root_overrides_inhibitors(&self, overrides: bool) {
         self.inner.root_overrides.store(overrides, Ordering::SeqCst);
     }
@@ -127,7 +127,7 @@ impl Logind {
         *self.inner.refusal.lock().unwrap() = error.map(|(name, text)| (name.to_owned(), text.to_owned()));
     }
 
-    /// The next accepted reboot is not answered.
+    /// The next accepted reboot gets no reply.
     pub fn lose_reboot_reply(&self) {
         self.inner.lose_reply.store(true, Ordering::SeqCst);
     }
@@ -138,17 +138,17 @@ impl Logind {
         self.inner.going_down.load(Ordering::SeqCst)
     }
 
-    /// Whether somebody suspends the machine now.
+    /// Sets whether a suspend is in progress.
     pub fn suspend(&self, asleep: bool) {
         self.inner.asleep.store(asleep, Ordering::SeqCst);
     }
 
-    /// Somebody else reboots the machine, e.g. a human with `systemctl reboot -i`.
+    /// Reboots the machine for another client, e.g. an operator with `systemctl reboot -i`.
     pub async fn reboot(&self) {
         self.inner.begin().await;
     }
 
-    /// Forgets everything, as a boot does.
+    /// Resets the state, as a boot does.
     pub fn reset(&self) {
         self.inner.going_down.store(false, Ordering::SeqCst);
         self.inner.inhibitors.lock().unwrap().clear();
@@ -199,7 +199,8 @@ impl Inner {
         }
     }
 
-    /// systemd 252 looks at what goes on and lets root pass inhibitors; 257 looks at inhibitors first, root's or not.
+    /// systemd 252 checks for a running operation and lets root pass inhibitors; 257 checks inhibitors first, for root
+    /// as well.
     async fn asked(&self, call: &Call) -> Answer {
         let refusal = self.refusal.lock().unwrap().clone();
         if let Some((name, text)) = refusal {

@@ -28,10 +28,10 @@ const KUBELET: &str = "kubelet.service";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
 const STAMP: &str = "boot/ostree/finalize-failure.stamp";
-/// How long a process may take to leave after `SIGTERM`.
+/// Longest time for a process to exit after `SIGTERM`.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The program that pulls images, and the files it is pointed at.
+/// The program that pulls images, and the files it uses.
 #[derive(Clone, Debug)]
 pub struct Engine {
     /// The `skopeo` binary.
@@ -44,54 +44,54 @@ pub struct Engine {
     pub cert_dir: PathBuf,
 }
 
-/// How the agent is run.
+/// The command that runs the agent.
 #[derive(Clone, Debug, Default)]
 pub struct AgentCommand {
     /// The program.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
-    /// Variables beside those that the machine sets.
+    /// Variables in addition to those that the machine sets.
     pub env: Vec<(String, String)>,
 }
 
-/// Which host tools a machine has.
+/// The host tools of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostTools {
     /// rpm-ostree alone.
     RpmOstree,
     /// bootc alone.
     Bootc,
-    /// Both, as most images.
+    /// Both, as in most images.
     Both,
 }
 
-/// What a machine is made of.
+/// Settings of a machine.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {
-    /// Where its disk, sockets and bus live; a short path, because of the sockets.
+    /// The directory of its disk, sockets and bus; a short path, because of the sockets.
     pub dir: PathBuf,
     /// The stateroot.
     pub osname: String,
-    /// What rpm-ostreed pulls with.
+    /// The engine of rpm-ostreed's pulls.
     pub engine: Engine,
-    /// What the installer pulls with, if not the same.
+    /// The engine of the installer's pull, if it is another one.
     pub installer: Option<Engine>,
-    /// Where it tells what happens.
+    /// The receiver of events.
     pub events: Events,
-    /// From an accepted reboot to `SIGTERM`: what delay inhibitors take.
+    /// Time from an accepted reboot to `SIGTERM`, in which delay inhibitors act.
     pub shutdown_delay: Duration,
-    /// From boot to an active kubelet.
+    /// Time from boot to an active kubelet.
     pub kubelet_delay: Duration,
     /// `RestartSec=` of the agent.
     pub restart_delay: Duration,
     /// `WatchdogSec=` of the agent.
     pub watchdog: Option<Duration>,
-    /// What `/proc/uptime` says; it does not grow.
+    /// The content of `/proc/uptime`; it does not grow.
     pub uptime: Duration,
     /// Kernel arguments of the installed deployment.
     pub kernel_arguments: Vec<String>,
-    /// Its host tools.
+    /// The host tools.
     pub host_tools: HostTools,
     /// Whether the machine has a bootloader-update.service.
     pub bootloader_update: bool,
@@ -100,7 +100,7 @@ pub struct MachineOptions {
 }
 
 impl MachineOptions {
-    /// Quick defaults.
+    /// Defaults with short times.
     #[must_use]
     pub fn new(dir: &Path, engine: Engine, events: Events, agent: AgentCommand) -> Self {
         Self {
@@ -138,7 +138,7 @@ struct Inner {
     wanted: AtomicBool,
     /// Power is on.
     on: AtomicBool,
-    /// Everything of the last boot is gone.
+    /// Every process of the last boot is gone.
     down: AtomicBool,
     boot: AtomicU64,
     last_ping: Mutex<Instant>,
@@ -217,7 +217,7 @@ impl Machine {
         Ok(Self { inner })
     }
 
-    /// Puts `reference` on the disk as the first deployment, before the first boot.
+    /// Installs `reference` as the first deployment, before the first boot.
     pub async fn install(&self, reference: &str) -> anyhow::Result<()> {
         let options = &self.inner.options;
         let engine = options.installer.as_ref().unwrap_or(&options.engine);
@@ -281,7 +281,7 @@ impl Machine {
         Ok(())
     }
 
-    /// What follows an accepted reboot.
+    /// The shutdown that follows an accepted reboot.
     async fn reboot(&self, boot: u64) {
         tokio::time::sleep(self.inner.options.shutdown_delay).await;
         if self.inner.boot.load(Ordering::SeqCst) != boot || !self.inner.on.load(Ordering::SeqCst) {
@@ -292,10 +292,10 @@ impl Machine {
         }
     }
 
-    /// Shuts down in an orderly way and stays off; says `false` when power was cut meanwhile.
+    /// Shuts down in an orderly way and stays off; returns `false` when power was cut meanwhile.
     pub async fn shut_down(&self) -> bool {
         let inner = &self.inner;
-        // A power cut takes the number of this boot away, and the machine may be on again by the time we look.
+        // A power cut takes this boot's number away, and the machine may be on again by now.
         let boot = inner.boot.load(Ordering::SeqCst);
         let is_over = || inner.boot.load(Ordering::SeqCst) != boot;
         self.stop_agent().await;
@@ -317,7 +317,7 @@ impl Machine {
                 let _ = inner.sysroot.drop_staged();
                 std::fs::write(self.root().join(STAMP), text).expect("room on /boot");
             }
-            // It fails only when there is no power any more.
+            // The write fails only after a power cut.
             _ if finalizes && inner.sysroot.finalize().is_err() => return false,
             _ => {}
         }
@@ -331,8 +331,8 @@ impl Machine {
         true
     }
 
-    /// Power is gone this instant: nothing is finalized, what was staged is lost. May be called from a listener;
-    /// [`Machine::power_on`] waits until everything is dead.
+    /// Cuts the power at once: nothing is finalized, the staged deployment is lost. May be called from a listener;
+    /// [`Machine::power_on`] waits until every process is dead.
     pub fn power_cut(&self) {
         let inner = self.inner.clone();
         if !inner.on.swap(false, Ordering::SeqCst) {
@@ -353,7 +353,7 @@ impl Machine {
         });
     }
 
-    /// Kills the agent now with `SIGKILL`; it is restarted as the unit says. May be called from a listener.
+    /// Kills the agent with `SIGKILL`; systemd's stand-in restarts it. May be called from a listener.
     pub fn kill_agent(&self) {
         self.signal_agent(Signal::SIGKILL);
     }
@@ -369,7 +369,7 @@ impl Machine {
         u32::try_from(self.inner.pid.load(Ordering::SeqCst)).ok().filter(|pid| *pid != 0)
     }
 
-    /// Starts the agent unless it is started.
+    /// Starts the agent unless it runs.
     pub fn start_agent(&self) {
         let inner = &self.inner;
         inner.wanted.store(true, Ordering::SeqCst);
@@ -390,7 +390,7 @@ impl Machine {
         }
     }
 
-    /// Waits until no agent runs and none is about to.
+    /// Waits until no agent runs and none is about to start.
     async fn supervised(&self) {
         loop {
             let running = self.inner.supervisor.lock().unwrap().as_ref().is_some_and(|task| !task.is_finished());
@@ -401,7 +401,7 @@ impl Machine {
         }
     }
 
-    /// Another program or other arguments from the next start of the agent on.
+    /// Uses another program or other arguments from the next start of the agent.
     pub fn set_agent(&self, agent: AgentCommand) {
         *self.inner.agent.lock().unwrap() = agent;
     }
@@ -411,12 +411,12 @@ impl Machine {
         *self.inner.finalize_failure.lock().unwrap() = Some(text.to_owned());
     }
 
-    /// The next boot runs the second boot entry, as boot counting or a human at the console does.
+    /// The next boot runs the second boot entry, as boot counting or an operator at the console does.
     pub fn fall_back(&self) {
         self.inner.fall_back.store(true, Ordering::SeqCst);
     }
 
-    /// Whether kubelet.service fails on the boots from now on.
+    /// Whether kubelet.service fails on later boots.
     pub fn kubelet_fails(&self, fails: bool) {
         self.inner.kubelet_fails.store(fails, Ordering::SeqCst);
     }
@@ -445,7 +445,7 @@ impl Machine {
         self.inner.bus.address()
     }
 
-    /// How many signs of life its service manager got from the agent.
+    /// The number of watchdog pings that the service manager got from the agent.
     #[must_use]
     pub fn pings(&self) -> u64 {
         self.inner.pings.load(Ordering::SeqCst)
@@ -494,7 +494,7 @@ impl Machine {
         self.inner.logind.clone()
     }
 
-    /// Somebody runs `rpm-ostree rebase` by hand, to its end.
+    /// Runs `rpm-ostree rebase` by hand, to its end.
     pub async fn human_stage(&self, reference: &str) -> anyhow::Result<()> {
         self.inner.rpm_ostreed.human_stage(reference).await
     }
@@ -587,7 +587,7 @@ async fn supervise(weak: Weak<Inner>) {
                 Err(_) => {
                     let Some(inner) = weak.upgrade() else { return };
                     let silent = inner.last_ping.lock().unwrap().elapsed();
-                    // A process that does not heed the first signal is killed by the second.
+                    // A process that ignores the first signal is killed by the second.
                     if watchdog.is_some_and(|limit| silent > 2 * limit) {
                         inner.signal(Signal::SIGKILL);
                     } else if watchdog.is_some_and(|limit| silent > limit) && !missed {
@@ -597,7 +597,7 @@ async fn supervise(weak: Weak<Inner>) {
                 }
             }
         };
-        // The unit's whole control group goes with its main process.
+        // The unit's control group ends with its main process.
         let group = i32::try_from(pid).unwrap_or_default();
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         if let Some(lines) = lines {
@@ -630,7 +630,7 @@ async fn supervise(weak: Weak<Inner>) {
     }
 }
 
-/// As systemd was seen to take a message apart: a backslash goes, and what follows it stays.
+/// systemd's observed handling of a message: a backslash is removed, the next character is kept.
 fn unescaped(text: &str) -> String {
     let mut escaped = false;
     text.chars()
@@ -641,7 +641,7 @@ fn unescaped(text: &str) -> String {
         .collect()
 }
 
-/// Reads what the agent tells its service manager.
+/// Reads the agent's messages to its service manager.
 async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
     let mut buffer = vec![0; 65_536];
     loop {
@@ -759,7 +759,7 @@ mod tests {
         lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
         assert_eq!(machine.deployments().len(), 1);
         assert_eq!(machine.booted().unwrap().digest, lab.old);
-        // Started by hand it finalizes, but the boot loader may still fall back.
+        // An explicitly started finalizer works, but the boot loader may still fall back.
         machine.human_stage(&reference(&lab.new)).await.unwrap();
         machine.systemd().activate(FINALIZER).await.unwrap();
         machine.fall_back();
@@ -769,7 +769,7 @@ mod tests {
         let deployments = machine.deployments();
         assert_eq!(deployments[0].digest, lab.new);
         assert!(!deployments[0].booted && deployments[1].booted);
-        // A power cut loses what is staged.
+        // A power cut loses the staged deployment.
         machine.rpm_ostreed().finalizer_stays_inactive(false);
         let other = machine.deployments().len();
         machine.power_cut();
@@ -803,7 +803,7 @@ mod tests {
     async fn agent_is_restarted_when_it_dies() {
         let mut lab = Lab::new(SLEEPER, |options| options.watchdog = Some(Duration::from_millis(200))).await;
         let machine = lab.machine.clone();
-        // Killed from inside a listener.
+        // The agent is killed from inside a listener.
         let killer = machine.clone();
         let once = AtomicBool::new(true);
         machine.inner.options.events.listen(move |event| {
@@ -814,7 +814,7 @@ mod tests {
         machine.power_on().await.unwrap();
         lab.see(|event| *event == Event::AgentExited { code: -9 }).await;
         lab.see(|event| matches!(event, Event::AgentStarted { .. })).await;
-        // It never pings.
+        // This agent never pings.
         lab.see(|event| *event == Event::AgentExited { code: -6 }).await;
         assert_eq!(machine.systemd().unit(AGENT).unwrap().result, "watchdog");
         machine.stop_agent().await;
@@ -865,7 +865,7 @@ mod tests {
         machine.logind().reboot().await;
         lab.see(|event| *event == Event::Down).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
-        assert!(!machine.is_on(), "nobody presses the button");
+        assert!(!machine.is_on(), "the machine stays off without a power-on");
         machine.power_on().await.unwrap();
         assert_eq!(machine.booted().unwrap().digest, lab.old);
         assert_eq!(machine.deployments().len(), 1);

@@ -1,5 +1,5 @@
-//! The machine-config-controller's part: choosing nodes and setting what they shall run, and answering drain
-//! requests. Driven by the store's changes; the only waiting is what the original does too.
+//! The machine-config-controller's part: choosing nodes and setting their targets, and answering drain requests. It
+//! reacts to changes of the store and waits only where the original does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -13,10 +13,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::apiserver::{ApiError, Store};
 
-/// The field manager of all that the controllers write.
+/// The field manager of everything that the controllers write.
 pub const MANAGER: &str = "machine-config-controller";
 
-/// What the protocol's annotation keys start with.
+/// Prefix of the protocol's annotation keys.
 pub const PREFIX: &str = "machineconfiguration.openshift.io/";
 
 const TAINT: &str = "UpdateInProgress";
@@ -35,14 +35,14 @@ fn patch_of(annotations: &[(&str, Option<&str>)]) -> Value {
     json!({"metadata": {"annotations": annotations}})
 }
 
-/// Current and desired config are there, not empty, and equal.
+/// Whether current and desired config are set, not empty, and equal.
 #[must_use]
 pub fn is_node_config_done(node: &Value) -> bool {
     let current = annotation(node, "currentConfig").filter(|config| !config.is_empty());
     current.is_some() && current == annotation(node, "desiredConfig")
 }
 
-/// Neither image is set, or both are and are the same string.
+/// Whether neither image is set, or both are and are the same string.
 #[must_use]
 pub fn is_node_image_done(node: &Value) -> bool {
     match (annotation(node, "currentImage"), annotation(node, "desiredImage")) {
@@ -51,13 +51,13 @@ pub fn is_node_image_done(node: &Value) -> bool {
     }
 }
 
-/// Config and image are done and the state is `Done`.
+/// Whether config and image are done and the state is `Done`.
 #[must_use]
 pub fn is_node_done(node: &Value) -> bool {
     is_node_config_done(node) && is_node_image_done(node) && annotation(node, "state") == Some("Done")
 }
 
-/// Ready, without disk pressure, with a network, and schedulable.
+/// Whether the node is Ready, without disk pressure, with a network, and schedulable.
 #[must_use]
 pub fn is_node_ready(node: &Value) -> bool {
     let conditions = node["status"]["conditions"].as_array();
@@ -69,7 +69,7 @@ pub fn is_node_ready(node: &Value) -> bool {
     conditions.is_none_or(|conditions| conditions.iter().all(good)) && node["spec"]["unschedulable"] != true
 }
 
-/// The update to another config failed. An update of the image alone never counts as failing.
+/// Whether the update to another config failed. An update of the image alone never counts as failing.
 #[must_use]
 pub fn is_node_mcd_failing(node: &Value) -> bool {
     annotation(node, "currentConfig") != annotation(node, "desiredConfig") && is_degraded_state(node)
@@ -79,13 +79,13 @@ fn is_degraded_state(node: &Value) -> bool {
     matches!(annotation(node, "state"), Some("Degraded" | "Unreconcilable"))
 }
 
-/// The node uses up one of the pool's unavailable nodes.
+/// Whether the node counts as unavailable for the pool.
 #[must_use]
 pub fn is_unavailable_for_update(node: &Value) -> bool {
     !is_node_ready(node) || (!is_node_done(node) && !is_node_mcd_failing(node))
 }
 
-/// What a pool's nodes shall run.
+/// The target of a pool's nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     /// The rendered config.
@@ -94,14 +94,14 @@ pub struct Target {
     pub image: Option<String>,
 }
 
-/// The node was already told to run the target.
+/// Whether the node already has the target.
 #[must_use]
 pub fn is_targeted(node: &Value, target: &Target) -> bool {
     annotation(node, "desiredConfig") == Some(&target.config)
         && annotation(node, "desiredImage") == target.image.as_deref()
 }
 
-/// The node may be told to run the target: it was not yet, and it is ready.
+/// Whether the node may get the target: it does not have it yet, and it is ready.
 #[must_use]
 pub fn is_candidate(node: &Value, target: &Target) -> bool {
     !is_targeted(node, target) && is_node_ready(node)
@@ -119,7 +119,7 @@ pub fn get_all_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailab
     (nodes.iter().filter(|node| is_candidate(node, target)).collect(), capacity)
 }
 
-/// The candidates that are taken now: by zone, then age, then name.
+/// The candidates that get the target now: by zone, then age, then name.
 #[must_use]
 pub fn get_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailable: usize) -> Vec<&'a Value> {
     let (mut candidates, capacity) = get_all_candidates(nodes, target, max_unavailable);
@@ -140,7 +140,7 @@ pub struct PoolSpec {
     pub name: String,
     /// The nodes that may be in it; they need not exist yet.
     pub nodes: Vec<String>,
-    /// How many may be unavailable at a time; 0 counts as 1.
+    /// The number of nodes that may be unavailable at a time; 0 counts as 1.
     pub max_unavailable: usize,
     /// `HighlyAvailable`, `SingleReplica` and so on.
     pub topology: String,
@@ -169,7 +169,7 @@ pub struct PoolStatus {
     pub updated: usize,
     /// Nodes in state `Degraded` or `Unreconcilable`.
     pub degraded: usize,
-    /// Nodes that use up `max_unavailable`.
+    /// Nodes that count against `max_unavailable`.
     pub unavailable: usize,
     /// All nodes.
     pub machine_count: usize,
@@ -179,7 +179,7 @@ pub struct PoolStatus {
 struct PoolControl {
     target: Option<Target>,
     paused: bool,
-    /// Syncs that were asked for, and the last one that was done.
+    /// The last sync requested, and the last one done.
     asked: u64,
     synced: u64,
 }
@@ -201,18 +201,18 @@ impl PoolController {
         Self { store, pool, control, task }
     }
 
-    /// What the nodes shall run from now on; without an image the pool is not layered.
+    /// Sets the target for all nodes; without an image the pool is not layered.
     pub fn set_target<'a>(&self, config: &str, image: impl Into<Option<&'a str>>) {
         let target = Target { config: config.to_owned(), image: image.into().map(str::to_owned) };
         self.control.send_modify(|control| control.target = Some(target));
     }
 
-    /// While paused, no node gets a new target; those that have one go on.
+    /// While paused, no node gets a new target; nodes that have one continue.
     pub fn pause(&self, paused: bool) {
         self.control.send_modify(|control| control.paused = paused);
     }
 
-    /// The pool's counts now.
+    /// The pool's current counts.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         let nodes = nodes_of(&self.store, &self.pool);
@@ -230,7 +230,7 @@ impl PoolController {
         }
     }
 
-    /// Waits until the counts are as `predicate` wants them. Says whether that was within `deadline`.
+    /// Waits until `predicate` accepts the counts; returns whether that happened within `deadline`.
     pub async fn wait_for_status(&self, deadline: Duration, predicate: impl Fn(&PoolStatus) -> bool) -> bool {
         let mut changed = self.store.changed();
         let wait = async {
@@ -241,7 +241,7 @@ impl PoolController {
         timeout(deadline, wait).await.is_ok()
     }
 
-    /// Waits until the controller has looked at everything that was written and set before this call.
+    /// Waits until the controller has handled all writes and settings before this call.
     pub async fn settle(&self) {
         self.control.send_modify(|control| control.asked += 1);
         let asked = self.control.borrow().asked;
@@ -263,13 +263,13 @@ fn nodes_of(store: &Store, pool: &PoolSpec) -> Vec<Value> {
     pool.nodes.iter().filter_map(|name| store.node(name)).filter(is_in).collect()
 }
 
-/// The label that a custom pool selects its nodes by.
+/// The label by which a custom pool selects its nodes.
 fn role(pool: &str) -> String {
     format!("node-role.kubernetes.io/{pool}")
 }
 
-/// The custom pool that a node was booted into and not yet labelled for: the owner of its `firstPivotConfig`, which is
-/// read off the name `rendered-<pool>-<hash>` here.
+/// The custom pool that a node was booted into and is not yet labelled for: the owner of its `firstPivotConfig`, taken
+/// from the name `rendered-<pool>-<hash>` here.
 #[must_use]
 pub fn booted_pool<'a>(node: &Value, custom: &'a [String]) -> Option<&'a String> {
     if annotation(node, LABELS_APPLIED).is_some() {
@@ -285,7 +285,7 @@ async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolContr
     loop {
         changed.borrow_and_update();
         let now = controlled.borrow_and_update().clone();
-        // A write that fails (the node went away) is made good at the next change.
+        // A failed write (the node went away) is repeated at the next change.
         let _ = sync_pool(&store, &pool, &now);
         if now.synced < now.asked {
             control.send_modify(|control| control.synced = now.asked);
@@ -305,7 +305,7 @@ fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<()
         if annotation(node, "controlPlaneTopology") != Some(&pool.topology) {
             store.patch_as(MANAGER, name, patch_of(&[("controlPlaneTopology", Some(&pool.topology))]))?;
         }
-        // On nodes that wait for their turn, off those that have been told.
+        // Set on nodes that wait for their turn, removed from nodes that have the target.
         let mut taints = node["spec"]["taints"].as_array().cloned().unwrap_or_default();
         let before = taints.len();
         taints.retain(|taint| taint["key"] != TAINT);
@@ -317,7 +317,7 @@ fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<()
             store.patch_as(MANAGER, name, json!({"spec": {"taints": taints}}))?;
         }
     }
-    // A candidate that was booted into a custom pool is labelled for that instead of told.
+    // A candidate that was booted into a custom pool gets that pool's label instead of the target.
     let (candidates, _) = get_all_candidates(&nodes, target, pool.max_unavailable);
     let booted =
         candidates.iter().filter_map(|node| Some((node["metadata"]["name"].clone(), booted_pool(node, &pool.custom)?)));
@@ -337,7 +337,7 @@ fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<()
     Ok(())
 }
 
-/// How long the drain controller takes.
+/// The drain controller's delays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delays {
     /// From a change to the sync.
@@ -346,12 +346,12 @@ pub struct Delays {
     pub retry: Duration,
     /// To evict a node's pods.
     pub evict: Duration,
-    /// After which evictions that hang have failed.
+    /// Time after which hanging evictions count as failed.
     pub give_up: Duration,
 }
 
 impl Delays {
-    /// Too short to wait for, long enough to be overtaken.
+    /// Too short to wait for, long enough to lose a race.
     #[must_use]
     pub const fn short() -> Self {
         Self {
@@ -393,8 +393,8 @@ struct Drainer {
     log: Arc<Mutex<DrainLog>>,
 }
 
-/// The drain controller, until it is dropped. Dropping it and starting another is a restart: what it knew of drains
-/// that go on is lost.
+/// The drain controller, until it is dropped. Dropping it and starting another is a restart: its knowledge of running
+/// drains is lost.
 pub struct DrainController {
     evictions: watch::Sender<Evictions>,
     log: Arc<Mutex<DrainLog>>,
@@ -413,29 +413,29 @@ impl DrainController {
     }
 
     /// While blocked, evictions hang, as with a disruption budget that allows none. An attempt fails after
-    /// [`Delays::give_up`], and the next one, for what is asked by then, starts after [`Delays::retry`].
+    /// [`Delays::give_up`], and the next one, for the request at that time, starts after [`Delays::retry`].
     pub fn block_drains(&self, blocked: bool) {
         self.evictions.send_modify(|evictions| evictions.blocked = blocked);
     }
 
-    /// While failing, evictions fail and are tried again after [`Delays::retry`].
+    /// While failing, evictions fail and are retried after [`Delays::retry`].
     pub fn fail_drains(&self, failing: bool) {
         self.evictions.send_modify(|evictions| evictions.failing = failing);
     }
 
-    /// How often evictions were started.
+    /// The number of evictions that were started.
     #[must_use]
     pub fn drains(&self) -> usize {
         self.log.lock().unwrap().drains
     }
 
-    /// How often evictions were finished.
+    /// The number of evictions that were finished.
     #[must_use]
     pub fn evicted(&self) -> usize {
         self.log.lock().unwrap().evicted
     }
 
-    /// What failed so far and is tried again.
+    /// The failed drains that will be retried.
     #[must_use]
     pub fn errors(&self) -> Vec<String> {
         self.log.lock().unwrap().errors.clone()
@@ -478,11 +478,11 @@ impl Drainer {
         }
     }
 
-    /// One node's queue: word of a change leads to one sync, however many changes there were.
+    /// One node's queue: any number of changes leads to one sync.
     async fn work(self, node: String, queue: Arc<Notify>) {
         let mut failed = false;
         loop {
-            // A change comes before the next attempt, if it is earlier.
+            // An earlier change goes before the next attempt.
             let retry = async {
                 if failed {
                     sleep(self.delays.retry).await;
@@ -592,7 +592,10 @@ mod tests {
         assert!(!is_node_image_done(&node(&[("currentImage", "a"), ("desiredImage", "b")])));
         assert!(!is_node_image_done(&node(&[("currentImage", ""), ("desiredImage", "")])));
         assert!(!is_node_image_done(&node(&[("desiredImage", "a")])));
-        assert!(!is_node_image_done(&node(&[("currentImage", "a")])), "left over from a layered pool");
+        assert!(
+            !is_node_image_done(&node(&[("currentImage", "a")])),
+            "a current image without a desired one is not done"
+        );
     }
 
     #[test]
@@ -665,7 +668,7 @@ mod tests {
         (store, events)
     }
 
-    /// What an agent does once it has been told.
+    /// The agent's answer to a new target.
     fn finish(store: &Store, name: &str, config: &str, image: &str) {
         let keys = [("state", Some("Done")), ("currentConfig", Some(config)), ("currentImage", Some(image))];
         store.patch_as("rebase-agent", name, patch_of(&keys)).unwrap();
@@ -723,7 +726,7 @@ mod tests {
         assert_eq!((workers.status().machine_count, infra.status().machine_count), (1, 1));
         infra.set_target("rendered-infra-2", "k");
         until(&store, "i0", "desiredImage", "k").await;
-        // Once: a label that is taken off stays off.
+        // The label is set once: a removed label stays removed.
         store.patch_as("admin", "i0", json!({"metadata": {"labels": {role("infra"): null}}})).unwrap();
         finish(&store, "i0", "rendered-infra-2", "k");
         until(&store, "i0", "desiredImage", "j").await;
@@ -742,7 +745,7 @@ mod tests {
         pool.settle().await;
         assert_eq!(pool.status().unavailable, 1);
         for name in ["w0", "w1"] {
-            assert_eq!(annotation(&store.node(name).unwrap(), "desiredImage"), Some("i"), "w0 uses up the one");
+            assert_eq!(annotation(&store.node(name).unwrap(), "desiredImage"), Some("i"), "w0 uses up the capacity");
         }
         store.set_ready("w0", true);
         until(&store, "w0", "desiredImage", "j").await;

@@ -45,10 +45,10 @@ impl Pki {
         Self { certificate: builder.build(), key }
     }
 
-    /// An authority that [`Pki::ca_pem`] and [`Pki::key_pem`] were taken from.
+    /// An authority from the texts of [`Pki::ca_pem`] and [`Pki::key_pem`].
     ///
     /// # Errors
-    /// If that is not what the texts are.
+    /// If the texts are not a certificate and its key.
     pub fn from_pem(ca_pem: &str, key_pem: &str) -> Result<Self, openssl::error::ErrorStack> {
         let key = PKey::private_key_from_pem(key_pem.as_bytes())?;
         Ok(Self { certificate: X509::from_pem(ca_pem.as_bytes())?, key })
@@ -101,8 +101,8 @@ impl Pki {
         (text(builder.build().to_pem()), text(key.private_key_to_pem_pkcs8()))
     }
 
-    /// What `kubelet-client-current.pem` holds for `node`: certificate, then SEC1 key. Every call makes a new key and
-    /// serial number, as a rotation does.
+    /// The content of `kubelet-client-current.pem` for `node`: certificate, then SEC1 key. Every call makes a new key
+    /// and serial number, as a rotation does.
     #[must_use]
     pub fn kubelet_pem(&self, node: &str) -> String {
         self.kubelet_pem_valid(node, -HOUR, 24 * HOUR)
@@ -114,7 +114,7 @@ impl Pki {
         self.client_pem(&format!("system:node:{node}"), &["system:nodes"], from, until)
     }
 
-    /// A combined client PEM for a user and groups of one's choice, for example group `system:masters`.
+    /// A combined client PEM for any user and groups, for example group `system:masters`.
     #[must_use]
     pub fn client_pem(&self, user: &str, groups: &[&str], from: i64, until: i64) -> String {
         let ec = generate();
@@ -142,7 +142,7 @@ impl Pki {
         text(builder.build().to_pem())
     }
 
-    /// By its key: authorities of one cluster have one name, before and after a rotation.
+    /// Derived from the key: all authorities of a cluster have the same name, before and after a rotation.
     fn name_issuer(&self, builder: &mut X509Builder) {
         let context = builder.x509v3_context(Some(&self.certificate), None);
         let issuer = AuthorityKeyIdentifier::new().keyid(true).build(&context).unwrap();
@@ -227,8 +227,8 @@ users:
     write_private(path, &yaml).unwrap();
 }
 
-/// Stores a client PEM as the kubelet does: a new file in `directory`, then `kubelet-client-current.pem` flipped to
-/// it. Gives back the path of the link.
+/// Stores a client PEM as the kubelet does: a new file in `directory`, then `kubelet-client-current.pem` is switched to
+/// it. Returns the path of the link.
 pub fn rotate_client_pem(directory: &Path, pem: &str) -> PathBuf {
     fs::create_dir_all(directory).unwrap();
     let link = directory.join("kubelet-client-current.pem");

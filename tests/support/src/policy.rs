@@ -1,5 +1,4 @@
-//! The files that tell a node which images to trust and where to find them: `policy.json`, `registries.d`,
-//! `registries.conf`.
+//! The files that define the images a node trusts and their places: `policy.json`, `registries.d`, `registries.conf`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,7 +42,7 @@ impl Requirement {
         Self(json!({ "type": "signedBy", "keyType": "GPGKeys", "keyPath": path }))
     }
 
-    /// Anything else, as it is to appear in the file.
+    /// Any other requirement, in the file's format.
     pub fn raw(value: Value) -> Self {
         Self(value)
     }
@@ -55,14 +54,14 @@ impl Requirement {
     }
 }
 
-/// `signedIdentity`: which reference a signature has to be for.
+/// `signedIdentity`: the reference that a signature must name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// The very reference.
+    /// Exactly the reference.
     MatchExact,
-    /// The same repository if the reference has a digest, and some tag; else the very reference.
+    /// The same repository with any tag if the reference has a digest; otherwise exactly the reference.
     MatchRepoDigestOrExact,
-    /// The same repository. The strictest one that accepts the identities cosign writes, which have no tag.
+    /// The same repository. The strictest rule that accepts cosign's identities, which have no tag.
     MatchRepository,
     /// That reference.
     ExactReference(String),
@@ -70,9 +69,9 @@ pub enum Identity {
     ExactRepository(String),
     /// As [`Identity::MatchRepoDigestOrExact`], after `prefix` was replaced by `signed_prefix`.
     RemapIdentity {
-        /// What references begin with.
+        /// Prefix of references.
         prefix: String,
-        /// What the signatures' identities begin with instead.
+        /// Prefix of the signatures' identities.
         signed_prefix: String,
     },
 }
@@ -105,17 +104,17 @@ impl Policy {
         Self { default: default.into_iter().collect(), transports: BTreeMap::new() }
     }
 
-    /// Accepts what no scope says otherwise about, as OpenShift's own policy does.
+    /// Accepts images without a scope of their own, as OpenShift's policy does.
     pub fn accept_by_default() -> Self {
         Self::new([Requirement::accept()])
     }
 
-    /// Rejects what no scope says otherwise about.
+    /// Rejects images without a scope of their own.
     pub fn reject_by_default() -> Self {
         Self::new([Requirement::reject()])
     }
 
-    /// With these requirements for a scope of the `docker` transport; all of them have to be met.
+    /// With these requirements for a scope of the `docker` transport; all of them must be met.
     pub fn scope(self, scope: &str, requirements: impl IntoIterator<Item = Requirement>) -> Self {
         self.transport_scope("docker", scope, requirements)
     }
@@ -148,24 +147,24 @@ impl Policy {
     }
 }
 
-/// A file of `registries.d`: where signatures are.
+/// A file of `registries.d`: the places of signatures.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegistriesD {
     scopes: BTreeMap<String, BTreeMap<&'static str, String>>,
 }
 
 impl RegistriesD {
-    /// One that says nothing.
+    /// An empty file.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether signatures attached to the scope's images in the registry are looked at. By default they are not.
+    /// Whether signatures attached in the registry are read for the scope; by default they are not.
     pub fn attachments(self, scope: &str, used: bool) -> Self {
         self.set(scope, "use-sigstore-attachments", used.to_string())
     }
 
-    /// The URL below which the scope's GPG signatures are.
+    /// The base URL of the scope's GPG signatures.
     pub fn lookaside(self, scope: &str, url: &str) -> Self {
         self.set(scope, "lookaside", quoted(url))
     }
@@ -187,7 +186,7 @@ impl RegistriesD {
         yaml
     }
 
-    /// Writes the file, which has to be in a `registries.d` and to end in `.yaml`.
+    /// Writes the file, which must be in a `registries.d` and end in `.yaml`.
     pub fn write(&self, path: &Path) -> Result<()> {
         write(path, &self.to_yaml())
     }
@@ -200,12 +199,12 @@ pub struct RegistriesConf {
 }
 
 impl RegistriesConf {
-    /// One that says nothing, except that short names mean nothing.
+    /// An empty configuration, in which short names do not resolve.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// References that begin with `prefix` are looked for at these mirrors first, in order.
+    /// References that begin with `prefix` are fetched from these mirrors first, in order.
     pub fn mirrors<'a>(self, prefix: &str, mirrors: impl IntoIterator<Item = &'a str>) -> Self {
         let mirrors = mirrors.into_iter().map(|at| format!("[[registry.mirror]]\nlocation = {}\n", quoted(at)));
         let mirrors = mirrors.collect::<String>();
@@ -238,7 +237,7 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// Replaces the file as a whole: a reader sees the old one or the new one.
+/// Replaces the file as a whole: a reader sees either the old or the new one.
 fn write(path: &Path, text: &str) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || {

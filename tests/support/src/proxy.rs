@@ -1,4 +1,4 @@
-//! An HTTP proxy that tunnels with `CONNECT` and can demand a password.
+//! An HTTP proxy that tunnels with `CONNECT` and can require a password.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -15,7 +15,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one that wants this value of `Proxy-Authorization`, if any.
+    /// Starts a proxy that requires this value of `Proxy-Authorization`, if any.
     pub async fn start(authorization: Option<&str>) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
@@ -30,13 +30,13 @@ impl Proxy {
         Ok(Self { address, heads, task })
     }
 
-    /// Where it listens.
+    /// The proxy's address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The head of every request so far, whatever became of it.
+    /// The head of every request so far, including refused ones.
     #[must_use]
     pub fn heads(&self) -> Vec<String> {
         self.heads.lock().unwrap().clone()

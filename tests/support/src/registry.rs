@@ -14,13 +14,13 @@ use serde_json::{Value, json};
 use crate::image::{Blob, ImageSpec, Manifest, Media, Pushed};
 use crate::tools;
 
-/// How long a registry may take to answer, and an upload to end.
+/// Longest answer of a registry, and longest upload.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Tells this registry from another one that won the race for its port.
+/// Distinguishes this registry from another one that won the race for its port.
 const NAME_HEADER: &str = "x-test-registry";
 
-/// What a server needs to be believed: PEM texts.
+/// The server's certificate and key, as PEM texts.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
     /// The server's certificate, valid for the address 127.0.0.1.
@@ -31,7 +31,7 @@ pub struct ServerTls {
     pub ca_pem: String,
 }
 
-/// A user of a registry, and the line of an htpasswd file that lets them in.
+/// A user of a registry, with the line for an htpasswd file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
     /// The user's name.
@@ -42,14 +42,14 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// The only user there is. Registries want bcrypt, which is why the hash is written down instead of computed.
+    /// The only user. Registries need bcrypt, so the hash is a constant instead of computed.
     pub const PULLER: Self = Self {
         user: "puller",
         password: "rebase",
         htpasswd: "puller:$2y$04$abcdefghijklmnopqrstuueIuZpdqriemtZLJAPuHhHHJQ7D8clNW\n",
     };
 
-    /// An auth file (`auth.json`, `/etc/ostree/auth.json`) with which that host lets this user in.
+    /// An auth file (`auth.json`, `/etc/ostree/auth.json`) with this user's credentials for that host.
     pub fn auth_file(&self, host: &str) -> Value {
         let auth = openssl::base64::encode_block(format!("{}:{}", self.user, self.password).as_bytes());
         json!({ "auths": { host: { "auth": auth } } })
@@ -69,17 +69,17 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts one that anybody may push to and pull from. `dir` keeps its storage, configuration and log.
+    /// Starts a registry that allows anonymous push and pull. `dir` keeps its storage, configuration and log.
     pub async fn start(dir: &Path, tls: ServerTls) -> Result<Self> {
         Self::start_with(dir, tls, None).await
     }
 
-    /// Starts one that demands these credentials for everything.
+    /// Starts a registry that requires these credentials for every request.
     pub async fn start_with_password(dir: &Path, tls: ServerTls, credentials: Credentials) -> Result<Self> {
         Self::start_with(dir, tls, Some(credentials)).await
     }
 
-    /// Starts one on that port of 127.0.0.1, or none.
+    /// Starts a registry on that port of 127.0.0.1, or fails.
     pub async fn start_on(dir: &Path, tls: ServerTls, credentials: Option<Credentials>, port: u16) -> Result<Self> {
         let mut registry = Self::prepare(dir, tls, credentials)?;
         registry.listen_on(port).await?;
@@ -88,7 +88,7 @@ impl Registry {
 
     async fn start_with(dir: &Path, tls: ServerTls, credentials: Option<Credentials>) -> Result<Self> {
         let mut registry = Self::prepare(dir, tls, credentials)?;
-        // Another process may take the port between the look and the server's bind.
+        // Another process may take the port between the check and the server's bind.
         let mut failure = None;
         for _ in 0..5 {
             match registry.listen_on(tools::free_port()).await {
@@ -117,7 +117,7 @@ impl Registry {
         if let Some(credentials) = credentials {
             fs::write(dir.join("htpasswd"), credentials.htpasswd)?;
         }
-        // No connection is kept: the registry may be stopped, and the test's runtime may end, at any time.
+        // Connections are not kept: the registry may be stopped, and the test's runtime may end, at any time.
         let client = Client::builder()
             .no_proxy()
             .tls_certs_only([Certificate::from_pem(tls.ca_pem.as_bytes())?])
@@ -127,7 +127,7 @@ impl Registry {
         Ok(Self { dir, port: 0, name: String::new(), credentials, client, child: None })
     }
 
-    /// `127.0.0.1:PORT`, with which references to its images begin.
+    /// `127.0.0.1:PORT`, the first part of references to its images.
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
@@ -140,7 +140,7 @@ impl Registry {
     /// Kills the server. Its storage and its port remain.
     pub fn stop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // It may have ended by itself, which is as good.
+            // A server that has already exited is fine.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -152,7 +152,7 @@ impl Registry {
         self.spawn().await
     }
 
-    /// Builds an image and uploads it. The tag names the index, or else the only manifest.
+    /// Builds an image and uploads it. The tag names the index, or the only manifest.
     pub async fn push(&self, repo: &str, tag: &str, spec: &ImageSpec) -> Result<Pushed> {
         let image = spec.build();
         for blob in &image.blobs {
@@ -193,7 +193,7 @@ impl Registry {
         Ok(())
     }
 
-    /// The manifest of that tag or digest; `None` if there is none.
+    /// The manifest of that tag or digest; `None` if it does not exist.
     pub async fn manifest(&self, repo: &str, reference: &str) -> Result<Option<Manifest>> {
         let headers = [Media::Oci, Media::Docker2]
             .iter()
@@ -276,7 +276,7 @@ impl Registry {
         }
     }
 
-    /// JSON is YAML.
+    /// JSON is also YAML.
     fn config(&self) -> Value {
         let mut config = json!({
             "version": "0.1",
@@ -318,7 +318,7 @@ async fn expect(status: StatusCode, response: Response) -> Result<Response> {
     Ok(response)
 }
 
-/// Certificates and a registry for the tests of this crate, which do not wait for other modules.
+/// Certificates and a registry for the tests of this crate, independent of other modules.
 #[cfg(test)]
 pub(crate) mod testing {
     use openssl::asn1::Asn1Time;

@@ -1,4 +1,4 @@
-//! A double of the rpm-ostree daemon: its objects on the bus, its transactions on private sockets, its exits.
+//! A stand-in for the rpm-ostree daemon: its objects on the bus, its transactions on private sockets, its exits.
 //!
 //! The pull is real: the policy-enforcing skopeo of the [`Engine`] gets the image, and its layers are unpacked into
 //! the deployment.
@@ -36,16 +36,16 @@ const OS: &str = "org.projectatomic.rpmostree1.OS";
 const BUSY: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code26";
 const NOT_FOUND: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code1";
 const FAILED: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code0";
-/// A domain error of the daemon's own.
+/// An error of the daemon's own domain.
 const INVALID: &str = "org.projectatomic.rpmostreed.Error.Failed";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const UNIT: &str = "rpm-ostreed.service";
 
-/// Who runs the units that the daemon needs.
+/// The runner of the units that the daemon needs.
 enum Units {
-    /// The double, which also runs the daemon.
+    /// The stand-in for systemd, which also runs the daemon.
     Double(Systemd),
-    /// The systemd that this process is a service of.
+    /// The systemd that runs this process as a service.
     Real,
 }
 
@@ -66,7 +66,7 @@ impl Units {
     }
 }
 
-/// What a transaction does once started.
+/// The work of a transaction after its start.
 pub(crate) enum Work {
     Rebase { options: Dict, reference: String },
     Cleanup(Vec<String>),
@@ -87,7 +87,7 @@ struct Faults {
     crash: Option<String>,
     lose_reply: bool,
     exit_on_call: bool,
-    /// How many calls still end the daemon.
+    /// The number of calls that still crash the daemon.
     crash_on_calls: usize,
     address: Option<String>,
     garbage_reply: bool,
@@ -123,7 +123,7 @@ pub(crate) struct Inner {
     transactions: std::sync::atomic::AtomicU64,
 }
 
-/// The handle to the double.
+/// The handle to the stand-in.
 #[derive(Clone)]
 pub struct RpmOstreed {
     inner: Arc<Inner>,
@@ -135,14 +135,14 @@ impl fmt::Debug for RpmOstreed {
     }
 }
 
-/// A transaction of somebody else; it ends when this says so.
+/// A foreign transaction, which runs until this ends it.
 #[derive(Debug)]
 pub struct Foreign {
     end: Arc<Notify>,
 }
 
 impl Foreign {
-    /// Lets it end successfully.
+    /// Ends the transaction successfully.
     pub fn finish(self) {
         self.end.notify_one();
     }
@@ -173,8 +173,8 @@ impl RpmOstreed {
         this
     }
 
-    /// The daemon as the main process of a real `rpm-ostreed.service` on a real system bus: it asks that systemd for
-    /// the finalizer, and answers nobody but root.
+    /// The daemon as the main process of a real `rpm-ostreed.service` on a real system bus: that systemd starts the
+    /// finalizer, and only root is answered.
     #[must_use]
     pub fn service(address: String, dir: &Path, events: Events, sysroot: Arc<Sysroot>, engine: Engine) -> Self {
         Self::with(address, dir, events, sysroot, engine, Units::Real)
@@ -199,12 +199,12 @@ impl RpmOstreed {
         Self { inner }
     }
 
-    /// Another engine for the pulls from now on.
+    /// Uses another engine for later pulls.
     pub fn set_engine(&self, engine: Engine) {
         *self.inner.engine.lock().unwrap() = engine;
     }
 
-    /// The next started transaction fails with `text`, however long.
+    /// The next started transaction fails with `text`, which may be long.
     pub fn fail_next(&self, text: impl Into<String>) {
         self.inner.faults.lock().unwrap().fail = Some(text.into());
     }
@@ -214,7 +214,7 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().fail_all = text.map(str::to_owned);
     }
 
-    /// How long the daemon loads the sysroot before it takes its name.
+    /// Sets how long the daemon loads the sysroot before it takes its name.
     pub fn set_start_delay(&self, delay: Duration) {
         self.inner.faults.lock().unwrap().start_delay = delay;
     }
@@ -235,7 +235,7 @@ impl RpmOstreed {
         self.inner.hanging.load(Ordering::SeqCst)
     }
 
-    /// Lets a hanging transaction go on.
+    /// Continues a hanging transaction.
     pub fn release(&self) {
         self.inner.faults.lock().unwrap().hang = None;
         self.inner.release.notify_waiters();
@@ -251,32 +251,32 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().lose_reply = true;
     }
 
-    /// Calls that make a transaction are answered with this address; `None` ends that.
+    /// Calls that create a transaction are answered with this address; `None` ends that.
     pub fn answer_address(&self, address: Option<&str>) {
         self.inner.faults.lock().unwrap().address = address.map(str::to_owned);
     }
 
-    /// Whether calls that make a transaction are answered with a number.
+    /// Whether calls that create a transaction are answered with a number.
     pub fn answer_garbage(&self, garbage: bool) {
         self.inner.faults.lock().unwrap().garbage_reply = garbage;
     }
 
-    /// Whether `Cancel` has no effect, as on a transaction that is past the point.
+    /// Whether `Cancel` has no effect, as on a transaction that can no longer be cancelled.
     pub fn ignore_cancel(&self, ignored: bool) {
         self.inner.faults.lock().unwrap().ignore_cancel = ignored;
     }
 
-    /// What a cancelled transaction says in place of `Operation was cancelled`.
+    /// The text of a cancelled transaction, in place of `Operation was cancelled`.
     pub fn say_when_cancelled(&self, text: &str) {
         self.inner.faults.lock().unwrap().cancel_text = Some(text.to_owned());
     }
 
-    /// Whether callers are taken for users that polkit does not know, whoever they are.
+    /// Whether all callers count as users that polkit does not know.
     pub fn distrust(&self, strangers: bool) {
         self.inner.faults.lock().unwrap().strangers = strangers;
     }
 
-    /// So many messages are sent before `Start` is answered, and before a signal that is none of the transaction's.
+    /// The number of messages before `Start` is answered and before a foreign signal.
     pub fn chatter(&self, messages: u32) {
         self.inner.faults.lock().unwrap().chatter = messages;
     }
@@ -291,23 +291,23 @@ impl RpmOstreed {
         self.inner.faults.lock().unwrap().properties_once.insert(property.to_owned(), variant(value));
     }
 
-    /// The daemon crashes now: clients of a transaction see their socket close, the bus name is lost.
+    /// Crashes the daemon now: clients of a transaction see their socket close, the bus name is lost.
     pub async fn crash(&self) {
         self.inner.crash().await;
     }
 
-    /// The daemon exits for idleness: name released, calls under way are lost. Not during a transaction, when it says
-    /// `false`; registered clients are no obstacle, as if an administrator had stopped the unit.
+    /// The daemon exits when idle: the name is released, running calls are lost. Returns `false` during a transaction;
+    /// registered clients do not prevent the exit, as when an administrator stops the unit.
     pub async fn idle_exit(&self) -> bool {
         self.inner.idle_exit().await
     }
 
-    /// The daemon exits on the next call without answering it: the race of a client with idle exit.
+    /// The daemon exits on the next call without answering it: a client's race with the idle exit.
     pub fn idle_exit_on_next_call(&self) {
         self.inner.faults.lock().unwrap().exit_on_call = true;
     }
 
-    /// The daemon crashes at each of this many calls without answering it; activation brings it back.
+    /// The daemon crashes on this many calls without answering them; bus activation restarts it.
     pub fn crash_on_calls(&self, calls: usize) {
         self.inner.faults.lock().unwrap().crash_on_calls = calls;
     }
@@ -338,7 +338,7 @@ impl RpmOstreed {
         self.inner.state.lock().unwrap().active.as_ref().map(|transaction| transaction.address())
     }
 
-    /// Somebody else's transaction runs, e.g. `upgrade`, until the handle ends it or somebody cancels it.
+    /// Starts a foreign transaction, e.g. `upgrade`, which runs until the handle ends it or a client cancels it.
     pub async fn foreign(&self, title: &str) -> anyhow::Result<Foreign> {
         self.start().await.map_err(anyhow::Error::msg)?;
         let end = Arc::new(Notify::new());
@@ -356,12 +356,12 @@ impl RpmOstreed {
         Ok(Foreign { end })
     }
 
-    /// `true` reproduces OCPBUGS-51150: the finalizer is not active after staging until somebody starts it.
+    /// `true` reproduces OCPBUGS-51150: the finalizer is not active after staging until it is started explicitly.
     pub fn finalizer_stays_inactive(&self, lazy: bool) {
         self.inner.lazy_finalizer.store(lazy, Ordering::SeqCst);
     }
 
-    /// How long after its end a transaction waits for its clients to disconnect.
+    /// Sets how long a finished transaction waits for its clients to disconnect.
     pub fn set_force_close(&self, after: Duration) {
         *self.inner.force_close.lock().unwrap() = after;
     }
@@ -384,7 +384,7 @@ impl RpmOstreed {
         self.inner.stage(image, arguments, false).await.map(|_| ())
     }
 
-    /// Pulls and stages `reference` behind the daemon's back, as bootc does: the daemon knows after `Reload`.
+    /// Pulls and stages `reference` without the daemon, as bootc does: the daemon notices after `Reload`.
     pub async fn stage_behind(&self, reference: &str) -> anyhow::Result<()> {
         let inner = &self.inner;
         let parsed = Reference::parse(reference).map_err(anyhow::Error::msg)?;
@@ -400,7 +400,7 @@ impl RpmOstreed {
         staged.map_err(anyhow::Error::msg)
     }
 
-    /// Somebody types `rpm-ostree rebase`: a transaction of another client, waited for.
+    /// Runs `rpm-ostree rebase` by hand: a transaction of another client, to its end.
     pub async fn human_stage(&self, reference: &str) -> anyhow::Result<()> {
         self.human_rebase(reference, false).await
     }
@@ -464,7 +464,7 @@ impl Inner {
         let failed = |_| "exit-code".to_owned();
         let delay = self.faults.lock().unwrap().start_delay;
         tokio::time::sleep(delay).await;
-        // Asked for once more meanwhile.
+        // The exit was requested again meanwhile.
         if self.state.lock().unwrap().connection.is_some() {
             return Ok(());
         }
@@ -481,7 +481,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Ends the process: what is left of a transaction, then the connection.
+    /// Ends the process: the rest of a transaction first, then the connection.
     async fn stop(self: &Arc<Self>) {
         let (connection, active) = {
             let mut state = self.state.lock().unwrap();
@@ -492,7 +492,7 @@ impl Inner {
             let _ = connection.close().await;
         }
         if let Some(active) = active {
-            // The tasks of the transaction may include the caller: detached, so that every client is cut off.
+            // The transaction's tasks may include the caller: they are detached, so that every client is disconnected.
             let _ = tokio::spawn(async move { active.force_close().await }).await;
         }
     }
@@ -535,7 +535,7 @@ impl Inner {
         path
     }
 
-    /// Reads the sysroot again and tells what changed.
+    /// Reads the sysroot again and reports changes.
     pub(crate) async fn refresh(&self) {
         let deployments = self.sysroot.load();
         let changed = {
@@ -557,7 +557,7 @@ impl Inner {
         }
     }
 
-    /// The transaction is over and its clients have left.
+    /// Runs when the transaction is over and its clients have left.
     pub(crate) async fn closed(&self, transaction: &Arc<Transaction>) {
         let mine = {
             let mut state = self.state.lock().unwrap();
@@ -573,9 +573,9 @@ impl Inner {
         }
     }
 
-    /// Applies the faults that are bound to a message.
+    /// Applies the faults that belong to a message.
     pub(crate) async fn disturb(self: &Arc<Self>, text: &str) {
-        // Made first: a release from here on is not missed.
+        // Created first, so that no later release is missed.
         let released = self.release.notified();
         let (hang, crash) = {
             let mut faults = self.faults.lock().unwrap();
@@ -611,8 +611,8 @@ impl Inner {
         self.faults.lock().unwrap().chatter
     }
 
-    /// Root may do everything, and the bus says who calls; others may do what polkit says, here nothing. Root is whoever
-    /// runs the daemon.
+    /// Root, which is the user that runs the daemon, may do everything; the bus tells who calls. Other users may do
+    /// what polkit allows, which is nothing here.
     async fn authorize(&self, connection: &Connection, call: &Call) -> Result<(), Failure> {
         let reply = bus::bus_call(connection, "GetConnectionUnixUser", &(call.sender.as_str(),)).await?;
         let (uid,): (u32,) = reply.body().deserialize()?;
@@ -630,7 +630,7 @@ impl Inner {
     }
 
     fn create(self: &Arc<Self>, request: Request) -> Result<Arc<Transaction>, Failure> {
-        // Sockets of dead daemons stay behind; each transaction gets a path of its own.
+        // Sockets of dead daemons remain; each transaction gets its own path.
         let number = self.transactions.fetch_add(1, Ordering::SeqCst);
         let socket = self.dir.join(format!("rpm-ostree-transaction-{number}.sock"));
         let transaction =
@@ -718,7 +718,7 @@ impl Inner {
                     transaction.message("No changes.").await;
                     return Ok(());
                 };
-                // libostree puts the right one in when it writes the boot entry.
+                // libostree inserts the right value when it writes the boot entry.
                 arguments.retain(|word| !word.starts_with("ostree="));
                 let first = self.sysroot.load().into_iter().next().ok_or("No deployments found")?;
                 let image = Image::stored(&self.sysroot, &first.reference)?;
@@ -740,7 +740,7 @@ impl Inner {
         }
     }
 
-    /// Kernel arguments of the deployment that a new one starts from: the first in boot order.
+    /// Kernel arguments of the deployment that a new one is based on: the first in boot order.
     fn merge_arguments(&self) -> Vec<String> {
         self.sysroot.load().into_iter().next().map(|first| first.kernel_arguments).unwrap_or_default()
     }
@@ -796,7 +796,7 @@ impl Inner {
         self.prune(transaction).await
     }
 
-    /// Stages an image, tells about it, and has systemd start the finalizer.
+    /// Stages an image, reports it, and has systemd start the finalizer.
     async fn stage(self: &Arc<Self>, image: Image, arguments: Vec<String>, locked: bool) -> Result<Deployment, String> {
         let sysroot = self.sysroot.clone();
         let staged = tokio::task::spawn_blocking(move || sysroot.stage(&image, &arguments, locked))
@@ -835,8 +835,8 @@ impl Inner {
         Ok(())
     }
 
-    /// As the daemon has it: by index, or what a new deployment would start from; and fatal where a staged deployment was
-    /// staged without arguments.
+    /// The same as in the daemon: by index, or the base of a new deployment; an error where a staged deployment has no
+    /// recorded arguments.
     async fn boot_config(
         self: &Arc<Self>,
         index: &str,
@@ -965,7 +965,7 @@ impl Drop for HangGuard<'_> {
 }
 
 impl RpmOstreed {
-    /// Everything of the daemon dies with the machine.
+    /// The daemon ends with the machine.
     pub(crate) async fn power_off(&self) {
         self.inner.stop().await;
         self.inner.sysroot.set_locked(false);
@@ -978,7 +978,7 @@ impl From<Failure> for anyhow::Error {
     }
 }
 
-/// What a client of `KernelArgs` asks for; `last` is the option `final-kernel-args`.
+/// The arguments of a `KernelArgs` call; `last` is the option `final-kernel-args`.
 #[derive(Debug)]
 pub(crate) struct ArgumentChanges {
     added: Vec<String>,
@@ -1001,9 +1001,9 @@ fn key_and_value(word: &str) -> (&str, Option<&str>) {
     word.split_once('=').map_or((word, None), |(key, value)| (key, Some(value)))
 }
 
-/// rpm-ostreed's `kernel_arg_transaction_execute` with libostree's `ostree_kernel_args_delete` and `_new_replace`: what is
-/// there is what the client says, deleting comes before replacing and appending, and of equal arguments the first is
-/// deleted. `None` without a change.
+/// rpm-ostreed's `kernel_arg_transaction_execute` with libostree's `ostree_kernel_args_delete` and `_new_replace`: the
+/// client names the existing arguments, deleting comes before replacing and appending, and of equal arguments the first
+/// is deleted. `None` without a change.
 fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Vec<String>>, String> {
     if let Some(last) = &changes.last {
         return Ok((last != existing).then(|| split_arguments(last)));
@@ -1116,7 +1116,7 @@ impl Service for Inner {
             (std::mem::take(&mut faults.exit_on_call), crashes)
         };
         if crashes {
-            // A unit that dies while its start is still under way would be taken for one that runs.
+            // A unit that dies during its start would count as running.
             while let Units::Double(systemd) = &self.units
                 && systemd.unit(UNIT).is_some_and(|unit| unit.active == "activating")
             {
@@ -1165,7 +1165,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::bus::Bus;
 
-    /// Images in OCI layouts, and a script that plays skopeo with them.
+    /// Images in OCI layouts, and a script in place of skopeo that serves them.
     pub(crate) struct Layouts {
         dir: PathBuf,
     }
@@ -1184,7 +1184,7 @@ pub(crate) mod tests {
             Self { dir: dir.to_owned() }
         }
 
-        /// An image with one file; gives its digest.
+        /// Adds an image with one file; returns its digest.
         pub(crate) fn image(&self, version: &str, bootable: bool) -> String {
             let layout = self.dir.join("building");
             let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
@@ -1288,10 +1288,10 @@ pub(crate) mod tests {
     const OS_PATH: &str = "/org/projectatomic/rpmostree1/fedora_coreos";
 
     async fn rebase_titled(client: &Connection, reference: &str, title: &str) -> zbus::Result<String> {
-        // In a fixed order: two spellings of a dictionary are different requests.
+        // Sorted: two spellings of a dictionary are different requests.
         let options: BTreeMap<&str, OwnedVariant> = BTreeMap::from([
             ("initiating-command-line", variant(title)),
-            // The wrong type: ignored.
+            // A value of the wrong type is ignored.
             ("download-only", variant("true")),
         ]);
         let none: Vec<&str> = Vec::new();
@@ -1343,7 +1343,7 @@ pub(crate) mod tests {
         let mut host = Host::new().await;
         let target = host.layouts.image("2", true);
         let client = host.bus.connect().await;
-        // Activation through systemd.
+        // systemd activates the daemon.
         let booted = get(&client, SYSROOT_PATH, SYSROOT, "Booted").await.unwrap();
         assert_eq!(zbus::OwnedObjectPath::try_from(booted).unwrap().as_str(), OS_PATH);
         assert_eq!(host.systemd.unit(UNIT).unwrap().active, "active");
@@ -1351,7 +1351,11 @@ pub(crate) mod tests {
         let (peer, mut stream) = peer(&address).await;
         assert!(start(&peer).await);
         assert_eq!(finished(&mut stream).await.unwrap(), (true, String::new()));
-        assert_eq!(host.daemon.active_transaction().as_deref(), Some("test"), "active until the client leaves");
+        assert_eq!(
+            host.daemon.active_transaction().as_deref(),
+            Some("test"),
+            "the transaction is active until the client leaves"
+        );
         peer.close().await.unwrap();
         until("idle", || host.daemon.active_transaction().is_none()).await;
         let list = get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap();
@@ -1467,9 +1471,9 @@ pub(crate) mod tests {
             let hint = "You can cancel the current transaction with `rpm-ostree cancel`";
             assert_eq!(text.unwrap(), format!("Transaction in progress: {title}\n {hint}"));
         };
-        // What deploys gets its own title with its start.
+        // A deploying transaction gets its title when it starts.
         busy("new-deployment").await;
-        // Attached, and told again when late.
+        // A client that attaches late gets the end again.
         host.daemon.hang_at("Importing");
         let (first, mut first_stream) = peer(&address).await;
         let (second, mut second_stream) = peer(&address).await;
@@ -1510,10 +1514,10 @@ pub(crate) mod tests {
         let client = host.bus.connect().await;
         rebase(&client, &reference(&target)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(host.daemon.active_transaction().is_some(), "never started is active for ever");
+        assert!(host.daemon.active_transaction().is_some(), "a transaction that is never started stays active");
         let (_peer, mut stream) = peer(&host.daemon.active_transaction_path().unwrap()).await;
         client.close().await.unwrap();
-        assert_eq!(finished(&mut stream).await, None, "it goes without a word");
+        assert_eq!(finished(&mut stream).await, None, "the transaction ends without a signal");
         until("idle", || host.daemon.active_transaction().is_none()).await;
     }
 
@@ -1642,7 +1646,7 @@ pub(crate) mod tests {
         run_transaction(&address).await.unwrap();
         assert_eq!(host.load().len(), 1);
         until("idle", || host.daemon.active_transaction().is_none()).await;
-        // Behind the daemon's back: known after a reload only.
+        // Staged without the daemon, which notices after a reload only.
         let target = host.layouts.image("2", true);
         host.daemon.stage_behind(&reference(&target)).await.unwrap();
         let count = async || -> usize {
@@ -1670,7 +1674,7 @@ pub(crate) mod tests {
         run_transaction(&rebase(&client, &unverified).await.unwrap()).await.unwrap();
         assert_eq!(host.load()[0].reference, format!("ostree-unverified-registry:q.io/os/node@{target}"));
         until("idle", || host.daemon.active_transaction().is_none()).await;
-        // Imported already: neither registry nor policy is asked again.
+        // The image was imported already: neither registry nor policy is asked again.
         std::fs::write(&engine.skopeo, "#!/bin/sh\nexit 1\n").unwrap();
         std::fs::write(&engine.policy, r#"{"default":[{"type":"reject"}]}"#).unwrap();
         run_transaction(&rebase(&client, &reference(&target)).await.unwrap()).await.unwrap();

@@ -56,7 +56,7 @@ impl Signer {
         Self { key: key.unwrap() }
     }
 
-    /// A key that [`Signer::private_key_pem`] was taken from.
+    /// A key from the text of [`Signer::private_key_pem`].
     pub fn from_pem(pem: &str) -> Result<Self> {
         Ok(Self { key: PKey::private_key_from_pem(pem.as_bytes()).context("not a private key")? })
     }
@@ -76,7 +76,7 @@ impl Signer {
         fs::write(path, self.public_key_pem()).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// A signature of these bytes; SHA-256 whatever the key, but for Ed25519, which has its own.
+    /// A signature of these bytes: with SHA-256, except for Ed25519, which has its own hash.
     pub fn sign_bytes(&self, bytes: &[u8]) -> Vec<u8> {
         let signer = match self.key.id() {
             Id::ED25519 => openssl::sign::Signer::new_without_digest(&self.key),
@@ -86,15 +86,14 @@ impl Signer {
     }
 }
 
-/// Signs the manifest or index of that digest in that repository of the registry. The identity is the reference the
-/// signature says it is for: `cosign sign` writes `host/repo`, podman and skopeo write `host/repo:tag`. Signatures
-/// that are there already stay.
+/// Signs the manifest or index of that digest in that repository of the registry. The identity is the reference in the
+/// signature: `cosign sign` writes `host/repo`, podman and skopeo write `host/repo:tag`. Existing signatures stay.
 pub async fn sign(registry: &Registry, digest: &str, repo: &str, identity: &str, signer: &Signer) -> Result<()> {
     sign_claiming(registry, digest, repo, identity, digest, signer).await
 }
 
-/// Signs what the image's reference names, its index or else its only manifest, and every architecture's manifest
-/// with it, as `cosign sign --recursive` does.
+/// Signs the manifest that the image's reference names, an index or the only manifest, and every architecture's
+/// manifest, as `cosign sign --recursive` does.
 pub async fn sign_all(registry: &Registry, pushed: &Pushed, identity: &str, signer: &Signer) -> Result<()> {
     sign(registry, &pushed.digest, &pushed.repo, identity, signer).await?;
     for digest in pushed.instance_digests.values().filter(|digest| **digest != pushed.digest) {
@@ -103,7 +102,7 @@ pub async fn sign_all(registry: &Registry, pushed: &Pushed, identity: &str, sign
     Ok(())
 }
 
-/// Attaches to `digest` a good signature of something else: of `claimed_digest`.
+/// Attaches a valid signature of another digest, `claimed_digest`, to `digest`.
 pub async fn sign_claiming(
     registry: &Registry,
     digest: &str,
@@ -117,7 +116,7 @@ pub async fn sign_claiming(
     attach(registry, digest, repo, payload, &signature).await
 }
 
-/// Attaches to `digest` a signature in which the last bit is wrong.
+/// Attaches a signature with a wrong last bit to `digest`.
 pub async fn sign_badly(registry: &Registry, digest: &str, repo: &str, identity: &str, signer: &Signer) -> Result<()> {
     let payload = payload(identity, digest);
     let mut signature = signer.sign_bytes(&payload);
@@ -131,12 +130,12 @@ pub async fn unsign(registry: &Registry, digest: &str, repo: &str) -> Result<()>
     registry.delete_manifest(repo, &attached.digest).await
 }
 
-/// The tag under which the signatures of a digest are found.
+/// The tag of the signatures of a digest.
 pub fn signature_tag(digest: &str) -> String {
     format!("{}.sig", digest.replace(':', "-"))
 }
 
-/// The document that is signed.
+/// The signed document.
 pub fn payload(identity: &str, digest: &str) -> Vec<u8> {
     json!({
         "critical": {
@@ -150,12 +149,12 @@ pub fn payload(identity: &str, digest: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Attaches any bytes as a signed document, and any bytes as its signature.
+/// Attaches arbitrary bytes as a signed document, and arbitrary bytes as its signature.
 pub async fn attach(registry: &Registry, digest: &str, repo: &str, payload: Vec<u8>, signature: &[u8]) -> Result<()> {
     attach_annotated(registry, digest, repo, payload, signature, Map::new()).await
 }
 
-/// As [`attach`], with what else stands beside the signature, such as a certificate.
+/// The same as [`attach`], with more data beside the signature, such as a certificate.
 pub async fn attach_annotated(
     registry: &Registry,
     digest: &str,
@@ -201,7 +200,7 @@ fn layers(manifest: &Manifest) -> Result<Vec<Value>> {
     serde_json::from_value(manifest["layers"].take()).context("an attachment without layers")
 }
 
-/// The signatures against the engine that has to understand them.
+/// Tests of the signatures with the real engine.
 #[cfg(test)]
 mod tests {
     use std::os::fd::{AsRawFd, OwnedFd};
@@ -223,7 +222,7 @@ mod tests {
     const REPO: &str = "ns/os";
     const UNSIGNED: &str = "A signature was required, but no signature exists";
 
-    /// A registry, and a node's configuration that trusts one key for everything in it.
+    /// A registry, and a node's configuration that trusts one key for all its images.
     struct Node {
         dir: TempDir,
         registry: Registry,
@@ -364,7 +363,7 @@ mod tests {
         unsign(&node.registry, &pushed.digest, REPO).await.unwrap();
         assert_eq!(node.open(&pushed.pullspec()).unwrap_err(), UNSIGNED);
 
-        // The default wants a tag, which cosign's identity does not have.
+        // The default rule needs a tag, which cosign's identity does not have.
         node.require(Requirement::sigstore_key_path(&node.dir.path().join("key.pub")));
         node.sign(&pushed).await;
         assert!(node.open(&pushed.pullspec()).unwrap_err().ends_with("is not accepted"));
@@ -389,7 +388,7 @@ mod tests {
         assert!(refusal.starts_with("cryptographic signature verification failed"), "{refusal}");
     }
 
-    /// The proxy wants the index signed, a copy wants the instance signed.
+    /// The proxy needs a signed index, a copy needs a signed instance.
     #[tokio::test]
     async fn index_and_instances_are_signed_separately() {
         let node = Node::new(KeyKind::P256).await;
@@ -410,7 +409,7 @@ mod tests {
         assert_eq!(node.open(&pushed.pullspec()).unwrap_err(), UNSIGNED);
     }
 
-    /// Why the agent asks for the proxy's version: this one opens an image that the policy rejects.
+    /// The reason for the agent's check of the proxy's version: this one opens an image that the policy rejects.
     #[tokio::test]
     async fn old_proxy_evaluates_no_policy() {
         let node = Node::new(KeyKind::P256).await;

@@ -1,5 +1,5 @@
-//! Signatures whose key a certificate vouches for, as Fulcio or an authority of one's own issues them, and that a
-//! transparency log has seen, as Rekor says. Nothing here needs the network.
+//! Signatures with a certified key, as issued by Fulcio or a private authority, and with an entry in a transparency
+//! log, as in Rekor. Everything works without a network.
 
 use anyhow::Result;
 use openssl::asn1::{Asn1Integer, Asn1Object, Asn1OctetString, Asn1Time};
@@ -14,7 +14,7 @@ use crate::image::Pushed;
 use crate::registry::Registry;
 use crate::sign::{KeyKind, Signer, attach_annotated, payload};
 
-/// Where Fulcio writes who authenticated the subject: as plain bytes, not as DER.
+/// Fulcio's extension for the identity provider: as plain bytes, not as DER.
 const ISSUER: &str = "1.3.6.1.4.1.57264.1.1";
 const CERTIFICATE: &str = "dev.sigstore.cosign/certificate";
 const CHAIN: &str = "dev.sigstore.cosign/chain";
@@ -28,27 +28,27 @@ pub struct Authority {
     signer: Signer,
 }
 
-/// What a signer's certificate says.
+/// The content of a signer's certificate.
 #[derive(Clone, Copy, Debug)]
 pub struct Leaf<'a> {
     /// The subject's address.
     pub email: &'a str,
-    /// Who authenticated the subject: Fulcio's extension.
+    /// The identity provider: Fulcio's extension.
     pub issuer: Option<&'a str>,
-    /// Whether the certificate may sign code. It has to.
+    /// Whether the certificate may sign code, which is required.
     pub code_signing: bool,
-    /// Until how many seconds from now it is valid.
+    /// Seconds from now until the certificate expires.
     pub until: i64,
 }
 
 impl<'a> Leaf<'a> {
-    /// One that any authority would issue for an hour.
+    /// A certificate that any authority would issue for an hour.
     pub fn new(email: &'a str) -> Self {
         Self { email, issuer: None, code_signing: true, until: HOUR }
     }
 }
 
-/// A key and the certificate for it.
+/// A key and its certificate.
 #[derive(Debug)]
 pub struct Certified {
     signer: Signer,
@@ -96,7 +96,7 @@ impl Authority {
     }
 }
 
-/// A transparency log: all it does is to promise that it has seen a signature.
+/// A transparency log: it only promises that it has seen a signature.
 #[derive(Debug)]
 pub struct Log {
     signer: Signer,
@@ -113,7 +113,7 @@ impl Log {
         self.signer.public_key_pem()
     }
 
-    /// The promise: a signed entry timestamp over the entry, in RFC 8785's form, which is that of sorted keys here.
+    /// The promise: a signed entry timestamp over the entry, in the form of RFC 8785, which here means sorted keys.
     fn bundle(&self, payload: &[u8], signature: &[u8], verifier_pem: &str) -> String {
         let body = json!({
             "apiVersion": "0.0.1",
@@ -138,8 +138,8 @@ impl Log {
     }
 }
 
-/// Signs an image with a certified key, as itself (`host/repo:tag` or `host/repo`), and has `log` promise to have seen
-/// it.
+/// Signs an image with a certified key under its own identity (`host/repo:tag` or `host/repo`), and has `log` promise
+/// that it has seen the signature.
 pub async fn sign_certified(
     registry: &Registry,
     image: &Pushed,
@@ -153,7 +153,7 @@ pub async fn sign_certified(
     sign_logged(registry, image, identity, &by.signer, &by.certificate_pem, log, annotations).await
 }
 
-/// Signs an image with a bare key and has `log` promise to have seen it.
+/// Signs an image with a bare key, and has `log` promise that it has seen the signature.
 pub async fn sign_keyed(registry: &Registry, image: &Pushed, identity: &str, signer: &Signer, log: &Log) -> Result<()> {
     sign_logged(registry, image, identity, signer, &signer.public_key_pem(), Some(log), Map::new()).await
 }

@@ -1,11 +1,11 @@
-//! What a test does where this machine lacks something.
+//! Tests that this machine cannot run.
 
 use std::io::Write as _;
 
 /// Prints that a test, or a part of it, is skipped because of what is `missing`; the output is not captured.
 ///
 /// # Panics
-/// With `CI=true`, where nothing may be skipped.
+/// With `CI=true`, because skips are forbidden there.
 #[track_caller]
 pub fn skip(missing: &str) {
     skip_where(std::env::var("CI").is_ok_and(|ci| ci == "true"), missing);

@@ -1,4 +1,4 @@
-//! A double of systemd's manager on the bus: the units that a rebase touches, jobs, and D-Bus activation.
+//! A stand-in for systemd's manager on the bus: the units that a rebase uses, jobs, and D-Bus activation.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -18,10 +18,10 @@ const NAME: &str = "org.freedesktop.systemd1";
 const MANAGER: &str = "/org/freedesktop/systemd1";
 const UNITS: &str = "/org/freedesktop/systemd1/unit/";
 
-/// What happens when a unit is started: the future's error fails the job.
+/// The work of a unit's start: an error fails the job.
 type Hook = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 
-/// The same for a template; it is given the instance.
+/// The same for a template, with the instance as argument.
 type TemplateHook = Arc<dyn Fn(String) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 
 /// A start job that has not ended.
@@ -32,7 +32,7 @@ struct Starting {
     stopped: Arc<Notify>,
 }
 
-/// One unit as its properties show it.
+/// One unit with its properties.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {
     /// `loaded`, `not-found`.
@@ -49,7 +49,7 @@ pub struct Unit {
     pub status_text: String,
     /// The main process, 0 if none.
     pub main_pid: u32,
-    /// Whether systemd has it in memory; `GetUnit` refuses one that it has not.
+    /// Whether systemd has it in memory; `GetUnit` refuses a unit that is not loaded.
     pub in_memory: bool,
     /// The sub state after a successful start: `running`, `exited`, or `dead` for a plain oneshot.
     pub started_sub: String,
@@ -82,9 +82,9 @@ struct Inner {
     connection: Connection,
     units: Mutex<BTreeMap<String, Unit>>,
     hooks: Mutex<HashMap<String, Hook>>,
-    /// The unit behind another name.
+    /// The unit that an alias names.
     aliases: Mutex<HashMap<String, String>>,
-    /// By what stands before the instance, `@` included.
+    /// Templates by the part before the instance, `@` included.
     templates: Mutex<HashMap<String, TemplateHook>>,
     starting: Mutex<HashMap<String, Starting>>,
     refusals: Mutex<HashMap<String, String>>,
@@ -98,7 +98,7 @@ struct Inner {
     version: Mutex<String>,
 }
 
-/// The handle to the double.
+/// The handle to the stand-in.
 #[derive(Clone)]
 pub struct Systemd {
     inner: Arc<Inner>,
@@ -162,12 +162,12 @@ impl Systemd {
         *self.inner.units.lock().unwrap() = units;
     }
 
-    /// Every job that runs ends now, as at shutdown.
+    /// Ends every running job, as at shutdown.
     pub fn stop_jobs(&self) {
         self.inner.starting.lock().unwrap().values().for_each(|starting| starting.stop.notify_one());
     }
 
-    /// Installs a template, e.g. `switch@`, whose instances are oneshots that do this.
+    /// Installs a template, e.g. `switch@`, whose instances are oneshots that run this.
     pub fn install_template<F>(&self, prefix: &str, hook: impl Fn(String) -> F + Send + Sync + 'static)
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
@@ -176,13 +176,13 @@ impl Systemd {
         self.inner.templates.lock().unwrap().insert(prefix.to_owned(), hook);
     }
 
-    /// The unit's state now.
+    /// The unit's current state.
     #[must_use]
     pub fn unit(&self, name: &str) -> Option<Unit> {
         self.inner.units.lock().unwrap().get(name).cloned()
     }
 
-    /// Changes a unit, installing it if it is not there, and tells its watchers.
+    /// Changes a unit, installing it if necessary, and notifies its watchers.
     pub fn update(&self, name: &str, change: impl FnOnce(&mut Unit)) {
         {
             let mut units = self.inner.units.lock().unwrap();
@@ -222,7 +222,7 @@ impl Systemd {
         self.inner.aliases.lock().unwrap().insert(alias.to_owned(), name.to_owned());
     }
 
-    /// What a start of `name` does beside changing its state.
+    /// The work of a start of `name` in addition to changing its state.
     pub fn on_start<F>(&self, name: &str, hook: impl Fn() -> F + Send + Sync + 'static)
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
@@ -230,7 +230,7 @@ impl Systemd {
         self.inner.hooks.lock().unwrap().insert(name.to_owned(), Arc::new(move || Box::pin(hook())));
     }
 
-    /// From now on a start of `name` fails with this result (`exit-code`, `timeout`, …); `None` ends that.
+    /// Later starts of `name` fail with this result (`exit-code`, `timeout`, …); `None` ends that.
     pub fn refuse_start(&self, name: &str, result: Option<&str>) {
         let mut refusals = self.inner.refusals.lock().unwrap();
         match result {
@@ -239,8 +239,7 @@ impl Systemd {
         };
     }
 
-    /// From now on the start jobs of `name` end with this result (`canceled`, `dependency`, …) and do nothing; `None`
-    /// ends that.
+    /// Later start jobs of `name` end with this result (`canceled`, `dependency`, …) and do no work; `None` ends that.
     pub fn end_jobs(&self, name: &str, result: Option<&str>) {
         let mut results = self.inner.results.lock().unwrap();
         match result {
@@ -254,17 +253,17 @@ impl Systemd {
         self.inner.always_early.store(always, Ordering::SeqCst);
     }
 
-    /// Whether no `JobRemoved` is sent, as when systemd executes itself anew at the wrong moment.
+    /// Whether no `JobRemoved` is sent, as when systemd re-executes itself at the wrong moment.
     pub fn lose_signals(&self, lost: bool) {
         self.inner.loses_signals.store(lost, Ordering::SeqCst);
     }
 
-    /// What the `Version` property says.
+    /// Sets the `Version` property.
     pub fn set_version(&self, version: &str) {
         version.clone_into(&mut self.inner.version.lock().unwrap());
     }
 
-    /// How many starts were merged into a job that was there.
+    /// The number of starts that were merged into an existing job.
     #[must_use]
     pub fn merged(&self) -> u32 {
         self.inner.merged.load(Ordering::SeqCst)
@@ -276,7 +275,7 @@ impl Systemd {
         self.inner.started.lock().unwrap().clone()
     }
 
-    /// Starts a unit as a dependency would: its hook runs, nothing is told to `Events`.
+    /// Starts a unit as a dependency: its hook runs, and `Events` gets no report.
     pub async fn activate(&self, name: &str) -> Result<(), String> {
         self.inner.run(name).await
     }
@@ -330,7 +329,7 @@ impl Inner {
     async fn start(self: &Arc<Self>, name: &str, job: Starting) -> String {
         let result = tokio::select! {
             outcome = self.run(name) => if outcome.is_ok() { "done" } else { "failed" },
-            // A program that ends with SIGTERM has not failed.
+            // A program that ends on SIGTERM has not failed.
             () = job.stop.notified() => {
                 self.change(name, |unit| {
                     "inactive".clone_into(&mut unit.active);
@@ -340,7 +339,7 @@ impl Inner {
             }
         };
         if self.template(name).is_some() {
-            // Whatever is inactive and nobody's is forgotten.
+            // An inactive unit without a reference is unloaded.
             self.change(name, |unit| unit.in_memory = unit.active != "inactive");
         }
         self.starting.lock().unwrap().remove(name);
@@ -400,7 +399,7 @@ impl Inner {
         ]
     }
 
-    /// The unit that a name of a caller's stands for, which is loaded if it must be.
+    /// The unit behind a caller's name, which is loaded if necessary.
     fn load(&self, name: &str) -> Result<String, Failure> {
         let invalid = |text| Failure::new("org.freedesktop.DBus.Error.InvalidArgs", text);
         if !is_unit_name(name) {
@@ -420,7 +419,7 @@ impl Inner {
     }
 
     async fn job(self: &Arc<Self>, call: &Call, name: String, stop: bool, mode: &str) -> Answer {
-        // What is masked may be stopped, and of what is not found only the words differ.
+        // Masked units may be stopped, and for missing ones only the error text differs.
         match (self.installed(&name), self.is_masked(&name), stop) {
             (true, ..) | (false, true, true) => {}
             (false, true, false) => {
@@ -457,7 +456,7 @@ impl Inner {
             self.started.lock().unwrap().push(name.clone());
             self.events.emit(Event::UnitStarted(name.clone()));
         }
-        // What takes its time does not keep the manager from answering others.
+        // A slow start does not block other calls.
         let quick = self.template(&name).is_none() && number.is_multiple_of(2);
         let early = self.always_early.load(Ordering::SeqCst) || quick;
         let reply = call.reply(&(ObjectPath::try_from(job.as_str())?,));
@@ -477,7 +476,7 @@ impl Inner {
                 }
                 _ => this.start(&name, starting).await,
             };
-            // Broadcast to everybody, once anybody has subscribed.
+            // Broadcast to all clients, once any client has subscribed.
             let heard = !this.subscribers.lock().unwrap().is_empty() && !this.loses_signals.load(Ordering::SeqCst);
             if heard {
                 let path = ObjectPath::try_from(job.as_str()).expect("a valid path");
@@ -505,7 +504,7 @@ impl Inner {
     }
 }
 
-/// fnmatch(3), as far as one `*` goes.
+/// fnmatch(3) with a single `*`.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         Some((before, after)) => {
@@ -515,7 +514,7 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-/// `unit_name_is_valid`, as far as characters, length and suffix go.
+/// `unit_name_is_valid`, limited to characters, length and suffix.
 fn is_unit_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b":-_.\\@".contains(&byte);
     let known =
@@ -528,7 +527,7 @@ fn no_such_unit(text: String) -> Failure {
     Failure::new("org.freedesktop.systemd1.NoSuchUnit", text)
 }
 
-/// Where systemd puts the object of a unit.
+/// The object path of a unit.
 #[must_use]
 pub fn unit_path(name: &str) -> String {
     let mut path = String::from(UNITS);
@@ -582,7 +581,7 @@ impl Service for Inner {
                 properties: vec![("Version", version)],
             }];
         }
-        // Reading a unit's object loads the unit, found or not.
+        // Reading a unit's object loads the unit, even a missing one.
         unit_name(path).map_or_else(Vec::new, |name| self.unit_interfaces(&name, true))
     }
 
@@ -650,7 +649,7 @@ impl Service for Inner {
             "ListUnitsByNames" => {
                 let (names,): (Vec<String>,) = body.deserialize()?;
                 let mut rows = Vec::new();
-                // A row says what the unit is called, which need not be the name that was asked for.
+                // A row has the unit's real name, which may differ from the requested one.
                 for name in names.iter().filter(|name| is_unit_name(name)) {
                     let name = self.load(name)?;
                     let unit = self.units.lock().unwrap().get(&name).cloned().unwrap_or_else(Unit::missing);
@@ -801,7 +800,7 @@ mod tests {
             let error = call(&client, MANAGER, MANAGER_INTERFACE, method, &(name, "fail")).await.unwrap_err();
             assert!(error.to_string().contains(why), "{method} {name}: {error}");
         }
-        // Known with its template, and what is masked may be stopped.
+        // Instances are known by their template, and masked units may be stopped.
         for name in ["switch@1.service", "masked.service"] {
             call(&client, MANAGER, MANAGER_INTERFACE, "StopUnit", &(name, "replace")).await.unwrap();
         }

@@ -1,4 +1,4 @@
-//! The programs the tests run: where they are, and running one with a deadline.
+//! The programs that the tests run: their places, and running one with a deadline.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
 
-/// The skopeo the tests may rely on: its image proxy evaluates the policy it is given.
+/// The oldest skopeo that the tests may use: its image proxy evaluates the policy that it gets.
 const LEAST_SKOPEO: (u32, u32) = (1, 14);
 
 /// The directory cargo builds into, with the tools of `tests/support/install` in `tools/`.
@@ -71,8 +71,8 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
 }
 
-/// A command for a program that must not outlive the tests, however they end: the kernel kills it when the thread
-/// that spawned it goes. So spawn from a thread that lives as long, never through `spawn_blocking`.
+/// A command for a program that must end with the tests in every case: the kernel kills it when the thread that spawned
+/// it ends. So spawn it from a thread that lives long enough, never through `spawn_blocking`.
 pub fn child(program: &Path) -> std::process::Command {
     let Some(setpriv) = on_path("setpriv") else { return std::process::Command::new(program) };
     let mut command = std::process::Command::new(setpriv);
@@ -80,18 +80,18 @@ pub fn child(program: &Path) -> std::process::Command {
     command
 }
 
-/// Runs a command to its end, with nothing on its standard input. It fails, and kills the command, after the
-/// deadline; what the exit status means is left to the caller.
+/// Runs a command to its end, without standard input. After the deadline the command is killed and the call fails; the
+/// caller checks the exit status.
 pub async fn run(mut command: Command, deadline: Duration) -> Result<Output> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let shown = format!("{:?}", command.as_std());
     match tokio::time::timeout(deadline, command.output()).await {
         Ok(output) => output.with_context(|| format!("running {shown}")),
-        Err(_) => bail!("no end after {deadline:?}: {shown}"),
+        Err(_) => bail!("not finished after {deadline:?}: {shown}"),
     }
 }
 
-/// As [`run`], but anything but success is an error with what the command wrote; returns its standard output.
+/// The same as [`run`], but every failure is an error with the command's output; returns its standard output.
 pub async fn run_ok(command: Command, deadline: Duration) -> Result<String> {
     let shown = format!("{:?}", command.as_std());
     let output = run(command, deadline).await?;
@@ -102,14 +102,14 @@ pub async fn run_ok(command: Command, deadline: Duration) -> Result<String> {
     Ok(stdout)
 }
 
-/// A port of 127.0.0.1 that nothing listens on, below those the kernel gives to outgoing connections, so that a
-/// server may be stopped and come back to it. The same process gets each port once.
+/// A port of 127.0.0.1 without a listener, below those that the kernel gives to outgoing connections, so that a server
+/// may stop and return to it. The same process gets each port once.
 pub fn free_port() -> u16 {
     static NEXT: Mutex<Option<u16>> = Mutex::new(None);
     const PORTS: std::ops::Range<u16> = 12000..32000;
     let mut next = NEXT.lock().unwrap();
     loop {
-        // Test binaries run next to one another: start where the other ones do not.
+        // Test binaries run in parallel: each starts at another port.
         let start = || PORTS.start + (std::process::id().wrapping_mul(61) % u32::from(PORTS.end - PORTS.start)) as u16;
         let port = next.unwrap_or_else(start);
         *next = Some(if port + 1 < PORTS.end { port + 1 } else { PORTS.start });

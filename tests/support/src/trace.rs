@@ -1,4 +1,4 @@
-//! What the agent's processes do to the file system, seen by strace(1): every call that could change it.
+//! File system changes by the agent's processes, recorded with strace(1): every call that could change a file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, ensure};
 
-/// Where traces of the agent go, if it is to be traced.
+/// Names the directory for traces of the agent, if it is to be traced.
 const DIRECTORY: &str = "REBASE_TEST_TRACE";
 /// A `?` before a name: not every architecture, kernel or strace has the call.
 const CALLS: &str = "?open,openat,?openat2,?creat,?open_by_handle_at,?rename,?renameat,renameat2,?unlink,unlinkat,?rmdir,\
@@ -32,27 +32,27 @@ pub fn traced(program: &Path, directory: &Path, arguments: &[&str]) -> Command {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let name = format!("{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let mut command = Command::new("strace");
-    // The tracer is nobody's child and in nobody's group: signals and exit codes are the agent's own.
+    // The tracer is not the agent's parent and not in its process group: signals and exit codes are the agent's own.
     command.args(["--daemonize=pgroup", "-ff", "--seccomp-bpf", "-qq", "-y", "-s", "1024", "-e"]);
     command.arg(format!("trace={CALLS}"));
     command.args(arguments).arg("-o").arg(directory.join(name)).arg("--").arg(program);
     command
 }
 
-/// What was found in traces.
+/// Findings of traces.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// How many processes ran each program; threads count as processes.
+    /// The number of processes that ran each program; threads count as processes.
     pub programs: BTreeMap<String, usize>,
-    /// Calls looked at.
+    /// The number of calls read.
     pub calls: usize,
-    /// Files made in memory, by name.
+    /// Files created in memory, by name.
     pub in_memory: BTreeSet<String>,
-    /// What else was opened for writing and is no file of a disk's.
+    /// Other descriptors opened for writing that are not files on a disk.
     pub devices: BTreeSet<String>,
-    /// Calls that would have changed something and were stopped; by call and error.
+    /// Calls that would have changed a file and were stopped; by call and error.
     pub stopped: BTreeMap<String, usize>,
-    /// Calls that changed something.
+    /// Calls that changed a file.
     pub changes: Vec<String>,
 }
 
@@ -68,7 +68,7 @@ impl Findings {
         Ok(findings)
     }
 
-    /// A trace that saw nothing proves nothing: the agent, its engine and the engine's policy in memory must be in it.
+    /// An empty trace proves nothing: the agent, its engine and the engine's policy in memory must be in it.
     pub fn is_not_blind(&self) -> anyhow::Result<()> {
         for program in ["rebase-agent", "skopeo"] {
             let ran = self.programs.keys().any(|name| name.starts_with(program));
@@ -79,7 +79,7 @@ impl Findings {
         Ok(())
     }
 
-    /// Takes the trace of one process.
+    /// Reads the trace of one process.
     pub fn take(&mut self, trace: &str) {
         for line in trace.lines() {
             self.line(line);
@@ -92,7 +92,7 @@ impl Findings {
             return;
         }
         self.calls += 1;
-        // A call that a signal cut off counts as done.
+        // A call that a signal interrupted counts as done.
         let (arguments, result) = rest.rsplit_once(") = ").unwrap_or((rest, "?"));
         let failed = result.starts_with("-1 ");
         match call {
@@ -104,7 +104,7 @@ impl Findings {
                 }
                 return;
             }
-            // Watched only so that it can be made to fail.
+            // Traced only so that strace can make it fail.
             "landlock_create_ruleset" => return,
             "memfd_create" => {
                 self.in_memory.extend(quoted(arguments));
@@ -117,7 +117,7 @@ impl Findings {
                     return;
                 }
             }
-            // A socket in the file system is a file; the others are not.
+            // A socket in the file system is a file; other sockets are not.
             "bind" if !arguments.contains("sun_path=\"") => return,
             _ => {}
         }
@@ -126,7 +126,7 @@ impl Findings {
             *self.stopped.entry(format!("{call}: {error}")).or_default() += 1;
             return;
         }
-        // By open: what it led to. By the others on a descriptor: what that is.
+        // For calls that open: the result. For calls on a descriptor: the descriptor's file.
         let subject = if call.starts_with("open") { inside(result) } else { inside(arguments) };
         match subject {
             Some("/dev/null") => {
@@ -160,7 +160,7 @@ fn basename(path: &str) -> String {
     path.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
-/// What strace -y shows of a descriptor: `7</memfd:policy.json>`.
+/// strace -y's description of a descriptor: `7</memfd:policy.json>`.
 fn inside(text: &str) -> Option<&str> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let subject = text.get(digits..)?.strip_prefix('<').filter(|_| digits > 0)?;

@@ -1,5 +1,4 @@
-//! One node and everything around it, on embedded defaults: the demo's stage, and that of the tests that run the
-//! whole agent.
+//! One node and its surroundings with default settings, for the demo and for the tests that run the agent as a process.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,10 +24,10 @@ use crate::trace;
 pub const NODE: &str = "worker-0";
 /// Repository of the OS images.
 pub const REPOSITORY: &str = "example/os";
-/// Longest wait for anything that the agent or a double does; an update takes a few seconds.
+/// Longest wait for the agent or a stand-in; an update takes a few seconds.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// How the world differs from its defaults.
+/// Settings of a world.
 #[derive(Debug)]
 pub struct WorldOptions {
     /// The agent's program.
@@ -37,11 +36,11 @@ pub struct WorldOptions {
     pub topology: String,
     /// The pool that the node is booted into: `worker` or a custom one.
     pub pool: String,
-    /// Variables for the agent, over the world's own.
+    /// Variables for the agent; they override the world's own.
     pub env: Vec<(String, String)>,
-    /// `policy.json` of the node; the default is OpenShift's own with one scope that demands a signature.
+    /// `policy.json` of the node; the default is OpenShift's own with one scope that requires a signature.
     pub policy: Option<Policy>,
-    /// The program that the agent verifies with; the pull always has the enforcing one.
+    /// The agent's engine; the pull always uses the enforcing one.
     pub agent_skopeo: Option<PathBuf>,
     /// The node's host tools.
     pub host_tools: HostTools,
@@ -66,11 +65,11 @@ impl WorldOptions {
     }
 }
 
-/// Everything, alive until dropped.
+/// The whole world; it ends when this is dropped.
 pub struct World {
-    /// What happens.
+    /// The events.
     pub events: Events,
-    /// Who signs certificates.
+    /// The certificate authority.
     pub pki: Pki,
     /// The API server.
     pub api: ApiServer,
@@ -86,7 +85,7 @@ pub struct World {
     pub machine: Machine,
     /// The image that the node was installed with, built from `rendered-<pool>-1`, signed.
     pub installed: Pushed,
-    /// How the agent is started.
+    /// The agent's command.
     pub agent: AgentCommand,
     /// The pool's name.
     name: String,
@@ -166,13 +165,13 @@ impl World {
         self.api.store()
     }
 
-    /// Where everything of this world lives.
+    /// The directory of this world's files.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
 
-    /// A freshly built, unsigned image for `rendered-<pool>-<version>`.
+    /// A new, unsigned image for `rendered-<pool>-<version>`.
     pub async fn unsigned(&self, version: &str) -> anyhow::Result<Pushed> {
         let spec = ImageSpec::new(version).rendered_config(&format!("rendered-{}-{version}", self.name));
         push(&self.registry, version, &spec).await
@@ -202,7 +201,7 @@ impl World {
         mcc::annotation(&node, key).map(str::to_owned)
     }
 
-    /// Waits until the Node is as wanted; the error shows how it was instead.
+    /// Waits until `predicate` accepts the Node; the error shows its last state.
     pub async fn wait(&self, what: &str, predicate: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
         match self.store().wait_for(NODE, DEADLINE, predicate).await {
             Ok(node) => Ok(node),
@@ -213,7 +212,7 @@ impl World {
         }
     }
 
-    /// Waits until the node says that it is Done on `image`.
+    /// Waits until the node reports Done on `image`.
     pub async fn wait_done(&self, image: &Pushed) -> anyhow::Result<()> {
         let pullspec = image.pullspec();
         let done =
@@ -221,14 +220,14 @@ impl World {
         self.wait(&format!("Done on {}", image.digest), done).await.map(|_| ())
     }
 
-    /// Waits until `reason` starts with this word.
+    /// Waits until the reason starts with this word.
     pub async fn wait_reason(&self, word: &str) -> anyhow::Result<String> {
         let starts = |node: &Value| mcc::annotation(node, "reason").is_some_and(|reason| reason.starts_with(word));
         let node = self.wait(&format!("the reason {word}"), starts).await?;
         Ok(mcc::annotation(&node, "reason").unwrap_or_default().to_owned())
     }
 
-    /// Waits for the first event that `choose` takes, from `queue`.
+    /// Waits for the first event in `queue` that `choose` accepts.
     pub async fn wait_event<T>(
         queue: &mut tokio::sync::broadcast::Receiver<Event>,
         what: &str,
@@ -243,14 +242,14 @@ impl World {
                         }
                     }
                     Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => bail!("nobody tells any more"),
+                    Err(RecvError::Closed) => bail!("the event source has ended"),
                 }
             }
         };
         tokio::time::timeout(DEADLINE, wait).await.with_context(|| format!("{what} did not happen"))?
     }
 
-    /// Runs a command of the agent beside the service, with its environment: exit code, standard output and error.
+    /// Runs a command of the agent in the service's environment: exit code, standard output and error.
     pub async fn command(&self, args: &[&str]) -> anyhow::Result<(i32, String, String)> {
         let mut command = tokio::process::Command::from(trace::agent(&self.agent.program));
         command.args(args).envs(self.agent.env.iter().cloned());
@@ -267,7 +266,7 @@ async fn push(registry: &Registry, tag: &str, spec: &ImageSpec) -> anyhow::Resul
     registry.push(REPOSITORY, tag, spec).await
 }
 
-/// What MCS has Ignition write, facts of the installer.
+/// The files that MCS and the installer leave on a node.
 fn write_first_boot(root: &Path, config: &str, image: &str) -> anyhow::Result<()> {
     let pairs = [
         ("currentConfig", config),

@@ -4,16 +4,16 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-/// A refusal, told to clients as a `Status` object.
+/// An error that clients get as a `Status` object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
     /// The HTTP status.
     pub code: u16,
     /// The machine-readable reason, such as `NotFound`.
     pub reason: &'static str,
-    /// The text for people.
+    /// The text for users.
     pub message: String,
-    /// The node it is about.
+    /// The node that the error is about.
     pub name: Option<String>,
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 type Path = Vec<String>;
 
-/// The fields of an object that are tracked: annotations, labels and what `spec` holds.
+/// The tracked fields of an object: annotations, labels and those of `spec`.
 fn leaves(object: &Value) -> BTreeMap<Path, Value> {
     let mut leaves = BTreeMap::new();
     for map in ["annotations", "labels"] {
@@ -46,8 +46,8 @@ fn render(paths: &BTreeSet<Path>) -> Value {
     Value::Object(root)
 }
 
-/// Brings the managed fields of `new` up to date after `manager` turned `old` into it. Values that were added or
-/// changed move to the manager, removed ones leave everybody, and only a manager that took something gets a new time.
+/// Updates the managed fields of `new` after `manager` turned `old` into it. New and changed values move to the
+/// manager, removed values are removed from all managers, and a manager gets a new time only when it took a value.
 pub(super) fn update(old: Option<&Value>, new: &mut Value, manager: &str, now: &str) {
     let before = old.map(leaves).unwrap_or_default();
     let after = leaves(new);
@@ -138,7 +138,7 @@ mod tests {
         fourth["metadata"]["annotations"].as_object_mut().unwrap().remove("b");
         update(Some(&third), &mut fourth, "one", "t4");
         assert_eq!(owner(&fourth, "b"), []);
-        assert_eq!(owner(&fourth, "a"), [("one", "t3")], "a removal takes nothing");
+        assert_eq!(owner(&fourth, "a"), [("one", "t3")], "a removal takes over no field");
         assert_eq!(fourth["metadata"]["managedFields"].as_array().unwrap().len(), 1, "an empty manager disappears");
     }
 }

@@ -1,4 +1,4 @@
-//! HTTP on top of the store.
+//! The API server's HTTP side, on top of the store.
 
 use std::io;
 use std::net::SocketAddr;
@@ -34,7 +34,7 @@ use crate::events::Events;
 use crate::pki::Pki;
 
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
-/// How long before its end a watch gets its last bookmark.
+/// Time before its end at which a watch gets its last bookmark.
 const LAST_BOOKMARK: Duration = Duration::from_secs(2);
 
 /// Serves a [`Store`] over HTTPS on a port of 127.0.0.1 until it is dropped.
@@ -46,7 +46,7 @@ pub struct ApiServer {
     task: JoinHandle<()>,
 }
 
-/// What new connections are made with.
+/// Settings of new connections.
 #[derive(Clone)]
 struct Trust {
     tls: SslContext,
@@ -67,7 +67,7 @@ impl Trust {
         let mut authorities = Stack::<openssl::x509::X509Name>::new()?;
         authorities.push(pki.ca().subject_name().to_owned()?)?;
         acceptor.set_client_ca_list(authorities);
-        // The handshake takes any certificate; whether it is good is found out anew for each request.
+        // The handshake accepts any certificate; each request checks whether it is valid.
         acceptor.set_verify_callback(SslVerifyMode::PEER, |_, _| {
             forget_errors();
             true
@@ -95,7 +95,7 @@ impl Trust {
     }
 }
 
-/// Errors of a verification, left in the thread's queue, would be taken for those of a connection.
+/// Clears the thread's OpenSSL error queue: errors of a verification would count as those of a connection.
 fn forget_errors() {
     drop(ErrorStack::get());
 }
@@ -130,7 +130,7 @@ impl User {
 }
 
 impl ApiServer {
-    /// Starts to serve a new store. Must be called inside a Tokio runtime.
+    /// Starts a server with a new store. Must be called inside a Tokio runtime.
     ///
     /// # Errors
     /// If the port cannot be bound or the certificates cannot be made.
@@ -138,7 +138,7 @@ impl ApiServer {
         Self::serve(pki, Store::new(events))
     }
 
-    /// Starts to serve an existing store.
+    /// Starts a server with an existing store.
     ///
     /// # Errors
     /// As [`ApiServer::start`].
@@ -163,7 +163,7 @@ impl ApiServer {
         self.address
     }
 
-    /// The state behind it.
+    /// The server's state.
     #[must_use]
     pub fn store(&self) -> Store {
         self.store.clone()
@@ -175,12 +175,12 @@ impl ApiServer {
         self.store.requests()
     }
 
-    /// An outage: the listener and all connections are closed when this returns.
+    /// Starts an outage: the listener and all connections are closed when this returns.
     pub async fn stop(&self) {
         self.set_down(true).await;
     }
 
-    /// The end of an outage: the same port accepts connections when this returns.
+    /// Ends an outage: the same port accepts connections when this returns.
     pub async fn restart(&self) {
         self.set_down(false).await;
     }
@@ -190,7 +190,7 @@ impl ApiServer {
         self.down.clone().wait_for(|now| *now == down).await.expect("the server runs");
     }
 
-    /// Connections from now on use a certificate of, and accept clients of, another authority.
+    /// Later connections use a certificate of another authority and accept its clients.
     ///
     /// # Errors
     /// If the certificates cannot be made.
@@ -199,10 +199,10 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Connections from now on use this certificate and key (PEM), and accept clients of `pki`.
+    /// Later connections use this certificate and key (PEM), and accept clients of `pki`.
     ///
     /// # Errors
-    /// If they are not what they should be.
+    /// If they are not a certificate and its key.
     pub fn present(&self, pki: &Pki, server: (String, String)) -> Result<()> {
         *self.trust.lock().unwrap() = Trust::presenting(pki, server)?;
         Ok(())
@@ -290,7 +290,7 @@ fn bearer(request: &Request<Incoming>, store: &Store) -> Option<Result<User, Api
     })
 }
 
-/// A body that is known, or one that is fed.
+/// A complete body, or one that is sent piece by piece.
 enum Reply {
     Whole(Option<Bytes>),
     Fed(mpsc::UnboundedReceiver<io::Result<Bytes>>),
@@ -319,7 +319,7 @@ impl Body for Reply {
     }
 }
 
-/// How objects are shown, as the `Accept` header asks.
+/// The format of objects, from the `Accept` header.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
     Full,
@@ -377,7 +377,7 @@ impl Shape {
             Self::Full => {
                 let mut items = items;
                 for item in &mut items {
-                    // Items of a typed list go without.
+                    // Items of a typed list have no type of their own.
                     item.as_object_mut().unwrap().retain(|key, _| key != "kind" && key != "apiVersion");
                 }
                 Ok(json!({"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": items}))
@@ -408,7 +408,7 @@ fn partial(object: &Value) -> Value {
     json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]})
 }
 
-/// A request, read.
+/// A parsed request.
 struct Call {
     method: Method,
     path: String,
@@ -436,7 +436,7 @@ impl Call {
         }
     }
 
-    /// The node named by the path, or none for the collection.
+    /// The node in the path; `None` for the collection.
     fn node(&self) -> Result<Option<&str>, ApiError> {
         let unknown = || ApiError::new(404, None, "the server could not find the requested resource");
         match self.path.strip_prefix("/api/v1/nodes").ok_or_else(unknown)? {
@@ -487,7 +487,7 @@ fn decode(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// What the store says to a call.
+/// The store's answer to a call.
 enum Answer {
     Json(Value),
     Text(&'static str),
@@ -502,7 +502,7 @@ struct Watch {
     timeout: Duration,
 }
 
-/// Keeps the record of one request up to date.
+/// Updates the record of one request.
 #[derive(Clone)]
 struct Recorder(Store, usize);
 
@@ -593,7 +593,7 @@ async fn answer(
     recorder.status(code);
     recorder.sent(half.len());
     let _ = feed.send(Ok(half));
-    // An error at once would keep hyper from sending what came before it.
+    // An error at once would keep hyper from sending the earlier data.
     tokio::spawn(async move {
         sleep(Duration::from_millis(20)).await;
         let _ = feed.send(Err(io::ErrorKind::ConnectionAborted.into()));
@@ -667,7 +667,7 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
                     "PatchOptions is invalid: fieldManager: Too long: may not be more than 128 bytes",
                 ));
             }
-            // Found out before anything is written, as the real server does.
+            // Checked before anything is written, as in the real server.
             shape.object(Value::Null)?;
             shape.object(store.patch(&manager, name, &patch, user.node())?).map(Answer::Json)
         }
@@ -769,7 +769,7 @@ impl Watch {
                 }
                 () = &mut last, if !told_last => {
                     told_last = true;
-                    // A version of the future is met with silence.
+                    // A watch from a future version stays silent.
                     if self.bookmarks && cursor <= store.state().version {
                         abort |= send("BOOKMARK", self.shape.bookmark(cursor));
                     }
@@ -779,7 +779,7 @@ impl Watch {
         }
     }
 
-    /// The changes after `cursor`, which moves on; at first the nodes as they are, if no version was asked for.
+    /// The changes after `cursor`, which advances; first the current nodes, if no version was requested.
     fn news(&self, store: &Store, cursor: &mut u64, fresh: bool) -> Result<Vec<Change>, ApiError> {
         let wanted = |name: &str| self.name.as_deref().is_none_or(|wanted| wanted == name);
         let state = store.state();

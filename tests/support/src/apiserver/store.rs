@@ -28,7 +28,7 @@ pub enum Scope {
     Write,
 }
 
-/// What goes wrong with a request.
+/// A fault of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Refused with a `Status` object before anything is done.
@@ -38,7 +38,7 @@ pub enum Fault {
         /// The `Retry-After` header, in seconds.
         retry_after: Option<u32>,
     },
-    /// Refused by something in between, with a page that is no `Status` object.
+    /// Refused by a proxy in between, with a page that is not a `Status` object.
     Page {
         /// The HTTP status.
         code: u16,
@@ -57,7 +57,7 @@ pub enum Fault {
     Delay(Duration),
 }
 
-/// How a watch learns that its resource version is older than the history.
+/// The way in which a watch learns that its resource version is older than the history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expired {
     /// HTTP 200, then an `ERROR` event.
@@ -79,9 +79,9 @@ pub struct RequestRecord {
     pub user_agent: String,
     /// The body, as far as it is text.
     pub body: String,
-    /// The answer's status; 0 as long as there is none.
+    /// The answer's status; 0 before there is one.
     pub status: u16,
-    /// Bytes of body given to the connection so far; a watch's count grows.
+    /// Bytes of the body sent to the connection so far; grows during a watch.
     pub bytes: u64,
 }
 
@@ -93,7 +93,7 @@ impl RequestRecord {
     }
 }
 
-/// The cluster's database at some time.
+/// The cluster's database at one point in time.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     version: u64,
@@ -111,11 +111,11 @@ pub(super) struct Change {
 
 pub(super) struct State {
     pub version: u64,
-    /// Everything up to here has left the history.
+    /// Changes up to this version have left the history.
     pub floor: u64,
     pub history: VecDeque<Change>,
     pub expired: Expired,
-    /// `None`: only shortly before a watch's end.
+    /// `None`: bookmarks only shortly before a watch's end.
     pub bookmarks: Option<Duration>,
     /// How far the server's clock is ahead of this machine's, in seconds.
     pub clock: i64,
@@ -133,11 +133,11 @@ pub(super) struct State {
 
 struct Inner {
     state: Mutex<State>,
-    /// Held from a change until it is told, so that events come in the order of the changes.
+    /// Held from a change until it is reported, so that events come in the order of the changes.
     order: Mutex<()>,
     events: Events,
     version: watch::Sender<u64>,
-    /// Bumped when a switch that open watches obey was turned.
+    /// Increased when a switch that open watches obey was changed.
     pub control: watch::Sender<u64>,
     down: watch::Sender<bool>,
 }
@@ -153,7 +153,7 @@ pub(super) enum Fate {
 }
 
 impl Store {
-    /// An empty cluster that tells `events` of every change. Listeners there may read the store but not write to it.
+    /// An empty cluster that reports every change to `events`. Listeners may read the store but not write to it.
     #[must_use]
     pub fn new(events: Events) -> Self {
         let state = State {
@@ -220,13 +220,13 @@ impl Store {
         .unwrap();
     }
 
-    /// Removes a node. Says whether it was there.
+    /// Removes a node; returns whether it existed.
     pub fn delete_node(&self, name: &str) -> bool {
         self.write("admin", name, false, |old| if old.is_some() { Ok(None) } else { Err(ApiError::not_found(name)) })
             .is_ok()
     }
 
-    /// A node as it is now.
+    /// The current state of a node.
     #[must_use]
     pub fn node(&self, name: &str) -> Option<Value> {
         self.state().nodes.get(name).cloned()
@@ -252,7 +252,7 @@ impl Store {
     /// Merges `patch` into a node as an administrator or a controller under the field manager `manager`.
     ///
     /// # Errors
-    /// What the API server would answer.
+    /// The error that the API server would answer.
     pub fn patch_as(&self, manager: &str, name: &str, patch: Value) -> Result<Value, ApiError> {
         self.patch(manager, name, &patch, None)
     }
@@ -260,12 +260,12 @@ impl Store {
     /// Sets or removes one annotation as `manager`.
     ///
     /// # Errors
-    /// What the API server would answer.
+    /// The error that the API server would answer.
     pub fn annotate(&self, manager: &str, name: &str, key: &str, value: Option<&str>) -> Result<Value, ApiError> {
         self.patch_as(manager, name, json!({"metadata": {"annotations": {key: value}}}))
     }
 
-    /// The kubelet reports the node ready or not.
+    /// Reports the node ready or not, as the kubelet does.
     pub fn set_ready(&self, name: &str, ready: bool) {
         self.set_condition(name, "Ready", if ready { "True" } else { "Unknown" });
     }
@@ -285,17 +285,17 @@ impl Store {
         });
     }
 
-    /// The kubelet reports a boot.
+    /// Reports a boot, as the kubelet does.
     pub fn set_boot_id(&self, name: &str, boot_id: &str) {
         self.write_status(name, |node| node["status"]["nodeInfo"]["bootID"] = json!(boot_id));
     }
 
-    /// An administrator cordons or uncordons the node.
+    /// Cordons or uncordons the node, as an administrator does.
     pub fn set_unschedulable(&self, name: &str, unschedulable: bool) {
         self.patch_as("kubectl", name, json!({"spec": {"unschedulable": unschedulable}})).unwrap();
     }
 
-    /// The kubelet's status report: a new resource version and nothing that anybody looks at.
+    /// The kubelet's status report: a new resource version without a relevant change.
     pub fn heartbeat(&self, name: &str) {
         self.write_status(name, |node| {
             let beat = node["status"]["beat"].as_u64().unwrap_or(0);
@@ -312,7 +312,7 @@ impl Store {
         .unwrap();
     }
 
-    /// The store's resource version, and word of every new one.
+    /// The store's resource version, with a notice of every new one.
     #[must_use]
     pub fn changed(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()
@@ -361,7 +361,7 @@ impl Store {
         self.state().faults.push((scope, count, fault));
     }
 
-    /// Forgets the faults that are left.
+    /// Removes all remaining faults.
     pub fn clear_faults(&self) {
         self.state().faults.clear();
     }
@@ -378,8 +378,8 @@ impl Store {
         Some(fault)
     }
 
-    /// While true, no watch sends anything, and connections stay open. A watch that lived through it stays mute for
-    /// ever, as behind a half-open connection; one opened later works.
+    /// While true, no watch sends anything, and connections stay open. A watch that was open then stays silent for
+    /// good, as behind a half-open connection; a later one works.
     pub fn freeze_watches(&self, frozen: bool) {
         {
             let mut state = self.state();
@@ -389,7 +389,7 @@ impl Store {
         self.0.control.send_modify(|n| *n += 1);
     }
 
-    /// Ends all open watches in good order, as a server that shuts down does.
+    /// Ends all open watches properly, as a server does when it shuts down.
     pub fn end_watches(&self) {
         {
             let mut state = self.state();
@@ -422,12 +422,12 @@ impl Store {
         state.trim();
     }
 
-    /// Keeps changes for this long; 300 s until it is set. Real servers keep between 75 and 300 s.
+    /// Keeps changes for this long, 300 s by default. Real servers keep between 75 and 300 s.
     pub fn set_history_window(&self, window: Duration) {
         self.state().window = window;
     }
 
-    /// How far the server's clock is ahead of this machine's, in seconds: what it stamps, and its `Date`.
+    /// Sets how far the server's clock is ahead of this machine's, in seconds: its time stamps and its `Date`.
     pub fn set_clock(&self, ahead: i64) {
         self.state().clock = ahead;
     }
@@ -437,11 +437,11 @@ impl Store {
         let stamp = format_time(seconds().saturating_add_signed(self.state().clock));
         const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
         let month = MONTHS[stamp[5..7].parse::<usize>().unwrap() - 1];
-        // No client looks at the weekday.
+        // No client reads the weekday.
         format!("Sun, {} {month} {} {} GMT", &stamp[8..10], &stamp[..4], &stamp[11..19])
     }
 
-    /// Forgets all changes up to now, as a compaction does; a watch from an older resource version is expired.
+    /// Forgets all changes so far, as a compaction does; a watch from an older resource version is expired.
     pub fn compact(&self) {
         let mut state = self.state();
         state.history.clear();
@@ -455,8 +455,7 @@ impl Store {
         Snapshot { version: state.version, nodes: state.nodes.clone() }
     }
 
-    /// Restores a backup: what was written since is gone, resource versions start again where they were, and open
-    /// watches end.
+    /// Restores a backup: later writes are lost, resource versions continue from the backup's, and open watches end.
     pub fn restore(&self, backup: &Snapshot) {
         let _order = self.0.order.lock().unwrap();
         let before = {
@@ -473,18 +472,18 @@ impl Store {
         self.end_watches();
     }
 
-    /// How expired watches are told.
+    /// Sets how expired watches fail.
     pub fn set_expired(&self, expired: Expired) {
         self.state().expired = expired;
     }
 
-    /// How often a watch that allows bookmarks gets one: with etcd 3.6 every 59 s, the default; with etcd 3.4 (`None`)
-    /// never. About 2 s before a watch's end there is always one.
+    /// Sets how often a watch that allows bookmarks gets one: with etcd 3.6 every 59 s, the default; with etcd 3.4
+    /// (`None`) never. About 2 s before a watch's end there is always one.
     pub fn set_bookmarks(&self, period: impl Into<Option<Duration>>) {
         self.state().bookmarks = period.into();
     }
 
-    /// From now on, this bearer token is `user`, a member of `groups`.
+    /// Accepts this bearer token as `user`, a member of `groups`.
     pub fn accept_token(&self, token: &str, user: &str, groups: &[&str]) {
         let groups = groups.iter().map(|group| (*group).to_owned()).collect();
         self.state().tokens.insert(token.to_owned(), (user.to_owned(), groups));
@@ -516,7 +515,7 @@ impl Store {
 
     // Writing.
 
-    /// Merges a patch; `node` is the node whose credentials made the request, which are held to `NodeRestriction`.
+    /// Merges a patch; `node` is the node whose credentials made the request, to which `NodeRestriction` applies.
     pub(super) fn patch(
         &self,
         manager: &str,
@@ -592,7 +591,7 @@ impl Store {
 }
 
 impl State {
-    /// Forgets changes that are too many or too old, as the original does by time.
+    /// Forgets changes that are too many or too old; the original does it by time.
     fn trim(&mut self) {
         let window = self.window;
         let old = |change: &Change| change.at.elapsed() > window;

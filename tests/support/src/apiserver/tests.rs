@@ -179,7 +179,7 @@ async fn patches_merge_with_preconditions_and_emit_events_before_the_answer() {
 
     let version = cluster.version();
     cluster.patch("worker-0", &annotate("x", json!("y"))).send().await.unwrap();
-    assert_eq!(cluster.version(), version, "a patch that changes nothing makes no version");
+    assert_eq!(cluster.version(), version, "a patch without a change creates no version");
     assert!(told.try_recv().is_err());
     cluster.patch("worker-0", &annotate("x", Value::Null)).send().await.unwrap();
     assert_eq!(cluster.store.annotation("worker-0", "x"), None);
@@ -214,7 +214,7 @@ async fn managed_fields_name_the_last_writer_of_a_value() {
     };
     assert_eq!(owners("x"), ["rebase-agent"]);
     cluster.store.annotate("machine-config-daemon", "worker-0", "x", Some("1")).unwrap();
-    assert_eq!(owners("x"), ["rebase-agent"], "an unchanged value moves nothing");
+    assert_eq!(owners("x"), ["rebase-agent"], "an unchanged value keeps its manager");
     cluster.store.annotate("machine-config-daemon", "worker-0", "x", Some("2")).unwrap();
     assert_eq!(owners("x"), ["machine-config-daemon"]);
     let url = format!("{}/api/v1/nodes/worker-0", cluster.server.url());
@@ -269,7 +269,7 @@ async fn expired_watches_fail_with_410_or_an_error_event() {
     refused(cluster.get(&path), 410, "Expired", "too old resource version").await;
 }
 
-/// The history is a matter of time: an idle node's own version expires, the version of a list does not.
+/// The history has a time limit: an idle node's own version expires, the version of a list does not.
 #[tokio::test]
 async fn versions_expire_by_time_and_by_a_restart() {
     let cluster = cluster();
@@ -288,7 +288,7 @@ async fn versions_expire_by_time_and_by_a_restart() {
             .next()
             .await
     };
-    assert_eq!(first(&version).await.unwrap()["type"], "BOOKMARK", "it is in the history");
+    assert_eq!(first(&version).await.unwrap()["type"], "BOOKMARK", "the version is in the history");
     cluster.store.set_history_window(Duration::ZERO);
     assert_eq!(first(&version).await.unwrap()["object"]["reason"], "Expired");
     assert_eq!(first(&listed().await).await.unwrap()["type"], "BOOKMARK");
@@ -298,7 +298,7 @@ async fn versions_expire_by_time_and_by_a_restart() {
     cluster.server.stop().await;
     cluster.server.restart().await;
     assert_eq!(first(&version).await.unwrap()["object"]["reason"], "Expired");
-    assert_eq!(first("999999").await, None, "a version of the future is met with silence");
+    assert_eq!(first("999999").await, None, "a watch from a future version stays silent");
 }
 
 #[tokio::test]
@@ -334,9 +334,13 @@ async fn requests_fail_as_injected() {
     cluster.store.inject(Scope::Read, 1, Fault::Hang);
     assert!(cluster.get(path).timeout(Duration::from_millis(200)).send().await.unwrap_err().is_timeout());
     cluster.store.inject(Scope::Write, 1, Fault::Lost);
-    assert_eq!(cluster.get(path).send().await.unwrap().status(), 200, "reads are not meant");
+    assert_eq!(cluster.get(path).send().await.unwrap().status(), 200, "reads are not affected");
     cluster.patch("worker-0", &annotate("x", json!("1"))).send().await.unwrap_err();
-    assert_eq!(cluster.store.annotation("worker-0", "x").unwrap(), "1", "written, though the answer was lost");
+    assert_eq!(
+        cluster.store.annotation("worker-0", "x").unwrap(),
+        "1",
+        "the patch is applied although the answer is lost"
+    );
     cluster.store.inject(Scope::Watch, 1, Fault::Cut);
     let mut watch = cluster.watch("").await;
     assert_eq!(watch.next().await, None);

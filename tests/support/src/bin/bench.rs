@@ -1,7 +1,7 @@
-//! What the agent costs and how quick it is, on this machine: one table, each figure beside its target.
+//! Cost and speed of the agent on this machine: one table, each figure beside its target.
 //!
 //! Four nodes run side by side. One is left alone for a minute, one is polled quickly, one is traced, and the fourth
-//! gets images. Idle nodes cost next to nothing, so they do not disturb the fourth; it does not wake them either.
+//! gets images. Idle nodes use almost no time, so they do not disturb the fourth; it does not wake them either.
 
 #![allow(clippy::disallowed_methods, reason = "they are disallowed to the agent, not to what measures it")]
 
@@ -37,7 +37,7 @@ struct Options {
     /// The agent's program, as it is shipped.
     #[arg(long, value_name = "FILE")]
     agent: PathBuf,
-    /// Crates in the agent's dependency tree, as cargo tells them.
+    /// Crates in the agent's dependency tree, as counted by cargo.
     #[arg(long, value_name = "N")]
     crates: Option<usize>,
     /// Those of them that are procedural macros, or only needed by one.
@@ -49,7 +49,7 @@ struct Options {
     /// Open this image with the engine alone, print the seconds and end.
     #[arg(long, value_name = "IMAGE", hide = true)]
     bare: Option<String>,
-    /// Keep what strace saw of the sleeps of an idle agent.
+    /// Keep strace's output about the sleeps of an idle agent.
     #[arg(long, value_name = "FILE")]
     strace: Option<PathBuf>,
     /// Exit with 3 when a target is missed.
@@ -57,15 +57,15 @@ struct Options {
     strict: bool,
 }
 
-/// Exit code of `--strict` when a target is missed; 1 is for what could not be measured.
+/// Exit code of `--strict` when a target is missed; 1 means that a measurement failed.
 const MISSED: u8 = 3;
-/// What is watched while nothing happens.
+/// Observation time of idle nodes.
 const WINDOW: Duration = Duration::from_secs(60);
 /// `--poll` of the node that is polled quickly, and the default, in seconds.
 const POLLS: (u32, f64) = (5, 300.0);
 /// Mean of the agent's jitter (0 to 25 %), and of its pause between two watches, in seconds.
 const JITTER: (f64, f64) = (1.125, 0.5);
-/// What a watch is told in an hour when nothing happens: a bookmark a minute, and the kubelet's status every five.
+/// Data of an idle hour's watches: a bookmark a minute, and the kubelet's status every five.
 const TOLD: (f64, f64) = (60.0, 12.0);
 /// Longest wait for an update with a large image.
 const UPDATE: Duration = Duration::from_secs(180);
@@ -96,7 +96,7 @@ async fn run(options: Options) -> ExitCode {
     table.program(&options);
     tokio::select! {
         () = measure(&options, &mut table) => {}
-        // What runs is ended on the way out.
+        // Running processes are ended on the way out.
         () = stopped() => return ExitCode::FAILURE,
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -144,7 +144,7 @@ async fn measure(options: &Options, table: &mut Table) {
     let polled = joined(polled.await);
     let traced = joined(traced.await);
     let quiet = joined(quiet.await);
-    // Only now: other agents would share pages with it.
+    // Measured now, because other agents would share pages with it.
     let memory = match &quiet {
         Ok((world, _, _)) => world.machine.agent_pid().context("the idle agent is gone").and_then(memory),
         Err(_) => Err(anyhow::anyhow!("the idle node did not come up")),
@@ -165,7 +165,7 @@ fn say(text: &str) {
     eprintln!("bench: {text}");
 }
 
-// --- what is measured ----------------------------------------------------------------------------------------------
+// --- measurements ------------------------------------------------------------------------------------------------
 
 /// A node that is Done. Its agent runs with the unit's watchdog, and under strace if there is a file for its output.
 async fn node(agent: &Path, env: &[(&str, &str)], strace: Option<&Path>) -> Result<World> {
@@ -183,12 +183,12 @@ async fn node(agent: &Path, env: &[(&str, &str)], strace: Option<&Path>) -> Resu
     world.target("1", &world.installed);
     world.machine.power_on().await?;
     world.wait_done(&world.installed).await?;
-    // What is desired is written by hand from here on.
+    // The test writes the desired annotations from here on.
     world.pool.pause(true);
     Ok(world)
 }
 
-/// `WatchdogSec=` of the unit: half of it is how often the agent has to wake up.
+/// `WatchdogSec=` of the unit: the agent must wake up after half of it.
 fn watchdog() -> Option<Duration> {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd/rebase-agent.service");
     let unit = std::fs::read_to_string(unit).unwrap_or_default();
@@ -205,7 +205,7 @@ struct Quiet {
     calls: usize,
 }
 
-/// Leaves a node alone. Its program is a copy, so that its pages are shared with no other agent.
+/// Leaves a node alone. Its program is a copy, so that no other agent shares its pages.
 async fn quiet(agent: PathBuf, settle: Duration) -> Result<(World, Quiet, tempfile::TempDir)> {
     let directory = tempfile::tempdir()?;
     let copy = directory.path().join("rebase-agent");
@@ -233,7 +233,7 @@ async fn quiet(agent: PathBuf, settle: Duration) -> Result<(World, Quiet, tempfi
     Ok((world, quiet, directory))
 }
 
-/// What reaches the host's daemons, rpm-ostreed being asleep at first.
+/// Calls to the host's daemons; rpm-ostreed is not running at first.
 struct Host {
     rpm_ostreed: RpmOstreed,
     calls: Arc<AtomicUsize>,
@@ -271,7 +271,7 @@ impl Host {
         Ok(Self { rpm_ostreed, calls, to_rpm_ostreed, listener })
     }
 
-    /// Calls that rpm-ostreed got (one, if it was only woken), and calls of any kind on the bus.
+    /// Calls to rpm-ostreed (one, if it was only woken), and all calls on the bus.
     fn woken(self) -> (usize, usize) {
         self.listener.abort();
         let to_rpm_ostreed = self.to_rpm_ostreed.load(Ordering::SeqCst);
@@ -286,7 +286,7 @@ struct Task {
     nanoseconds: u64,
 }
 
-/// Every thread of the process, with how often it went to sleep and what it used.
+/// Every thread of the process, with its number of sleeps and its CPU time.
 fn tasks(pid: u32) -> Result<BTreeMap<String, Task>> {
     let mut tasks = BTreeMap::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -362,7 +362,7 @@ async fn polled(agent: PathBuf, settle: Duration) -> Result<Polled> {
         }
     }
     ensure!(!heartbeats.is_empty(), "no watch told of a status report of the kubelet");
-    // From the end of the watch that the heartbeats went into.
+    // From the end of the watch that got the heartbeats.
     let known = ours().len();
     let wait = async {
         while ours().len() == known {
@@ -374,7 +374,7 @@ async fn polled(agent: PathBuf, settle: Duration) -> Result<Polled> {
     let began = Instant::now();
     tokio::time::sleep(WINDOW.saturating_sub(Duration::from_secs(8))).await;
     let mut requests = ours().split_off(known);
-    // The cycle that is under way.
+    // The current cycle.
     let last = requests.iter().rposition(|request| !request.is_watch()).unwrap_or_default();
     requests.truncate(last);
     let reads: Vec<u64> = requests.iter().filter(|request| !request.is_watch()).map(|request| request.bytes).collect();
@@ -401,7 +401,7 @@ struct Wakes {
     others: usize,
 }
 
-/// What ends the process's sleeps in a minute; `None` without strace.
+/// The ends of the process's sleeps in a minute; `None` without strace.
 async fn traced(agent: PathBuf, settle: Duration, keep: Option<PathBuf>) -> Result<Option<Wakes>> {
     let mut version = tokio::process::Command::new("strace");
     version.arg("--version");
@@ -442,7 +442,7 @@ fn wake(line: &str) -> Option<(f64, bool)> {
     Some((at, result.split_whitespace().next()? == "0"))
 }
 
-/// Everything that happened on a node, with the time.
+/// All events of a node, with their times.
 #[derive(Clone, Default)]
 struct Trace(Arc<Mutex<Vec<(Instant, Event)>>>);
 
@@ -454,7 +454,7 @@ impl Trace {
         trace
     }
 
-    /// From here on.
+    /// The current position.
     fn mark(&self) -> usize {
         self.0.lock().unwrap().len()
     }
@@ -499,7 +499,7 @@ struct Update {
 struct Work {
     latency: Result<Latency>,
     memory: Result<Memory>,
-    /// Payload in MiB, and what an update with it took.
+    /// Payload in MiB, and the cost of an update with it.
     updates: Result<Vec<(u32, Vec<Update>)>>,
 }
 
@@ -517,7 +517,7 @@ async fn work(options: &Options) -> Result<Work> {
     Ok(Work { latency, memory, updates })
 }
 
-/// What MCC writes.
+/// The annotations that MCC writes.
 fn desire(world: &World, config: &str, image: &Pushed) -> Result<Instant> {
     let annotations: BTreeMap<String, String> =
         [("desiredConfig", config.to_owned()), ("desiredImage", image.pullspec())]
@@ -533,16 +533,16 @@ fn requests_rebase(event: &Event) -> bool {
     matches!(event, Event::TransactionRequested { method, .. } if method == "rebase")
 }
 
-/// Gives a held node one fresh image after the other, and lets it go back to its own in between.
+/// Gives a held node one fresh image after the other, and lets it return to its own in between.
 async fn latency(world: &World, trace: &Trace, rounds: usize) -> Result<Latency> {
     world.store().annotate("kubectl-annotate", NODE, HOLD, Some("the benchmark"))?;
     let installed = world.installed.clone();
     let mut latency = Latency::default();
-    // The first round starts skopeo's version check and fills caches; it is not counted.
+    // The first round includes skopeo's version check and fills caches; it is not counted.
     for round in 0..=rounds {
         let version = (100 + round).to_string();
         let image = world.signed(&version).await?;
-        // Once for the registry's caches, once for the clock; the agent comes third.
+        // Once to fill the registry's caches, once for the measurement; the agent comes third.
         bare(world, &image).await?;
         let alone = bare(world, &image).await?;
         let from = trace.mark();
@@ -580,7 +580,7 @@ async fn latency(world: &World, trace: &Trace, rounds: usize) -> Result<Latency>
     Ok(latency)
 }
 
-/// The engine alone, in a process of its own, which is as small as the agent's.
+/// The engine alone, in its own process, which is as small as the agent's.
 async fn bare(world: &World, image: &Pushed) -> Result<f64> {
     let mut command = tokio::process::Command::new(std::env::current_exe()?);
     command.arg("--agent").arg(&world.agent.program).arg("--bare").arg(image.pullspec());
@@ -588,8 +588,8 @@ async fn bare(world: &World, image: &Pushed) -> Result<f64> {
     Ok(tools::run_ok(command, DEADLINE).await?.trim().parse::<f64>()? * 1e3)
 }
 
-/// Without the agent around it: the same skopeo, policy and requests. This process is as unable to write as the agent
-/// is, or the engine would keep a cache on disk that it cannot keep for the agent.
+/// Runs the engine without the agent: the same skopeo, policy and requests. This process cannot write either; otherwise
+/// the engine would keep a cache on disk, which it cannot for the agent.
 fn bare_engine(image: &str) -> Result<Duration> {
     let null = PathBeneath::new(PathFd::new("/dev/null")?, AccessFs::WriteFile);
     Ruleset::default().handle_access(AccessFs::from_write(ABI::V5))?.create()?.add_rule(null)?.restrict_self()?;
@@ -615,10 +615,10 @@ fn bare_engine(image: &str) -> Result<Duration> {
     })
 }
 
-/// Whole updates with a small and a large image in turns.
+/// Complete updates, with a small and a large image in turns.
 async fn updates(world: &World, trace: &Trace, quick: bool) -> Result<Vec<(u32, Vec<Update>)>> {
     let (sizes, rounds) = if quick { ([5, 50], 3) } else { ([50, 500], 3) };
-    // In the registry, in the image store, and in the deployment.
+    // Each image is stored in the registry, in the image store, and in the deployment.
     let needed = sizes.iter().sum::<u32>() * rounds * 3;
     let disk = nix::sys::statvfs::statvfs(world.path())?;
     let free = disk.blocks_available().saturating_mul(disk.fragment_size()) >> 20;
@@ -648,7 +648,7 @@ async fn update(world: &World, trace: &Trace, config: &str, image: &Pushed) -> R
     let done = |node: &Value| is_node_done(node) && annotation(node, "currentImage") == Some(pullspec.as_str());
     world.store().wait_for(NODE, UPDATE, done).await.context("the update did not end")?;
     let whole = began.elapsed().as_secs_f64();
-    // Its last writes may still be under way.
+    // The last writes may still be running.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let requests: Vec<RequestRecord> = world.api.requests().into_iter().skip(requests).filter(is_agents).collect();
     let first = |what: &str, is: &dyn Fn(&Event) -> bool| trace.first(from, is).with_context(|| what.to_owned());
@@ -674,15 +674,15 @@ async fn update(world: &World, trace: &Trace, config: &str, image: &Pushed) -> R
     })
 }
 
-// --- what is shown -------------------------------------------------------------------------------------------------
+// --- output ------------------------------------------------------------------------------------------------------
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Met,
     Missed,
-    /// There is no target.
+    /// No target exists.
     Shown,
-    /// The means are missing here.
+    /// A needed tool is missing.
     Absent,
     Failed,
 }
@@ -751,8 +751,10 @@ impl Table {
         };
         match idle {
             Ok(memory) => {
-                let note =
-                    format!("{}; its program is shared with nobody, its libraries with this benchmark", text(&memory));
+                let note = format!(
+                    "{}; its program is not shared, its libraries are shared with this benchmark",
+                    text(&memory)
+                );
                 self.row(WHAT, format!("{:.1} MiB", memory.pss), "<= 8 MiB", Some(memory.pss <= 8.0), note);
             }
             Err(error) => self.failed(WHAT, "<= 8 MiB", &error),
@@ -797,7 +799,7 @@ impl Table {
         const WHAT: &str = "rpm-ostreed activations an idle hour";
         match (quiet, polled) {
             (Ok(quiet), Ok(polled)) => {
-                // Each minute of the hour is like the one watched, and each poll like those watched.
+                // Each minute of the hour is like the observed one, and each poll like the observed ones.
                 let polls = 3600.0 / (POLLS.1 * JITTER.0 + JITTER.1);
                 let hourly = quiet.activations as f64 * 60.0 + polled.activations as f64 * polls / polled.cycles as f64;
                 let note = format!(
@@ -911,7 +913,7 @@ impl Table {
         let out: Vec<Vec<f64>> =
             updates.iter().map(|(_, taken)| taken.iter().map(|update| update.out).collect()).collect();
         let [small, large] = out.as_slice() else { return };
-        // As far apart as runs of the same size are, or as the resolution of the doubles.
+        // The tolerance: the spread between runs of the same size, or the resolution of the doubles.
         let spread = [small, large].map(|times| ends(times).1 - ends(times).0).into_iter().fold(0.0, f64::max);
         let apart = (median(small) - median(large)).abs();
         let note = format!(

@@ -1,5 +1,5 @@
-//! The shipped unit on a real systemd as PID 1 of a container: outside, what is around the node and the story; inside,
-//! what plays the rest of the node, bootc by its own name.
+//! The shipped unit on a real systemd as PID 1 of a container: on the host, the surroundings of the node and the story;
+//! in the container, the rest of the node, with bootc under its own name.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot the disk and tell the story.
+    /// Boot the disk and run the story.
     Story {
         /// systemd's major version on that disk.
         #[arg(long)]
@@ -27,11 +27,11 @@ enum Command {
         /// The agent that `tests/support/faulty` builds.
         #[arg(long)]
         faulty: PathBuf,
-        /// Where everything else is kept.
+        /// The directory of all other files.
         #[arg(long)]
         directory: PathBuf,
     },
-    /// Play a part of the node.
+    /// Run a part of the node.
     #[command(subcommand)]
     Node(Part),
 }

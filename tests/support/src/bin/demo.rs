@@ -1,5 +1,5 @@
 //! The story of one node, told by the agent's own journal lines and by the Node's annotations as they change. Any
-//! deviation ends it with an error that names it.
+//! deviation ends it with an error that names the deviation.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,14 +30,14 @@ struct Options {
     /// List the points.
     #[arg(long)]
     list_points: bool,
-    /// Show what the doubles do, too.
+    /// Also show the stand-ins' events.
     #[arg(long)]
     verbose: bool,
 }
 
 type Point = (&'static str, fn(&Event) -> bool);
 
-/// Where the agent may be killed: always before it hears that its request succeeded.
+/// Points at which the agent may be killed: always before it learns that its request succeeded.
 const POINTS: [Point; 10] = [
     ("the unsigned image is being refused", |event| {
         wrote(event, "rebase-agent", "reason", |reason| reason.starts_with("SignatureMissing"))
@@ -123,7 +123,7 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     world.machine.power_on().await?;
     world.wait_done(&one).await?;
 
-    teller.chapter("the pool gets image 2, which nobody signed: refused, nothing touched");
+    teller.chapter("the pool gets image 2, which is not signed: refused, nothing touched");
     let two = world.unsigned("2").await?;
     let before = fingerprint(&world);
     let mut queue = world.events.subscribe();
@@ -185,12 +185,12 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     Ok(three.digest)
 }
 
-/// Deployments as the host tells them.
+/// The deployments, as read from the host.
 fn fingerprint(world: &World) -> Vec<String> {
     world.machine.deployments().iter().map(|d| format!("{} {}", d.reference, d.staged)).collect()
 }
 
-/// Whether the node still took workloads when something was staged.
+/// Whether the node still ran workloads when an image was staged.
 fn stages_undrained(world: &World) -> Arc<AtomicBool> {
     let (undrained, store) = (Arc::new(AtomicBool::new(false)), world.store());
     let seen = undrained.clone();
@@ -204,7 +204,7 @@ fn stages_undrained(world: &World) -> Arc<AtomicBool> {
     undrained
 }
 
-/// What must be true of a node that says Done.
+/// Checks a node that reports Done.
 fn arrived(world: &World, image: &Pushed, boot_before: &str, drains: usize) -> anyhow::Result<()> {
     let node = world.store().node(NODE).context("the Node is gone")?;
     let booted = world.machine.booted().context("nothing is booted")?;
@@ -257,7 +257,7 @@ fn listen(world: &World, teller: &Arc<Teller>, verbose: bool) {
     });
 }
 
-/// Digests to twelve digits, as everywhere else on the screen.
+/// Shortens digests to twelve digits, as in the rest of the output.
 fn shorten(text: &str) -> String {
     match text.split_once("@sha256:") {
         Some((name, digest)) => {

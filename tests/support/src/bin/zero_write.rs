@@ -1,4 +1,4 @@
-//! Judges traces of the agent: nothing was changed, or only where it was allowed to be.
+//! Judges traces of the agent: no file was changed, or only in allowed places.
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
 use std::io::{BufRead as _, BufReader};
@@ -11,9 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::trace::{Findings, traced};
 
-/// strace's way to a kernel without Landlock.
+/// strace's simulation of a kernel without Landlock.
 const WITHOUT_LANDLOCK: &str = "--inject=landlock_create_ruleset:error=ENOSYS";
-/// What the agent that misbehaves on demand writes.
+/// The paths that the test build writes to on demand.
 const DELIBERATE: &str = "rebase-agent-fault";
 
 /// Judges traces of the agent.
@@ -27,9 +27,9 @@ struct Options {
 enum Command {
     /// Read the traces of a run.
     Judge {
-        /// Where they are.
+        /// The directory of the traces.
         traces: PathBuf,
-        /// What the path of every change must contain, and some change must be there.
+        /// Text that the path of every change must contain; there must be a change.
         #[arg(long)]
         only: Option<String>,
     },
@@ -73,7 +73,7 @@ fn judge(traces: &Path, only: Option<&str>) -> anyhow::Result<()> {
     ensure!(refused.is_empty(), "{} changes of the file system", refused.len());
     match only {
         Some(only) => {
-            ensure!(!allowed.is_empty(), "nothing was changed below {only} either, so this proves nothing");
+            ensure!(!allowed.is_empty(), "nothing was changed below {only}, so this run proves nothing");
             println!("  changed    {} times, and only below {only}", allowed.len());
         }
         None => println!("  changed    nothing"),

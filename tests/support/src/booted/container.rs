@@ -1,4 +1,4 @@
-//! systemd as PID 1 of a container on a disk of its own, through reboots.
+//! systemd as PID 1 of a container on its own disk, across reboots.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,18 +12,18 @@ use crate::tools;
 
 /// Longest boot or shutdown; each takes about a second on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
-/// Longest command inside.
+/// Longest command in the container.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
-/// Between two looks at something that cannot be waited for.
+/// Polling interval where no notification exists.
 pub const TICK: Duration = Duration::from_millis(50);
-/// What systemd-nspawn exits with after a reboot inside.
+/// Exit code of systemd-nspawn after a reboot of the container.
 const REBOOT: i32 = 133;
 
-/// Calls that are newer than what systemd-nspawn 252 allows.
+/// System calls that systemd-nspawn 252 is too old to allow.
 const LANDLOCK: &str = "landlock_create_ruleset landlock_add_rule landlock_restrict_self";
 
-/// systemd wants the unified hierarchy, which not every host mounts there; the host keeps its own. systemd-nspawn
-/// finds this mount and nothing else.
+/// systemd needs the unified hierarchy, which not every host mounts at that place; the host's mounts stay unchanged.
+/// systemd-nspawn finds this mount only.
 const ENTER: &str = r#"
 mount --make-rprivate /
 umount --recursive /sys/fs/cgroup 2>/dev/null || :
@@ -42,21 +42,21 @@ pub struct Container {
     leader: u32,
 }
 
-/// What a container is started from.
+/// Settings of a container.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Its disk.
     pub root: PathBuf,
-    /// Its name, one for each that runs at the same time.
+    /// Its name, unique among running containers.
     pub name: String,
-    /// Where its console's output is appended.
+    /// The file for its console's output.
     pub console: PathBuf,
-    /// Files of the host, and where they are inside.
+    /// Files of the host, and their places in the container.
     pub binds: Vec<(PathBuf, &'static str)>,
 }
 
 impl Container {
-    /// Boots, and waits until systemd says that it is up.
+    /// Boots, and waits until systemd reports that it is up.
     pub async fn boot(options: Options) -> Result<Self> {
         let child = start(&options)?;
         let mut this = Self { options, child, leader: 0 };
@@ -80,12 +80,12 @@ impl Container {
         }
         let Some(leader) = self.child.id().and_then(leader_of) else { return Ok(false) };
         self.leader = leader;
-        // What cannot be asked yet, for want of a bus, is not up yet.
+        // A container without a bus is not up yet.
         let Ok(output) = self.run(&["systemctl", "is-system-running"]).await else { return Ok(false) };
         Ok(matches!(String::from_utf8_lossy(&output.stdout).trim(), "running" | "degraded"))
     }
 
-    /// Waits for the end of a reboot's first half, tells that it is `down`, and boots again.
+    /// Waits for the shutdown of a reboot, reports it through `down`, and boots again.
     pub async fn reboot(&mut self, down: impl FnOnce()) -> Result<()> {
         let status = self.ended().await?;
         down();
@@ -94,7 +94,7 @@ impl Container {
         self.wait_up().await
     }
 
-    /// Powers off, so that the journal is on the disk.
+    /// Powers off, so that the journal is written to the disk.
     pub async fn stop(&mut self) -> Result<()> {
         if self.child.try_wait()?.is_none() {
             self.run(&["systemctl", "--no-block", "poweroff"]).await?;
@@ -108,7 +108,7 @@ impl Container {
         Ok(ended.with_context(|| format!("not down after {BOOT_DEADLINE:?}"))??)
     }
 
-    /// Runs a command inside, whatever it ends with.
+    /// Runs a command in the container; its exit status is not checked.
     pub async fn run(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.leader.to_string(), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup"]);
@@ -117,7 +117,7 @@ impl Container {
         tools::run(command, COMMAND_DEADLINE).await
     }
 
-    /// Runs a command inside that has to succeed; gives its standard output.
+    /// Runs a command in the container that must succeed; returns its standard output.
     pub async fn ok(&self, arguments: &[&str]) -> Result<String> {
         let output = self.run(arguments).await?;
         let text = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
@@ -131,7 +131,7 @@ impl Container {
         self.ok(&["systemctl", "show", "--value", "--property", name, unit]).await
     }
 
-    /// Waits until a property of a unit is as wanted; the error tells what it was instead.
+    /// Waits until `wanted` accepts a property of a unit; the error shows its last value.
     pub async fn wait_property(
         &self,
         unit: &str,
@@ -150,13 +150,13 @@ impl Container {
         }
     }
 
-    /// A path of the container as the host reaches it, on memory file systems too.
+    /// The host's path for a path of the container, including memory file systems.
     #[must_use]
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root", self.leader)).join(path.trim_start_matches('/'))
     }
 
-    /// Puts a drop-in in force, or another one of that name in its place; it lasts until the next boot.
+    /// Installs a drop-in or replaces the one of that name; it lasts until the next boot.
     pub async fn drop_in(&self, unit: &str, name: &str, text: &str) -> Result<()> {
         let directory = self.path("run/systemd/system").join(format!("{unit}.d"));
         fs::create_dir_all(&directory)?;
@@ -164,7 +164,7 @@ impl Container {
         self.ok(&["systemctl", "daemon-reload"]).await.map(|_| ())
     }
 
-    /// Takes it away.
+    /// Removes the drop-in.
     pub async fn drop_out(&self, unit: &str, name: &str) -> Result<()> {
         fs::remove_file(self.path("run/systemd/system").join(format!("{unit}.d/{name}.conf")))?;
         self.ok(&["systemctl", "daemon-reload"]).await.map(|_| ())
@@ -173,10 +173,11 @@ impl Container {
 
 fn start(options: &Options) -> Result<Child> {
     let mut command = tools::child(Path::new("/usr/bin/unshare"));
-    // systemd-nspawn that is killed leaves its container alone; the first process of a namespace takes all with it.
+    // A killed systemd-nspawn leaves its container running; the first process of a PID namespace takes all others with
+    // it.
     command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
     command.args(["bash", "-euc", ENTER, "nspawn"]);
-    // No machined to register with; no file of the host but those named.
+    // There is no machined to register with, and the container sees only the named files of the host.
     command.args(["--quiet", "--register=no", "--keep-unit", "--console=pipe", "--settings=no"]);
     command.args(["--link-journal=no", "--resolv-conf=off", "--timezone=off", "--boot"]);
     command.arg(format!("--system-call-filter={LANDLOCK}"));

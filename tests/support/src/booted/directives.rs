@@ -1,5 +1,5 @@
-//! Whether systemd took every directive of a unit file as it is written there. An unknown or misspelt one is only a
-//! warning to systemd, and a sandbox that is not there is not seen from inside either.
+//! Checks that systemd applied every directive of a unit file. An unknown or misspelt directive is only a warning to
+//! systemd, and a missing sandbox is not visible from inside either.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::container::Container;
 
 /// Compares every directive of the `[Service]` or `[Socket]` section of `unit`'s file with the property that systemd
-/// shows; gives their number.
+/// shows; returns their number.
 pub async fn compare(container: &Container, unit: &str) -> Result<usize> {
     let path = container.property(unit, "FragmentPath").await?;
     let text = std::fs::read_to_string(container.path(&path)).with_context(|| path.clone())?;
@@ -56,7 +56,7 @@ fn words(values: &[String]) -> BTreeSet<&str> {
     values.iter().flat_map(|value| value.split_whitespace()).collect()
 }
 
-/// Properties are not always called as their directive, nor written as it was.
+/// Some properties have another name or another format than their directive.
 fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instance: &str) -> Result<()> {
     let property = match directive {
         "WatchdogSec" => "WatchdogUSec",
@@ -66,7 +66,7 @@ fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instan
         "RuntimeMaxSec" => "RuntimeMaxUSec",
         "EnvironmentFile" => "EnvironmentFiles",
         "ListenStream" => "Listen",
-        // The other one does not show what the characters before the program ask for.
+        // The other property does not show the prefix characters of the program.
         "ExecStart" => "ExecStartEx",
         other => other,
     };
@@ -106,7 +106,7 @@ fn boolean(text: &str) -> Option<bool> {
     }
 }
 
-/// Seconds of a time span as systemd writes it, `1min 30s` or `90`.
+/// Seconds of a time span in systemd's format, `1min 30s` or `90`.
 fn seconds(text: &str) -> Option<u64> {
     text.split_whitespace()
         .map(|part| {
@@ -124,7 +124,7 @@ fn seconds(text: &str) -> Option<u64> {
         .sum()
 }
 
-/// systemd shows the number of the errno that it was told by name.
+/// systemd shows the number of the errno that the file names.
 fn number_of(errno: &str) -> Option<i32> {
     match errno {
         "EPERM" => Some(1),
@@ -134,15 +134,14 @@ fn number_of(errno: &str) -> Option<i32> {
     }
 }
 
-/// systemd shows single calls: what the written groups contain, as this systemd knows them, is the expectation.
+/// systemd shows single calls: the expectation is the content of the named groups as this systemd knows them.
 async fn same_calls(container: &Container, values: &[String], shown: Option<&&str>) -> Result<()> {
     let shown = shown.context("this systemd has no such property")?;
     let mut expected = BTreeSet::new();
     for (index, value) in values.iter().enumerate() {
         let (taken, list) = match value.strip_prefix('~') {
             Some(list) if index > 0 => (true, list),
-            // The first line says what kind of list it is; what no program does without is in every list of the
-            // allowed.
+            // The first line gives the kind of the list; calls that every program needs are in every allow list.
             _ if value.starts_with('~') => bail!("a list of the denied is not what this test understands"),
             _ => (false, value.as_str()),
         };
@@ -161,8 +160,8 @@ async fn same_calls(container: &Container, values: &[String], shown: Option<&&st
     let actual: BTreeSet<String> = shown.split_whitespace().map(str::to_owned).collect();
     let more: Vec<_> = actual.difference(&expected).collect();
     ensure!(more.is_empty(), "systemd allows more: {more:?}");
-    // Calls of other architectures or of kernels that this libseccomp does not know cannot be allowed; those that the
-    // unit names itself have to be.
+    // Calls of other architectures or of kernels that this libseccomp does not know cannot be allowed; calls that the
+    // unit names must be.
     for word in words(values).iter().filter(|word| !word.starts_with(['@', '~'])) {
         ensure!(actual.contains(*word), "systemd does not allow {word}");
     }

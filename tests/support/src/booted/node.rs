@@ -1,5 +1,5 @@
-//! What plays the rest of the node inside the container, one process each: the boot loader and the initramfs,
-//! rpm-ostreed or bootc, and the finalizer.
+//! The rest of the node inside the container, one process each: the boot loader and the initramfs, rpm-ostreed or
+//! bootc, and the finalizer.
 
 pub mod bootc;
 
@@ -16,18 +16,18 @@ use crate::rpmostreed::{NAME, RpmOstreed, Sysroot};
 
 /// The stateroot.
 pub const OSNAME: &str = "rhcos";
-/// Where this program is inside.
+/// The place of this program in the container.
 pub const PROGRAM: &str = "/usr/libexec/booted";
-/// Where the registry's certificate authority is; the name of the only directory in it is the registry's.
+/// The directory of the registry's certificate authority; its only subdirectory has the registry's name.
 const CERTS_D: &str = "/etc/containers/certs.d";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// What the container is shown instead of the kernel's own.
+/// Replacements for the kernel's own files.
 const PROC: &str = "/run/proc";
 
 /// The services around the agent, each with its path and content.
 const FILES: [(&str, &str); 10] = [
     // Debian's systemd does not know ostree. The kernel was not booted with the command line of a boot entry, so the
-    // whole container is shown the one that a boot loader would have passed on; before anybody asks for the boot id.
+    // whole container sees the one that a boot loader would have passed on, from before the first read of the boot id.
     (
         "usr/lib/systemd/system/ostree-prepare-root.service",
         "[Unit]\nDescription=OSTree Prepare OS/\nDefaultDependencies=no\n\
@@ -56,7 +56,7 @@ const FILES: [(&str, &str); 10] = [
         "[D-BUS Service]\nName=org.projectatomic.rpmostree1\nExec=/bin/false\nUser=root\n\
          SystemdService=rpm-ostreed.service\n",
     ),
-    // Root owns the name; who may do what is the daemon's decision.
+    // Root owns the name; the daemon decides about permissions.
     (
         "usr/share/dbus-1/system.d/org.projectatomic.rpmostree1.conf",
         r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
@@ -77,12 +77,12 @@ const FILES: [(&str, &str); 10] = [
 </busconfig>
 "#,
     ),
-    // Other updaters, for their exclusion while the agent is enabled.
+    // Other updaters, which must not run while the agent is enabled.
     ("usr/lib/systemd/system/zincati.service", UPDATER),
     ("usr/lib/systemd/system/rpm-ostreed-automatic.service", UPDATER),
     ("usr/lib/systemd/system/bootc-fetch-apply-updates.service", UPDATER),
-    // The proc file system that ProtectProc= mounts is the kernel's own again on systemd 252: without the container's
-    // boot id and without the boot loader's command line. The host's uptime is nothing to wait for.
+    // On systemd 252 the proc file system of ProtectProc= is the kernel's own: without the container's boot id and the
+    // boot loader's command line. Waiting for the host's uptime is useless.
     (
         "etc/systemd/system/rebase-agent.service.d/50-container.conf",
         "[Service]\nBindReadOnlyPaths=/proc/cmdline /proc/sys/kernel/random/boot_id\n\
@@ -96,7 +96,7 @@ const WANTED: [(&str, &str); 2] =
 
 const UPDATER: &str = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n";
 
-/// Puts the services around the agent on the disk at `root`.
+/// Installs the services around the agent on the disk at `root`.
 pub fn furnish(root: &Path) -> Result<()> {
     for (path, text) in FILES {
         let path = root.join(path);
@@ -113,11 +113,12 @@ pub fn furnish(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What the boot loader and the initramfs do.
+/// The work of the boot loader and the initramfs.
 pub fn boot() -> Result<()> {
     let sysroot = Sysroot::running(Path::new("/"), OSNAME)?;
     show("cmdline", &sysroot.command_line()?)?;
-    // systemd-nspawn made one for this boot, from a file that it deleted: nothing can be mounted from it or over it.
+    // systemd-nspawn made a boot id for this boot, from a file that it deleted: nothing can be mounted from it or over
+    // it.
     let boot_id = fs::read_to_string(BOOT_ID)?;
     run("umount", &[BOOT_ID])?;
     show("sys/kernel/random/boot_id", &boot_id)?;
@@ -138,7 +139,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// What `ostree admin finalize-staged` does.
+/// The work of `ostree admin finalize-staged`.
 pub fn finalize() -> Result<()> {
     match Sysroot::running(Path::new("/"), OSNAME)?.finalize()? {
         Some(deployment) => println!("Finalized deployment {} of {}", deployment.checksum, deployment.reference),
@@ -147,7 +148,7 @@ pub fn finalize() -> Result<()> {
     Ok(())
 }
 
-/// The daemon, until it is stopped.
+/// Runs the daemon until it is stopped.
 pub async fn rpm_ostreed() -> Result<()> {
     let events = Events::new();
     events.listen(|event| match event {
@@ -162,7 +163,7 @@ pub async fn rpm_ostreed() -> Result<()> {
     std::future::pending().await
 }
 
-/// What pulls and stages, with the node's own engine, policy and systemd.
+/// A daemon that pulls and stages with the node's own engine, policy and systemd.
 fn daemon(events: Events, sysroot: Arc<Sysroot>) -> Result<RpmOstreed> {
     let cert_dir = fs::read_dir(CERTS_D)?.next().context("no registry is trusted")??.path();
     let engine = Engine {

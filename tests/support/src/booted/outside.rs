@@ -1,4 +1,4 @@
-//! What a node finds outside of itself: the API server with its controllers, a registry, and the signer of the images.
+//! The outside of a node: the API server with its controllers, a registry, and the signer of the images.
 
 use std::fs;
 use std::path::Path;
@@ -22,10 +22,10 @@ use crate::sign::{KeyKind, Signer, sign};
 use crate::tools;
 use crate::world::{NODE, REPOSITORY};
 
-/// Longest wait for anything that the node does; an update takes a few seconds.
+/// Longest wait for the node; an update takes a few seconds.
 pub const DEADLINE: Duration = Duration::from_secs(180);
 
-/// Everything outside, alive until dropped.
+/// All outside services; they end when this is dropped.
 pub struct Outside {
     api: ApiServer,
     /// The pool's half of MCC.
@@ -39,7 +39,7 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// Starts everything, keeping its files in `directory`, and installs image 1 on the disk at `root`.
+    /// Starts all services with their files in `directory`, and installs image 1 on the disk at `root`.
     pub async fn new(directory: &Path, root: &Path) -> Result<Self> {
         let events = Events::new();
         let pki = Pki::new();
@@ -59,7 +59,7 @@ impl Outside {
         Ok(this)
     }
 
-    /// What MCS, the kubelet and the MCO's template leave on a node, at its real place.
+    /// The files that MCS, the kubelet and MCO's template leave on a node, at their real places.
     fn furnish(&self, pki: &Pki, root: &Path) -> Result<()> {
         let pem = Path::new("/var/lib/kubelet/pki/kubelet-client-current.pem");
         let kubelet = root.join("var/lib/kubelet");
@@ -88,7 +88,7 @@ impl Outside {
         Ok(())
     }
 
-    /// The installer trusts what it is given.
+    /// The installer accepts any image.
     async fn install(&self, directory: &Path, root: &Path) -> Result<()> {
         let policy = directory.join("installer-policy.json");
         Policy::accept_by_default().write(&policy)?;
@@ -105,7 +105,8 @@ impl Outside {
         sign(&self.registry, &image.digest, &image.repo, &name, &self.signer).await
     }
 
-    /// From now on the node at `root` takes the OS only with the signer's signature, and anything else as `policy` says.
+    /// The node at `root` accepts OS images only with the signer's signature from now on; `policy` decides about
+    /// others.
     pub fn demand_sigstore(&self, root: &Path, policy: Policy) -> Result<()> {
         let (key, containers) = (Path::new("/etc/containers/os.pub"), root.join("etc/containers"));
         let scope = format!("{}/example", self.registry.host());
@@ -114,7 +115,7 @@ impl Outside {
         policy.scope(&scope, [Requirement::sigstore_key_path(key)]).write(&containers.join("policy.json"))
     }
 
-    /// From now on the node at `root` takes the OS only with a GPG signature, which `image` gets.
+    /// The node at `root` accepts OS images only with a GPG signature from now on; `image` gets one.
     pub fn demand_gpg(&self, root: &Path, image: &Pushed, tag: &str) -> Result<()> {
         let (signer, containers) = (GpgSigner::generate()?, root.join("etc/containers"));
         let (key, lookaside) = (Path::new("/etc/containers/os.gpg"), Path::new("/etc/containers/lookaside"));
@@ -144,7 +145,7 @@ impl Outside {
         self.pool.set_target(&format!("rendered-worker-{version}"), image.pullspec().as_str());
     }
 
-    /// The same, and the node is told at once: MCC would wait until it is done with what it was told before.
+    /// The same, and the node gets the target at once: MCC would wait until its earlier target is done.
     pub fn retarget(&self, version: &str, image: &Pushed) -> Result<()> {
         self.target(version, image);
         let config = format!("rendered-worker-{version}");
@@ -175,7 +176,7 @@ impl Outside {
         self.store().set_ready(NODE, boot_id.is_some());
     }
 
-    /// Waits until the Node is as wanted; the error shows how it was instead.
+    /// Waits until `predicate` accepts the Node; the error shows its last state.
     pub async fn wait(&self, what: &str, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
         match self.store().wait_for(NODE, DEADLINE, predicate).await {
             Ok(node) => Ok(node),
@@ -186,7 +187,7 @@ impl Outside {
         }
     }
 
-    /// Waits until the node says that it is Done on `image`.
+    /// Waits until the node reports Done on `image`.
     pub async fn wait_done(&self, image: &Pushed) -> Result<()> {
         let pullspec = image.pullspec();
         let done =

@@ -1,4 +1,4 @@
-//! What the kernel says about a confined process.
+//! The kernel's view of a confined process.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,14 +9,14 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::container::Container;
 
-/// Writable mounts that are known, each with why it may be.
+/// Known writable mounts, each with its reason.
 const KNOWN: [(&str, &str); 2] = [
     ("/proc", "the kernel's own; what changes the system is read-only below it"),
-    // One file, in which a service may ask systemd 257 to be told of pressure.
+    // One file through which a service may register for memory pressure with systemd 257.
     ("/sys/fs/cgroup/system.slice/rebase-agent.service/memory.pressure", "systemd's memory pressure protocol"),
 ];
 
-/// A main process of a service, as the host sees it.
+/// A service's main process, seen from the host.
 #[derive(Debug)]
 pub struct Process {
     directory: PathBuf,
@@ -30,13 +30,13 @@ impl Process {
         Ok(Self { directory: container.path("proc").join(pid) })
     }
 
-    /// A file as the process itself would read it: in its own mounts.
+    /// A file at a path as the process sees it, in its own mounts.
     pub fn reads(&self, path: &str) -> Result<String> {
         let path = self.directory.join("root").join(path.trim_start_matches('/'));
         Ok(fs::read_to_string(&path).with_context(|| path.display().to_string())?.trim().to_owned())
     }
 
-    /// Fails unless it has no capability, cannot gain any, and has a system call filter; gives what was seen.
+    /// Fails unless it has no capability, cannot gain any, and has a system call filter; returns the values.
     pub fn has_no_privileges(&self) -> Result<String> {
         let status = fs::read_to_string(self.directory.join("status"))?;
         let mut seen = Vec::new();
@@ -57,14 +57,14 @@ impl Process {
         Ok(seen.join(", "))
     }
 
-    /// Fails if anything but what is known can be written in its mounts, or `granted` cannot; gives those that can.
+    /// Fails if an unknown mount is writable, or if `granted` is not; returns the writable ones.
     pub fn writes_only(&self, granted: &[&str]) -> Result<Vec<String>> {
         let mounts = fs::read_to_string(self.directory.join("mountinfo"))?;
         let mut writable = BTreeSet::new();
         for line in mounts.lines() {
             let mount_point = line.split(' ').nth(4).context("a mount without a mount point")?.replace("\\040", " ");
             let path = self.directory.join("root").join(mount_point.trim_start_matches('/'));
-            // Another mount may be on top of it or of what it is in; what counts is what the process gets at.
+            // Another mount may cover it or its parent; only the visible mount counts.
             match statvfs(&path) {
                 Ok(found) if found.flags().contains(FsFlags::ST_RDONLY) => {}
                 Ok(_) => drop(writable.insert(mount_point)),
@@ -76,7 +76,7 @@ impl Process {
         let known = |path: &str| KNOWN.iter().any(|(known, _)| *known == path);
         let found: Vec<&str> = writable.iter().map(String::as_str).filter(|path| !known(path)).collect();
         ensure!(found == granted, "it can write to {found:?} instead of {granted:?}");
-        ensure!(!writable.contains("/") && Path::new(&self.directory).exists(), "the process is gone");
+        ensure!(!writable.contains("/") && Path::new(&self.directory).exists(), "the process has exited");
         let why = |path: &String| KNOWN.iter().find(|(known, _)| known == path).map_or("granted", |(_, why)| *why);
         Ok(writable.iter().map(|path| format!("{path} ({})", why(path))).collect())
     }

@@ -1,4 +1,4 @@
-//! What has to hold of the shipped units on a real systemd, one line each.
+//! Checks of the shipped units on a real systemd, one line each.
 
 mod bootc;
 
@@ -27,15 +27,15 @@ const OTHER_UPDATERS: [&str; 3] =
     ["zincati.service", "rpm-ostreed-automatic.service", "bootc-fetch-apply-updates.service"];
 const HOLD: &str = "rebase-agent.openshift.io/hold";
 const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
-/// The shipped unit waits longer than a test should; its own value was compared before this is in force.
+/// The shipped timeouts are too long for a test; their values are compared before this drop-in is installed.
 const QUICK: &str = "[Service]\nRestartSec=1\n";
-/// Two thirds of it may pass between two signs of life.
+/// Up to two thirds of it may pass between two watchdog pings.
 const WATCHDOG: &str = "[Service]\nWatchdogSec=6\n";
 /// Exposure by `systemd-analyze security`, with and without `PrivateUsers=`.
 const MOST_EXPOSED: f64 = 1.5;
 const MOST_EXPOSED_WITHOUT_PRIVATE_USERS: f64 = 1.7;
 
-/// What the story is told about.
+/// Settings of the story.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// systemd's major version.
@@ -44,11 +44,11 @@ pub struct Plan {
     pub root: PathBuf,
     /// The agent that `tests/support/faulty` builds.
     pub faulty: PathBuf,
-    /// Where console, registry and the rest outside of the disk are kept.
+    /// The directory for console, registry and all other files outside of the disk.
     pub directory: PathBuf,
 }
 
-/// Prints a line for each thing that holds.
+/// Prints a line for each check that passes.
 struct Teller {
     version: u32,
     began: Instant,
@@ -76,7 +76,7 @@ impl Teller {
     }
 }
 
-/// The whole story; the container is gone at its end.
+/// Runs the whole story; the container is removed at its end.
 pub async fn tell(plan: &Plan) -> Result<()> {
     let teller = Teller { version: plan.version, began: Instant::now() };
     node::furnish(&plan.root)?;
@@ -93,7 +93,7 @@ pub async fn tell(plan: &Plan) -> Result<()> {
     let stopped = node.container.stop().await;
     told?;
     stopped.context("powering off")?;
-    println!("booted {}: all of it in {:.1} s", plan.version, teller.began.elapsed().as_secs_f64());
+    println!("booted {}: all steps in {:.1} s", plan.version, teller.began.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -101,14 +101,14 @@ struct Node<'a> {
     container: Container,
     outside: &'a Outside,
     plan: &'a Plan,
-    /// How many the node has gone through.
+    /// The number of updates so far.
     updates: usize,
 }
 
 impl Node<'_> {
     async fn tell(&mut self, teller: &Teller) -> Result<()> {
         teller.step("systemd is PID 1, the agent's unit is READY", self.is_ready()).await?;
-        teller.step("systemd-analyze verify has nothing to say", self.verifies()).await?;
+        teller.step("systemd-analyze verify finds no fault", self.verifies()).await?;
         teller.step("systemd-analyze security", self.is_little_exposed()).await?;
         teller.step("every directive is in force", self.has_every_directive()).await?;
         teller.step("the kernel's view of the process", self.is_confined()).await?;
@@ -123,7 +123,7 @@ impl Node<'_> {
         teller.step("released: drained, down through logind, up again", self.releases()).await?;
         teller.step("the new deployment is booted, the node uncordoned and Done", self.arrives(&two, &boot)).await?;
         teller
-            .step("a missed watchdog: killed, restarted, in the same state", self.survives_the_watchdog(&two))
+            .step("a missed watchdog ping: killed, restarted, in the same state", self.survives_the_watchdog(&two))
             .await?;
         teller.step("the journal explains the messages", self.journal_explains()).await?;
         teller.step("rebase-agent status", self.status()).await?;
@@ -143,10 +143,10 @@ impl Node<'_> {
         ensure!(version.starts_with(&format!("systemd {} ", self.plan.version)), "PID 1 is {version}");
         self.outside.set_up(Some(&self.boot_id().await?));
         // Type=notify: active means that READY=1 came.
-        // Nothing is started any more where everything is up.
+        // The boot has finished, so the start has ended: in `running`, or with a failure.
         let ended = |state: &str| matches!(state, "running" | "auto-restart" | "failed" | "dead");
         let state = self.container.wait_property(AGENT, "SubState", DEADLINE, ended).await?;
-        ensure!(state == "running", "it is {state}");
+        ensure!(state == "running", "the agent is {state}");
         self.nothing_failed().await?;
         Ok(version.to_owned())
     }
@@ -158,7 +158,7 @@ impl Node<'_> {
     }
 
     async fn verifies(&self) -> Result<String> {
-        // Of bootc's units it wants to see the program.
+        // systemd-analyze checks that the program of bootc's units exists.
         let verify = "ln -s /bin/false /usr/bin/bootc; trap 'rm /usr/bin/bootc' EXIT; \
                       systemd-analyze verify --man=no /usr/lib/systemd/system/rebase-agent*";
         let output = self.container.run(&["bash", "-c", verify]).await?;
@@ -193,7 +193,7 @@ impl Node<'_> {
         let landlock = |text: &str| text.contains("Landlock");
         let word = self.container.wait_property(AGENT, "StatusText", DEADLINE, landlock).await?;
         ensure!(word.contains("Landlock denies every write"), "{word}");
-        // Its neighbour, which no bind mount of this test puts there.
+        // A neighbouring file without a bind mount of this test.
         process.reads("/proc/sys/kernel/random/uuid")?;
         let fips = match process.reads("/proc/sys/crypto/fips_enabled") {
             Ok(fips) => fips,
@@ -217,11 +217,11 @@ impl Node<'_> {
             "/org/projectatomic/rpmostree1/Sysroot",
             "org.projectatomic.rpmostree1.Sysroot",
         ];
-        let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+        let other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
         let root = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
         let call = |user: &[&'static str]| [user, &RELOAD, &["Reload"]].concat();
-        let refused = self.container.run(&call(&nobody)).await?;
-        ensure!(!refused.status.success(), "nobody may");
+        let refused = self.container.run(&call(&other)).await?;
+        ensure!(!refused.status.success(), "a user without root called Reload");
         self.container.ok(&call(&root)).await?;
         let journal = ["journalctl", "--quiet", "--output=cat", "--unit", RPM_OSTREED];
         let callers = self.container.ok(&journal).await?;
@@ -231,7 +231,7 @@ impl Node<'_> {
         Ok(String::new())
     }
 
-    /// What rpm-ostreed was asked to change, by its own journal.
+    /// The changes that were requested from rpm-ostreed, from its own journal.
     async fn requests(&self) -> Result<Vec<String>> {
         let lines = self.container.ok(&["journalctl", "--quiet", "--output=cat", "--unit", RPM_OSTREED]).await?;
         Ok(lines.lines().filter_map(|line| line.strip_prefix("requested: ")).map(str::to_owned).collect())
@@ -265,7 +265,7 @@ impl Node<'_> {
         Ok(format!("{} restart, 1 rebase, 0 drains", self.container.property(AGENT, "NRestarts").await?))
     }
 
-    /// Waits until another process than `main` is the service and says this word of its own.
+    /// Waits until a new main process in place of `main` runs and its status contains this word.
     async fn is_back(&self, main: &str, word: &str) -> Result<()> {
         let another = |pid: &str| pid != "0" && pid != main;
         self.container.wait_property(AGENT, "MainPID", DEADLINE, another).await?;
@@ -296,13 +296,13 @@ impl Node<'_> {
         let lines: Vec<&str> = log.lines().collect();
         let at =
             |text: &str| lines.iter().rposition(|line| line.contains(text)).with_context(|| format!("no `{text}`"));
-        // Nothing of ours touches the deployments while they are finalized: by order, not by luck.
+        // The unit's ordering keeps the agent from the deployments while they are finalized.
         let after = self.container.property(AGENT, "After").await?;
         ensure!(after.split(' ').any(|unit| unit == FINALIZER), "the agent is not ordered after {FINALIZER}");
         let order =
             [at("Stopped rebase-agent.service")?, at(&format!("Stopping {FINALIZER}"))?, at("Finalized deployment")?];
-        ensure!(order.is_sorted(), "the agent was stopped after the finalizer began");
-        ensure!(log.contains("System is rebooting"), "logind says nothing of the reboot");
+        ensure!(order.is_sorted(), "the agent was stopped after the finalizer had started");
+        ensure!(log.contains("System is rebooting"), "logind did not log the reboot");
         Ok("stopped before it was finalized".to_owned())
     }
 
@@ -314,7 +314,7 @@ impl Node<'_> {
         self.deployments()?.into_iter().find(|deployment| deployment.booted).context("nothing is booted")
     }
 
-    /// What must be true of a node that says Done after an update.
+    /// Checks a node that reports Done after an update.
     fn is_arrived(&self, image: &Pushed) -> Result<()> {
         let node = self.outside.node()?;
         let digest = self.booted()?.digest;
@@ -346,11 +346,11 @@ impl Node<'_> {
         self.is_back(&main, "Done").await?;
         let took = start.elapsed();
         let log = self.container.ok(&["journalctl", "--quiet", "--output=cat", "--boot", "--unit", AGENT]).await?;
-        ensure!(log.contains("Watchdog timeout"), "systemd did not miss it: {log}");
+        ensure!(log.contains("Watchdog timeout"), "the watchdog did not fire: {log}");
         self.is_arrived(image)?;
-        ensure!(self.boot_id().await? == boot, "it was rebooted");
+        ensure!(self.boot_id().await? == boot, "the machine was rebooted");
         ensure!(self.requests().await? == requests, "rpm-ostreed was asked for something");
-        // What follows needs no watchdog.
+        // The later steps need no watchdog.
         self.container.drop_in(AGENT, "60-quick", QUICK).await?;
         Ok(format!("back after {:.1} s, nothing repeated", took.as_secs_f64()))
     }
@@ -369,11 +369,11 @@ impl Node<'_> {
                 continue;
             }
             logged += 1;
-            ensure!(explained.contains(body), "journalctl -x does not say what it means that `{subject}`");
+            ensure!(explained.contains(body), "journalctl -x does not explain `{subject}`");
         }
         for subject in ["started", "refuses", "verified", "staged", "reboot", "desired"] {
             let known = entries.iter().find(|(_, text, _)| text.contains(subject));
-            let (id, ..) = known.with_context(|| format!("no message says `{subject}`"))?;
+            let (id, ..) = known.with_context(|| format!("no message has the subject `{subject}`"))?;
             let by_id = format!("MESSAGE_ID={id}");
             self.container.ok(&["journalctl", "--quiet", "--output=cat", "--unit", AGENT, &by_id]).await?;
         }
@@ -382,16 +382,16 @@ impl Node<'_> {
 
     async fn status(&self) -> Result<String> {
         let own = self.container.property(AGENT, "StatusText").await?;
-        // Lines are wrapped as on a terminal.
+        // `status` wraps lines as for a terminal.
         let text = self.container.ok(&["rebase-agent", "status"]).await?;
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let parts: Vec<&str> = own.split(" | ").collect();
         let lacks = parts.iter().find(|part| part.is_empty() || !text.contains(**part));
         ensure!(lacks.is_none(), "`status` does not show the service's `{own}`: {text}");
-        Ok(format!("shows the service's word `{own}`"))
+        Ok(format!("shows the service's status `{own}`"))
     }
 
-    /// GnuPG has nowhere to write in the shipped unit, and the drop-in grants it one place and no other.
+    /// In the shipped unit GnuPG has no writable directory; the drop-in grants exactly one.
     async fn verifies_gpg(&self, image: &Pushed) -> Result<String> {
         const EXAMPLE: &str = "/usr/share/doc/rebase-agent/examples/rebase-agent.service.d/10-gpg.conf";
         const PLACE: &str = "/run/rebase-agent-gnupg";
@@ -409,8 +409,8 @@ impl Node<'_> {
         Ok(format!("refused in the shipped unit, verified with 10-gpg.conf, whose only writable mount is {PLACE}"))
     }
 
-    /// The same build, made to write, in three sandboxes; in the one with neither guard it has to succeed, or the
-    /// others would show nothing.
+    /// A build that tries to write, in three sandboxes; without both guards the write must succeed, otherwise the other
+    /// two prove nothing.
     async fn writes_are_stopped(&self) -> Result<String> {
         const NO_LANDLOCK: &str =
             "SystemCallFilter=~landlock_create_ruleset landlock_add_rule landlock_restrict_self\n";
@@ -432,10 +432,13 @@ impl Node<'_> {
             let tries: Vec<&str> = log.lines().filter(|line| line.starts_with("deliberate write: ")).collect();
             ensure!(!tries.is_empty(), "with {guard}, nothing was tried: {log}");
             let other: Vec<_> = tries.iter().filter(|line| !line.contains(outcome)).collect();
-            ensure!(other.is_empty(), "with {guard}, each should end with `{outcome}`: {other:?}");
+            ensure!(other.is_empty(), "with {guard}, each write should end with `{outcome}`: {other:?}");
             let written =
                 self.container.run(&["bash", "-c", "ls /{etc,run,usr/bin,var/lib}/rebase-agent-fault"]).await?;
-            ensure!(written.stdout.is_empty() == (*outcome != "written"), "with {guard}, the disk says otherwise");
+            ensure!(
+                written.stdout.is_empty() == (*outcome != "written"),
+                "with {guard}, the disk shows another result"
+            );
         }
         self.container.ok(&["bash", "-c", "rm /{etc,run,usr/bin,var/lib}/rebase-agent-fault"]).await?;
         self.container.drop_out(AGENT, "70-fault").await?;

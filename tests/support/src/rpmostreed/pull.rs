@@ -1,4 +1,4 @@
-//! Container images into the sysroot: the reference grammar, the real pull with skopeo, the image store.
+//! Getting container images into the sysroot: the reference grammar, the real pull with skopeo, the image store.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -19,7 +19,7 @@ use crate::machine::Engine;
 pub(crate) struct Reference {
     /// `ostree-image-signed`.
     pub(crate) signed: bool,
-    /// What follows `docker://`.
+    /// The part after `docker://`.
     pub(crate) name: String,
 }
 
@@ -61,7 +61,7 @@ impl Reference {
     }
 }
 
-/// Where the image store keeps the image that an origin names.
+/// The place in the image store for the image that an origin names.
 pub(crate) fn store_key(reference: &str) -> String {
     let name = Reference::parse(reference).map_or_else(|_| reference.to_owned(), |parsed| parsed.name);
     sha256_hex(name.as_bytes())
@@ -76,7 +76,7 @@ pub(crate) struct Image {
     pub(crate) config: String,
     pub(crate) version: Option<String>,
     pub(crate) timestamp: u64,
-    /// Path and whether it is compressed.
+    /// The path, and whether the file is compressed.
     pub(crate) layers: Vec<(PathBuf, bool)>,
     layer_digests: Vec<String>,
     size: u64,
@@ -166,7 +166,7 @@ fn default_is_insecure(policy: &Path) -> Result<bool, String> {
     }))
 }
 
-/// Tells a transaction's clients, if there is a transaction.
+/// Reports to a transaction's clients, if there is a transaction.
 pub(crate) async fn say(transaction: Option<&Arc<Transaction>>, message: &str) {
     if let Some(transaction) = transaction {
         transaction.message(message).await;
@@ -175,7 +175,7 @@ pub(crate) async fn say(transaction: Option<&Arc<Transaction>>, message: &str) {
 
 static DOWNLOADS: AtomicU64 = AtomicU64::new(0);
 
-/// Gets `reference` into the image store, as `origin` (the reference itself unless a revision was asked for).
+/// Pulls `reference` into the image store, as `origin` (the reference itself unless a revision was requested).
 pub(crate) async fn pull(
     engine: &Engine,
     sysroot: &Sysroot,
@@ -191,7 +191,7 @@ pub(crate) async fn pull(
             .to_owned());
     }
     let layout = sysroot.images_dir().join(store_key(&canonical));
-    // An imported digest is never asked for again: no network, and no signature check either.
+    // An imported digest is never fetched again: no network access and no signature check.
     if !(reference.name.contains("@sha256:") && layout.join("index.json").exists()) {
         let number = DOWNLOADS.fetch_add(1, Ordering::SeqCst);
         let temporary = sysroot.images_dir().join(format!("incoming-{number}"));
@@ -221,7 +221,7 @@ async fn copy(engine: &Engine, sysroot: &Sysroot, name: &str, layout: &Path) -> 
     let mut command = tokio::process::Command::new(&engine.skopeo);
     command.arg("--policy").arg(&engine.policy).arg("--registries.d").arg(&engine.registries_d);
     command.arg("copy").arg("--src-cert-dir").arg(&engine.cert_dir);
-    // The layout cannot hold signatures; they are checked before they are dropped.
+    // The layout cannot hold signatures; they are checked and then dropped.
     command.args(["--preserve-digests", "--remove-signatures"]);
     let auth = ["run/ostree/auth.json", "etc/ostree/auth.json", "usr/lib/ostree/auth.json"]
         .iter()
@@ -235,7 +235,7 @@ async fn copy(engine: &Engine, sysroot: &Sysroot, name: &str, layout: &Path) -> 
     command.stdin(Stdio::null()).kill_on_drop(true);
     let output = loop {
         match command.output().await {
-            // A script that was just written may still be open in a child that another thread is about to start.
+            // A new script may still be open in a child that another thread is about to start.
             Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
@@ -248,13 +248,13 @@ async fn copy(engine: &Engine, sysroot: &Sysroot, name: &str, layout: &Path) -> 
     }
     let stderr = String::from_utf8_lossy(&output.stderr);
     let message = last_message(&stderr).unwrap_or_else(|| output.status.to_string());
-    // `copy` puts words of its own before those that the image proxy passes on.
+    // `copy` adds a prefix to the messages of the image proxy.
     let ours = format!("initializing source docker://{name}: ");
     let rest = message.strip_prefix(&ours).or_else(|| message.strip_prefix("Source image rejected: "));
     Err(rest.map_or_else(|| message.clone(), str::to_owned))
 }
 
-/// What skopeo said last, without its log decoration.
+/// skopeo's last message, without its log format.
 fn last_message(stderr: &str) -> Option<String> {
     let line = stderr.lines().rev().find(|line| !line.trim().is_empty())?;
     let Some((_, quoted)) = line.split_once("msg=") else { return Some(line.to_owned()) };

@@ -1,4 +1,4 @@
-//! The ostree side of the machine, kept on disk: deployments, their boot order, the staged one, the image store.
+//! The machine's ostree sysroot on disk: deployments, their boot order, the staged one, the image store.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,14 +16,14 @@ use serde::{Deserialize, Serialize};
 use super::pull::Image;
 use crate::bus::{Dict, variant};
 
-/// One deployment as rpm-ostree would describe it.
+/// One deployment with rpm-ostree's description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Deployment {
     /// The stateroot.
     pub osname: String,
     /// The ostree checksum.
     pub checksum: String,
-    /// Counts deployments of the same checksum.
+    /// Number among deployments of the same checksum.
     pub serial: i32,
     /// Whether the machine runs it.
     pub booted: bool,
@@ -70,7 +70,7 @@ impl Deployment {
         words.join(" ")
     }
 
-    /// What the kernel says that it was started with.
+    /// The command line that the kernel reports.
     fn command_line(&self) -> String {
         format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", self.checksum, self.options())
     }
@@ -104,7 +104,7 @@ impl Deployment {
         put("base-commit-meta", variant(meta));
         put("requested-packages", variant(self.requested_packages.clone()));
         put("packages", variant(self.requested_packages.clone()));
-        // There however little was changed.
+        // Always there, even after the smallest change.
         for key in ["requested-local-packages", "requested-local-fileoverride-packages"] {
             put(key, variant(Vec::<String>::new()));
         }
@@ -144,7 +144,7 @@ pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
     openssl::sha::sha256(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The sysroot lock; given back when dropped.
+/// The sysroot lock; released when dropped.
 #[derive(Debug)]
 pub struct Lock {
     sysroot: Arc<Sysroot>,
@@ -156,7 +156,7 @@ impl Drop for Lock {
     }
 }
 
-/// The tree that stands for the machine's disk and memory file systems.
+/// The tree that replaces the machine's disk and memory file systems.
 #[derive(Debug)]
 pub struct Sysroot {
     root: PathBuf,
@@ -189,7 +189,7 @@ impl Sysroot {
         Ok(this)
     }
 
-    /// The tree of a machine that runs: whoever asks is on it.
+    /// The tree of the running machine that this process is on.
     pub fn running(root: &Path, osname: &str) -> anyhow::Result<Self> {
         let this = Self::create(root, osname)?;
         this.powered.store(true, Ordering::SeqCst);
@@ -208,13 +208,13 @@ impl Sysroot {
         &self.osname
     }
 
-    /// Takes or gives back the lock that `ostree admin` and bootc hold while they work.
+    /// Takes or releases the lock that `ostree admin` and bootc hold while they work.
     pub fn set_locked(&self, locked: bool) {
         self.locked.store(locked, Ordering::SeqCst);
         self.list_lock(locked);
     }
 
-    /// Waits for that lock, without limit and as long as it takes, like bootc.
+    /// Waits for that lock without a limit, like bootc.
     pub async fn lock(self: &Arc<Self>) -> Lock {
         while self.locked.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -223,7 +223,7 @@ impl Sysroot {
         Lock { sysroot: self.clone() }
     }
 
-    /// Keeps the kernel's list of locks.
+    /// Writes the kernel's list of locks.
     fn list_lock(&self, locked: bool) {
         let path = self.root.join("proc/locks");
         let mut text = "1: POSIX  ADVISORY  READ 1 00:00:1 128 128\n".to_owned();
@@ -249,7 +249,7 @@ impl Sysroot {
         self.root.join("run/ostree/staged-deployment.json")
     }
 
-    /// libostree's own note, with what the finalizer needs of it.
+    /// libostree's record of the staged deployment, with the data that the finalizer needs.
     fn staged_path(&self) -> PathBuf {
         self.root.join("run/ostree/staged-deployment")
     }
@@ -258,7 +258,7 @@ impl Sysroot {
         self.root.join("ostree/repo/images")
     }
 
-    /// Nothing reaches the disk any more until the next boot.
+    /// Nothing is written to the disk until the next boot.
     pub(crate) fn cut_power(&self) {
         self.powered.store(false, Ordering::SeqCst);
     }
@@ -378,7 +378,7 @@ impl Sysroot {
         Ok(())
     }
 
-    /// Checks an image out as a deployment that nothing refers to yet.
+    /// Checks an image out as a deployment without a boot entry.
     fn check_out(&self, image: &Image, kernel_arguments: &[String]) -> anyhow::Result<Deployment> {
         let checksum = sha256_hex(format!("commit of {}", image.digest).as_bytes());
         let mut serial = 0;
@@ -444,19 +444,19 @@ impl Sysroot {
         Ok(deployment)
     }
 
-    /// Whether the note on what is staged names arguments.
+    /// Whether the record of the staged deployment has arguments.
     pub(crate) fn notes_arguments(&self) -> bool {
         fs::read(self.staged_path()).is_ok_and(|note| note.windows(6).any(|window| window == b"kargs\0"))
     }
 
-    /// The staged deployment was staged without arguments, as `ostree admin deploy --stage` does.
+    /// Removes the arguments from the record, as after `ostree admin deploy --stage`.
     pub fn forget_staged_arguments(&self) -> anyhow::Result<()> {
         let _disk = self.live_disk()?;
         let staged = self.scan().into_iter().find(|deployment| deployment.staged).context("nothing is staged")?;
         self.note_staged(&staged, staged.locked, false)
     }
 
-    /// A GVariant, as libostree writes it.
+    /// A GVariant in libostree's format.
     fn note_staged(&self, deployment: &Deployment, locked: bool, with_arguments: bool) -> anyhow::Result<()> {
         let note = VariantDict::new(None);
         let target = VariantDict::new(None);
@@ -512,7 +512,7 @@ impl Sysroot {
         self.touch()
     }
 
-    /// Deletes every deployment that nothing refers to.
+    /// Deletes every deployment without a boot entry.
     fn collect(&self) -> anyhow::Result<()> {
         let mut live = self.boot_order();
         live.extend(self.marker().map(|marker| marker.key));
@@ -531,7 +531,7 @@ impl Sysroot {
         Ok(())
     }
 
-    /// Deletes imported images that no deployment's origin names; says how many.
+    /// Deletes imported images that no deployment's origin names; returns their number.
     pub(crate) fn prune_images(&self) -> anyhow::Result<usize> {
         let _disk = self.live_disk()?;
         let live: Vec<String> =
@@ -549,7 +549,7 @@ impl Sysroot {
         Ok(pruned)
     }
 
-    /// Changes the modification time of the deployment directory, which is how a change is noticed from outside.
+    /// Changes the modification time of the deployment directory, by which other programs notice a change.
     pub fn touch(&self) -> anyhow::Result<()> {
         let directory = fs::File::open(self.root.join("ostree/deploy"))?;
         let old = directory.metadata()?.modified()?;
@@ -558,7 +558,7 @@ impl Sysroot {
         Ok(())
     }
 
-    /// Drops the staged deployment; says whether there was one.
+    /// Drops the staged deployment; returns whether there was one.
     pub fn drop_staged(&self) -> anyhow::Result<bool> {
         let _disk = self.live_disk()?;
         self.discard_staged()
@@ -579,7 +579,8 @@ impl Sysroot {
         self.scan().into_iter().filter(|deployment| !deployment.staged).collect()
     }
 
-    /// Drops what is to be booted next but does not run: the staged deployment or a finalized one before the booted.
+    /// Drops the deployment that boots next but is not booted: the staged one, or a finalized one before the booted
+    /// one.
     pub(crate) fn drop_pending(&self) -> anyhow::Result<bool> {
         let _disk = self.live_disk()?;
         let mut changed = self.discard_staged()?;
@@ -617,12 +618,12 @@ impl Sysroot {
         Ok(true)
     }
 
-    /// As `rpm-ostree rollback` does by hand.
+    /// `rpm-ostree rollback`, run by hand.
     pub fn turn_boot_order(&self) -> anyhow::Result<()> {
         self.roll_back()
     }
 
-    /// Makes the rollback deployment the first one, at once.
+    /// Moves the rollback deployment to the front at once.
     pub(crate) fn roll_back(&self) -> anyhow::Result<()> {
         let _disk = self.live_disk()?;
         let mut order = self.in_boot_order();
@@ -636,8 +637,8 @@ impl Sysroot {
         self.write_boot_order(&order)
     }
 
-    /// What the finalizer does at shutdown: the staged deployment becomes the first to boot, the booted one the
-    /// rollback. A locked one is not finalized.
+    /// The finalizer's work at shutdown: the staged deployment becomes the first to boot, the booted one the rollback.
+    /// A locked one is not finalized.
     pub fn finalize(&self) -> anyhow::Result<Option<Deployment>> {
         let _disk = self.live_disk()?;
         let list = self.scan();
@@ -655,7 +656,7 @@ impl Sysroot {
         Ok(Some(staged))
     }
 
-    /// What the boot loader and the initramfs do: `index` of the boot order runs from now on. `/run` is empty then.
+    /// The work of boot loader and initramfs: boots entry `index` of the boot order, with an empty `/run`.
     pub(crate) fn boot(&self, index: usize) -> anyhow::Result<Deployment> {
         let _disk = self.disk();
         self.powered.store(true, Ordering::SeqCst);
@@ -702,7 +703,7 @@ impl Sysroot {
         self.touch()
     }
 
-    /// Where a deployment's files are.
+    /// The directory of a deployment's files.
     #[must_use]
     pub fn tree(&self, deployment: &Deployment) -> PathBuf {
         self.deploy_dir().join(deployment.key())

@@ -1,4 +1,4 @@
-//! One transaction: its peer-to-peer socket, its clients, its life.
+//! One transaction: its peer-to-peer socket, its clients, its states.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ pub(crate) struct Transaction {
     tasks: Mutex<Vec<AbortHandle>>,
 }
 
-/// What a transaction is created from.
+/// Settings of a new transaction.
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) parameters: Vec<u8>,
@@ -97,7 +97,7 @@ impl Transaction {
         self.tasks.lock().unwrap().push(task.abort_handle());
     }
 
-    /// Serves one client until it goes.
+    /// Serves one client until it disconnects.
     async fn attend(self: &Arc<Self>, stream: std::os::unix::net::UnixStream) {
         let built = Builder::unix_stream(stream).server(Guid::generate()).p2p().build_message_stream().await;
         let Ok(stream) = built else { return };
@@ -112,7 +112,7 @@ impl Transaction {
         *self.phase.lock().unwrap() == Phase::Waiting
     }
 
-    /// Starts it unless it was; says whether this call did.
+    /// Starts the transaction unless it was started; returns whether this call did.
     pub(crate) fn start(self: &Arc<Self>) -> bool {
         {
             let mut phase = self.phase.lock().unwrap();
@@ -145,13 +145,13 @@ impl Transaction {
         self.cancelled.send_replace(true);
     }
 
-    /// The client that asked for it left the bus before anybody started it: it is gone without a word.
+    /// The client that requested it left the bus before the start: the transaction ends without a signal.
     pub(crate) async fn abandon(self: &Arc<Self>) {
         *self.phase.lock().unwrap() = Phase::Finished(false, String::new());
         self.force_close().await;
     }
 
-    /// The title that clients see: what deploys gets its own with its start.
+    /// The title that clients see: a deploying transaction gets its own when it starts.
     pub(crate) fn shown_title(&self) -> &str {
         let deploys = ["Rebase", "Upgrade"].contains(&self.method.as_str());
         if deploys && self.is_waiting() { "new-deployment" } else { &self.title }
@@ -196,7 +196,7 @@ impl Transaction {
         }
     }
 
-    /// Cuts every client off, as the daemon does some time after the end and a crash does at once.
+    /// Disconnects every client, as the daemon does some time after the end and a crash does at once.
     pub(crate) async fn force_close(self: &Arc<Self>) {
         let peers: Vec<Connection> = self.peers.lock().unwrap().drain().map(|(_, peer)| peer).collect();
         for peer in peers {
@@ -209,7 +209,7 @@ impl Transaction {
         let peers: Vec<Connection> = self.peers.lock().unwrap().values().cloned().collect();
         for peer in peers {
             let send = peer.emit_signal(None::<&str>, "/", INTERFACE, name, body);
-            // A client that does not read must not stop the daemon.
+            // A client that does not read must not block the daemon.
             let _ = tokio::time::timeout(Duration::from_secs(1), send).await;
         }
     }
@@ -294,7 +294,7 @@ impl Service for Peer {
                     _ => None,
                 };
                 let Some(finished) = finished else { return Ok(reply) };
-                // A late client is told again, after the reply and on its own connection only.
+                // A late client gets the end again, after the reply and on its own connection only.
                 if let Some(reply) = reply {
                     connection.send(&reply).await?;
                 }

@@ -1,5 +1,5 @@
-//! bootc, as far as the shipped units run it: `status` and `switch`, on the disk that rpm-ostreed's double works on,
-//! with the same real pull, under the lock that the kernel knows of.
+//! bootc, limited to the shipped units: `status` and `switch`, on the disk of rpm-ostreed's stand-in, with the same
+//! real pull, under a lock that the kernel lists.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,17 +15,17 @@ use crate::bootc::status;
 use crate::events::Events;
 use crate::rpmostreed::{Reference, Sysroot};
 
-/// Where it is inside; what is there is this program, which knows by that name what it is.
+/// Its place in the container; the file there is this program, which checks its own name.
 pub const PROGRAM: &str = "/usr/bin/bootc";
-/// The story's word for the switch to an image, in a file that is called as the image's digest.
+/// The directory of the story's words for switches; each file is named after the image's digest.
 pub const WORDS: &str = "/run/bootc-words";
-/// Says that the switch fails before it has staged anything.
+/// Makes the switch fail before staging.
 pub const FAIL: &str = "fail";
-/// Says that it fails when it has staged: a bound image could not be pulled.
+/// Makes the switch fail after staging: a bound image could not be pulled.
 pub const FAIL_LATE: &str = "fail late";
-/// Stands before the arguments, as JSON, in the journal.
+/// Prefix of the arguments, as JSON, in the journal.
 pub const CALLED: &str = "called with ";
-/// What whoever changes or only reads the deployments takes and waits for.
+/// The lock that every program takes to change or read the deployments.
 const LOCK: &str = "/ostree/lock";
 
 #[derive(Debug, Parser)]
@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// Runs one command of it.
+/// Runs one command of bootc.
 pub async fn run(arguments: &[OsString]) -> Result<()> {
     let shown: Vec<_> = arguments.iter().skip(1).map(|argument| argument.to_string_lossy()).collect();
     eprintln!("{CALLED}{}", json!(shown));
@@ -69,13 +69,13 @@ pub async fn run(arguments: &[OsString]) -> Result<()> {
 
 async fn switch(sysroot: Arc<Sysroot>, target: Reference) -> Result<()> {
     let deployments = sysroot.load();
-    // `host.spec` is what is staged, else what is booted.
+    // `host.spec` is the staged image, or else the booted one.
     let spec = deployments.iter().find(|d| d.staged).or(deployments.iter().find(|d| d.booted));
     if spec.is_some_and(|spec| spec.reference == target.canonical()) {
         println!("Image specification is unchanged.");
         return Ok(());
     }
-    // A pipe in that place lasts until somebody writes to it.
+    // Reading a pipe there waits for a writer.
     let digest = target.name.rsplit('@').next().unwrap_or_default();
     let word = fs::read_to_string(Path::new(WORDS).join(digest)).unwrap_or_default();
     ensure!(word != FAIL, "Switching: Pulling: something went wrong");

@@ -1,4 +1,4 @@
-//! The same node once rpm-ostree is taken from it: what has to hold of the units that run bootc.
+//! Checks of the units that run bootc, on the same node without rpm-ostree.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -27,9 +27,9 @@ const SOCKET: &str = "/run/rebase-agent/bootc-status.sock";
 const SWITCH: &str = "rebase-agent-bootc@";
 const SWITCH_SIGNED: &str = "rebase-agent-bootc-signed@";
 const SIGNED: &str = "--enforce-container-sigpolicy";
-/// So much of a digest is in a reason.
+/// Length of a digest in a reason.
 const SHORT: usize = "sha256:".len() + 12;
-/// What an option, a specifier, a variable, a shell and a second argument would look like.
+/// Instances that look like an option, a specifier, a variable, a shell command and a second argument.
 const TRICKY: [&str; 3] = ["--apply", "-- --transport=dir /", "%n %% $HOME ${PATH} $(reboot) ; \"a\\b' \n-x"];
 
 impl Node<'_> {
@@ -38,9 +38,9 @@ impl Node<'_> {
         teller.step("every directive of bootc's units is in force", self.has_bootcs_directives()).await?;
         teller.step("no instance of them becomes an option", self.instances_are_arguments()).await?;
         teller.step("a signed image is staged by bootc's unit and held", self.switches()).await?;
-        teller.step("SIGKILL during a switch: found running, waited for", self.finds_its_switch()).await?;
-        teller.step("another image during a switch: stopped, switched", self.stops_its_switch()).await?;
-        teller.step("a switch fails; another fails that has staged", self.reports_failures()).await?;
+        teller.step("SIGKILL during a switch: the restarted agent waits for it", self.finds_its_switch()).await?;
+        teller.step("a retarget during a switch stops it and starts another", self.stops_its_switch()).await?;
+        teller.step("a switch fails before staging, another after it", self.reports_failures()).await?;
         let last = self.outside.signed("10").await?;
         teller.step("a policy that rejects by default", self.switches_signed(&last)).await?;
         let boot = self.boot_id().await?;
@@ -52,7 +52,7 @@ impl Node<'_> {
         self.outside.demand_sigstore(&self.container.path("/"), Policy::accept_by_default())?;
         symlink(node::PROGRAM, self.container.path(PROGRAM))?;
         fs::create_dir_all(self.container.path(WORDS))?;
-        // The bus goes on to list the name as one that it would have somebody started for.
+        // The bus still lists the name as activatable.
         self.container.ok(&["systemctl", "mask", "--now", "--quiet", RPM_OSTREED]).await?;
         self.container.ok(&["systemctl", "preset", "--quiet", AGENT, STATUS]).await?;
         self.container.ok(&["systemctl", "start", STATUS]).await?;
@@ -92,7 +92,7 @@ impl Node<'_> {
                 let started = self.container.run(&["systemctl", "start", "--", &unit]).await?;
                 ensure!(!started.status.success(), "bootc switches to `{text}`");
                 expected.push(call(options, text));
-                // The agent resets what it started.
+                // The agent resets the units that it started.
                 self.container.ok(&["systemctl", "reset-failed", "--", &unit]).await?;
             }
         }
@@ -126,7 +126,7 @@ impl Node<'_> {
         let main = self.container.property(AGENT, "MainPID").await?;
         self.container.ok(&["systemctl", "kill", "--signal=KILL", "--kill-whom=main", AGENT]).await?;
         self.is_back(&main, "`bootc switch` runs as").await?;
-        ensure!(self.container.property(&unit, "MainPID").await? == switch, "the switch is another one");
+        ensure!(self.container.property(&unit, "MainPID").await? == switch, "the switch is not the same process");
         self.container.ok(&["bash", "-c", "echo go on >$0", &word(&image)]).await?;
         self.is_held(&image).await?;
         let calls = self.calls("switch").await?.split_off(before);
@@ -166,7 +166,7 @@ impl Node<'_> {
         self.is_held(&late).await?;
         self.nothing_failed().await?;
         let log = self.container.ok(&["journalctl", "--quiet", "--output=cat", "--boot", "--unit", AGENT]).await?;
-        ensure!(log.contains("the image is staged all the same"), "the agent does not tell that its switch failed");
+        ensure!(log.contains("the image is staged all the same"), "the agent does not report the failed switch");
         Ok(reason.to_owned())
     }
 
@@ -183,7 +183,7 @@ impl Node<'_> {
         Ok(staged.reference)
     }
 
-    /// The arguments of every call of `command` in this boot, as they arrived.
+    /// The arguments of every call of `command` in this boot.
     async fn calls(&self, command: &str) -> Result<Vec<Vec<String>>> {
         self.container.ok(&["journalctl", "--sync"]).await?;
         let journal = ["journalctl", "--quiet", "--output=cat", "--boot", "--unit=rebase-agent-bootc*"];
@@ -194,17 +194,17 @@ impl Node<'_> {
         Ok(calls)
     }
 
-    /// The instance for `text`, by systemd's own escaping.
+    /// The instance name for `text`, in systemd's own escaping.
     async fn unit(&self, template: &str, text: &str) -> Result<String> {
         self.container.ok(&["systemd-escape", &format!("--template={template}.service"), "--", text]).await
     }
 
-    /// The switch to `image` will last until it is told to go on.
+    /// Makes the switch to `image` wait for a word.
     async fn hold_up(&self, image: &Pushed) -> Result<()> {
         self.container.ok(&["mkfifo", &word(image)]).await.map(|_| ())
     }
 
-    /// Waits until the switch to `image` runs and has told its arguments: its unit and its process.
+    /// Waits until the switch to `image` runs and has logged its arguments; returns its unit and its process.
     async fn runs(&self, image: &Pushed) -> Result<(String, String)> {
         let began = Instant::now();
         while self.calls("switch").await?.last() != Some(&switch_to(image, &[])) {
@@ -213,7 +213,7 @@ impl Node<'_> {
         }
         let unit = self.unit(SWITCH, &image.pullspec()).await?;
         let process = self.container.property(&unit, "MainPID").await?;
-        ensure!(process != "0", "{unit} runs no more");
+        ensure!(process != "0", "{unit} does not run any more");
         Ok((unit, process))
     }
 
