@@ -1,4 +1,4 @@
-//! What stages images in the guest, and all that tests have to know of it.
+//! The host tool that stages images in the guest, and its properties for the tests.
 
 use clap::ValueEnum;
 
@@ -12,7 +12,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Its name, as the agent and the image's build know it.
+    /// Its name, as the agent and the image's build use it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -21,8 +21,8 @@ impl Backend {
         }
     }
 
-    /// What `rebase-agent status` says of it: which, and why. There may be a real bootc beside a real rpm-ostree, which
-    /// is another reason.
+    /// `rebase-agent status` on the choice: the tool, and the reason. A guest may have both real tools, which is
+    /// another reason.
     #[must_use]
     pub fn chosen(self) -> &'static str {
         match self {
@@ -31,7 +31,7 @@ impl Backend {
         }
     }
 
-    /// The command with which anybody with root has it stage an image, without the agent.
+    /// The command with which root stages an image without the agent.
     #[must_use]
     pub fn pull(self, pullspec: &str) -> String {
         match self {
@@ -40,7 +40,7 @@ impl Backend {
         }
     }
 
-    /// Whether it can drop what is staged; otherwise the agent stages the desired image over it.
+    /// Whether it can drop a staged deployment; otherwise the agent stages the desired image over it.
     #[must_use]
     pub fn drops_staged(self) -> bool {
         self == Self::RpmOstree
@@ -55,7 +55,7 @@ impl Backend {
         }
     }
 
-    /// What its journal says when it has done what it was asked for, as a pattern. rpm-ostree names the object, too
+    /// A pattern for its journal message about a successful stage. rpm-ostree also names the object
     /// (rpmostreed-transaction.cxx: `Txn %s on %s successful`).
     #[must_use]
     pub fn ended_well(self) -> &'static str {
@@ -65,7 +65,7 @@ impl Backend {
         }
     }
 
-    /// A script after which staging ends well and stages nothing. That of rpm-ostree depends on the stand-in.
+    /// A script after which staging reports success and stages nothing. For rpm-ostree it needs the stand-in.
     #[must_use]
     pub fn change_nothing(self) -> &'static str {
         match self {
@@ -77,7 +77,7 @@ impl Backend {
         }
     }
 
-    /// The script that undoes it.
+    /// The script that reverts it.
     #[must_use]
     pub fn change_again(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ impl Backend {
         }
     }
 
-    /// The reason that the agent gives when the registry dies while an image is pulled: it sees none of bootc's words.
+    /// The agent's reason when the registry dies during a pull: it does not see bootc's messages.
     #[must_use]
     pub fn lost_registry(self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! One update as a story: what the guest's journal says as it says it, what the cluster hears, and the reboot between.
+//! One update as a story: the guest's journal as it is written, the annotations of the Node, and the reboot in between.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +21,7 @@ impl Teller {
     }
 }
 
-/// Tells it; any deviation is an error.
+/// Runs the story; any deviation is an error.
 pub async fn tell(stock: &Stock) -> Result<()> {
     let mut lab = Lab::new(stock, "demo", Kind::Plain, None).await?;
     let teller = Arc::new(Teller(Instant::now()));
@@ -80,7 +80,7 @@ async fn story(lab: &mut Lab, teller: &Teller) -> Result<()> {
     Ok(())
 }
 
-/// Tells what the journal says, of the agent and of who works for it.
+/// Prints the journal of the agent and of the programs that work for it.
 async fn listen(journal: Journal, teller: Arc<Teller>) {
     let mut told = 0;
     let mut changes = journal.changes();
@@ -92,7 +92,7 @@ async fn listen(journal: Journal, teller: Arc<Teller>) {
                 (Some("rebase-agent"), _) => "agent",
                 (_, Some("rpm-ostreed.service")) => "rpm-ostree",
                 (Some("bootc"), _) => "bootc",
-                // What it prints besides says the same once more.
+                // Its other output repeats the same facts.
                 (_, Some("ostree-finalize-staged.service")) if entry.field("_TRANSPORT") == Some("journal") => "ostree",
                 _ => continue,
             };
@@ -104,7 +104,7 @@ async fn listen(journal: Journal, teller: Arc<Teller>) {
     }
 }
 
-/// Digests to twelve digits.
+/// Shortens digests to twelve digits.
 fn shorten(text: &str) -> String {
     let mut parts = text.split("sha256:");
     let mut short = parts.next().unwrap_or_default().to_owned();

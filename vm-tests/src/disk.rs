@@ -1,4 +1,4 @@
-//! The guest's disk between boots: what a boot loader would read there, read by debugfs, without root and mounts.
+//! The guest's disk between boots: the files that a boot loader would read, read by debugfs, without root and mounts.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +9,7 @@ use support::tools;
 /// One Boot Loader Specification entry.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// `version`: the highest one boots.
+    /// `version`: the entry with the highest one boots.
     pub version: u64,
     /// `linux`, below /boot.
     pub linux: String,
@@ -24,19 +24,19 @@ pub struct Entry {
 pub struct Disk(PathBuf);
 
 impl Disk {
-    /// A copy of `original`, to be written to.
+    /// A writable copy of `original`.
     pub fn copy(original: &Path, to: &Path) -> Result<Self> {
         run(Command::new("cp").arg("--sparse=always").arg("--reflink=auto").arg(original).arg(to))?;
         Ok(Self(to.to_owned()))
     }
 
-    /// The one at that path, only to be read.
+    /// The disk at that path, read-only.
     #[must_use]
     pub fn open(path: &Path) -> Self {
         Self(path.to_owned())
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0
@@ -45,7 +45,7 @@ impl Disk {
     /// Replays the journal of a file system whose power was cut; debugfs does not.
     pub fn recover(&self) -> Result<()> {
         let output = Command::new(program("e2fsck")?).arg("-p").arg(&self.0).output().context("running e2fsck")?;
-        // 1: errors were corrected.
+        // Exit code 1: errors were corrected.
         ensure!(
             matches!(output.status.code(), Some(0 | 1)),
             "e2fsck ends with {}: {}{}",
@@ -74,7 +74,7 @@ impl Disk {
 
     /// Copies a file or a directory out of the file system, if it is there.
     pub fn extract(&self, from: &str, to: &Path) -> Result<()> {
-        // debugfs succeeds without a file, too.
+        // debugfs reports success for a missing file, too.
         match std::fs::remove_file(to) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("an earlier copy"),
             _ => {}
@@ -115,7 +115,7 @@ fn parse(text: &str) -> Result<Entry> {
     })
 }
 
-/// What the kernel gets of a boot loader entry's `options`. GRUB and zipl take quotes away, and put some around a whole
+/// The kernel's view of a boot loader entry's `options`. GRUB and zipl remove quotes, and put some around a whole
 /// argument with a space in it.
 #[must_use]
 pub fn as_boot_loaders_pass(options: &str) -> String {
@@ -134,7 +134,7 @@ pub fn as_boot_loaders_pass(options: &str) -> String {
     arguments.join(" ")
 }
 
-/// Debian keeps them where users do not look.
+/// Debian keeps these programs outside of users' PATH.
 fn program(name: &str) -> Result<PathBuf> {
     tools::on_path(name)
         .or_else(|| Some(Path::new("/usr/sbin").join(name)).filter(|path| path.exists()))

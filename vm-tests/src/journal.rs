@@ -1,4 +1,4 @@
-//! The guest's journal as it is written, from a port of its own: it is there also when the power was cut right after.
+//! The guest's journal as it is written, from its own port: it is complete even after a power cut.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ impl Entry {
         self.0[name].as_str()
     }
 
-    /// `MESSAGE`; also where journald shows bytes because of a control character.
+    /// `MESSAGE`, also where journald stores bytes because of a control character.
     #[must_use]
     pub fn message(&self) -> String {
         match &self.0["MESSAGE"] {
@@ -50,13 +50,13 @@ impl Entry {
 pub struct Journal(watch::Sender<Vec<Entry>>);
 
 impl Journal {
-    /// Empty.
+    /// An empty journal.
     #[must_use]
     pub fn new() -> Self {
         Self(watch::Sender::new(Vec::new()))
     }
 
-    /// Reads records of a boot until the guest is gone, and keeps them in `file`, too.
+    /// Reads records of a boot until the guest is gone, and also writes them to `file`.
     pub fn read(&self, stream: UnixStream, file: std::fs::File) {
         let (journal, mut file) = (self.clone(), tokio::fs::File::from_std(file));
         tokio::spawn(async move {
@@ -64,7 +64,7 @@ impl Journal {
             while let Ok(Some(line)) = lines.next_line().await {
                 let _ = file.write_all(format!("{line}\n").as_bytes()).await;
                 let _ = file.flush().await;
-                // A line that the end of the guest cut is none.
+                // A line that the end of the guest cut off is ignored.
                 if let Ok(fields) = serde_json::from_str(&line) {
                     journal.0.send_modify(|entries| entries.push(Entry(fields)));
                 }
@@ -72,19 +72,19 @@ impl Journal {
         });
     }
 
-    /// How many there are: a place to look from later.
+    /// The number of records so far, as a start for later searches.
     #[must_use]
     pub fn mark(&self) -> usize {
         self.0.borrow().len()
     }
 
-    /// All records since `mark` that `predicate` chooses.
+    /// All records since `mark` that `predicate` accepts.
     #[must_use]
     pub fn since(&self, mark: usize, predicate: impl Fn(&Entry) -> bool) -> Vec<Entry> {
         self.0.borrow().iter().skip(mark).filter(|entry| predicate(entry)).cloned().collect()
     }
 
-    /// Waits for the first record since `mark` that `predicate` chooses.
+    /// Waits for the first record since `mark` that `predicate` accepts.
     pub async fn wait(
         &self,
         mark: usize,
@@ -108,7 +108,7 @@ impl Journal {
             .with_context(|| format!("the journal does not say within {deadline:?}: {what}"))
     }
 
-    /// Tells when records come.
+    /// Notifies about new records.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<Vec<Entry>> {
         self.0.subscribe()

@@ -27,34 +27,34 @@ use crate::vm::{BOOT, Emulator, Provision, Vm};
 
 /// The node's name.
 pub const NODE: &str = "worker-0";
-/// The agent's note of a reboot that it asks for.
+/// The annotation in which the agent records a reboot before it requests one.
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
-/// A person's annotation that the agent is not to reboot.
+/// The operator's annotation that keeps the agent from rebooting.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
-/// For anything that the agent does without a reboot: a verification and a pull take 10 s when it is quiet.
+/// Longest work of the agent without a reboot: a verification and a pull take 10 s on an idle machine.
 pub const WORK: Duration = Duration::from_secs(90);
-/// From a new target to the guest's going down: verification, pull, staging, drain. Quiet, it takes 25 s.
+/// Longest time from a new target to the guest's shutdown: verification, pull, staging, drain. On an idle machine 25 s.
 pub const UPDATE: Duration = Duration::from_secs(150);
 
-/// Between two looks at what does not tell when it changes.
+/// Polling interval where no notification exists.
 pub const LOOK: Duration = Duration::from_millis(200);
 const KUBELET: &str = "/var/lib/kubelet";
 const CLIENT: &str = "/var/lib/kubelet/pki/kubelet-client-current.pem";
 
-/// Where everything is that a lab is made from.
+/// The parts that a lab is made from.
 #[derive(Clone, Debug)]
 pub struct Stock {
     /// Builds images: vm-tests/run.
     pub builder: PathBuf,
-    /// What stages images in the guest.
+    /// The host tool in the guest.
     pub backend: Backend,
-    /// What the builder is to know of the image besides.
+    /// More options for the builder.
     pub image_options: Vec<String>,
     /// Keys and names.
     pub keys: PathBuf,
     /// Keeps the registry's port for as long as there are labs.
     pub _port: Arc<UdpSocket>,
-    /// Where labs keep what they leave.
+    /// The directory for the labs' files.
     pub runs: PathBuf,
     /// The emulator.
     pub emulator: Emulator,
@@ -63,16 +63,16 @@ pub struct Stock {
 /// Kinds of guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// As it is.
+    /// Unchanged.
     Plain,
     /// SELinux enforces the agent's domain.
     Selinux,
-    /// The agent can be told to misbehave.
+    /// The agent has deliberate faults.
     Faults,
 }
 
 impl Stock {
-    /// The directory of the image, which is built if it was not.
+    /// The directory of the image, which is built if necessary.
     pub async fn image(&self, kind: Kind) -> Result<PathBuf> {
         let builds = self.builds(kind).spawn().with_context(|| format!("running {}", self.builder.display()))?;
         let output = builds.wait_with_output().await?;
@@ -80,7 +80,7 @@ impl Stock {
         Ok(String::from_utf8(output.stdout)?.trim().into())
     }
 
-    /// The command that builds it and prints where it is.
+    /// The command that builds the image and prints its directory.
     #[must_use]
     pub fn builds(&self, kind: Kind) -> tokio::process::Command {
         let kind = match kind {
@@ -99,7 +99,7 @@ impl Stock {
 pub struct Lab {
     /// The machine.
     pub vm: Vm,
-    /// What stages images in it.
+    /// The guest's host tool.
     pub backend: Backend,
     /// The API server.
     pub api: ApiServer,
@@ -109,25 +109,25 @@ pub struct Lab {
     pub drains: DrainController,
     /// A real registry.
     pub registry: Registry,
-    /// Who is trusted.
+    /// The trusted keys.
     pub trust: Trust,
     /// The image that the guest was installed with.
     pub installed: Pushed,
-    /// What happens in the cluster.
+    /// The events of the cluster.
     pub events: Events,
-    /// Set once an image brought another key: what is built from then on brings that one.
+    /// Set once an image contained another key: later images contain that one.
     pub key_from_image: Option<String>,
     layout: Layout,
     images: u32,
-    /// What the pool was last told to run.
+    /// The pool's latest target.
     target: Mutex<(Pushed, u32)>,
-    /// What the node was last Done with.
+    /// The image with which the node was last Done.
     settled: Mutex<(Pushed, u32)>,
     began: Instant,
 }
 
 impl Lab {
-    /// Everything but power.
+    /// Starts everything except the guest.
     pub async fn new(stock: &Stock, name: &str, kind: Kind, fault: Option<&str>) -> Result<Self> {
         let image = stock.image(kind).await?;
         let dir = stock.runs.join(name);
@@ -183,7 +183,7 @@ impl Lab {
         })
     }
 
-    /// Everything, with the guest settled on the installed image.
+    /// Starts everything, with the guest settled on the installed image.
     pub async fn start(stock: &Stock, name: &str, kind: Kind, fault: Option<&str>) -> Result<Self> {
         let mut lab = Self::new(stock, name, kind, fault).await?;
         if let Err(error) = lab.first_boot().await {
@@ -220,7 +220,7 @@ impl Lab {
         }
     }
 
-    /// Annotates the Node as somebody other than the agent.
+    /// Annotates the Node as another client than the agent.
     pub fn annotate(&self, key: &str, value: Option<&str>) -> Result<()> {
         self.store()
             .annotate(MANAGER, NODE, key, value)
@@ -236,7 +236,7 @@ impl Lab {
         self.images.to_string()
     }
 
-    /// What every derived image has: a version of its own, also between runs, and the config it was built from.
+    /// The content of every derived image: a unique version, also across runs, and its rendered config.
     fn extra(&self, version: &str) -> Extra {
         let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
         let extra = match &self.key_from_image {
@@ -249,12 +249,12 @@ impl Lab {
             .label("machineconfig", &format!("rendered-worker-{version}"))
     }
 
-    /// A new image that nobody signed.
+    /// A new, unsigned image.
     pub async fn unsigned(&mut self) -> Result<Pushed> {
         self.unsigned_with(Extra::default()).await
     }
 
-    /// The same with more in it.
+    /// The same with more content.
     pub async fn unsigned_with(&mut self, more: Extra) -> Result<Pushed> {
         let version = self.next();
         let mut extra = self.extra(&version);
@@ -269,7 +269,7 @@ impl Lab {
         self.signed_with(Extra::default()).await
     }
 
-    /// The same with more in it.
+    /// The same with more content.
     pub async fn signed_with(&mut self, more: Extra) -> Result<Pushed> {
         let image = self.unsigned_with(more).await?;
         let signer = self.trust.signer.clone();
@@ -287,54 +287,54 @@ impl Lab {
         Ok(image)
     }
 
-    /// Signs an image as the last one's tag.
+    /// Signs an image as the tag of the latest one.
     pub async fn sign(&self, image: &Pushed, signer: &Signer) -> Result<()> {
         let identity = format!("{}:{}", image.repository(), self.images);
         sign(&self.registry, &image.digest, REPOSITORY, &identity, signer).await
     }
 
-    /// Makes the last image the pool's target. The config keeps step with the image, as builds have it.
+    /// Makes the latest image the pool's target. The config changes with the image, as in real builds.
     pub fn target(&self, image: &Pushed) {
         self.target_as(image, self.images);
     }
 
-    /// Makes an image the pool's target that was built from `rendered-worker-<version>`.
+    /// Makes an image that was built from `rendered-worker-<version>` the pool's target.
     pub fn target_as(&self, image: &Pushed, version: u32) {
         *lock(&self.target) = (image.clone(), version);
         self.pool.set_target(&format!("rendered-worker-{version}"), image.pullspec().as_str());
     }
 
-    /// What the pool was last told to run.
+    /// The pool's latest target.
     #[must_use]
     pub fn last_target(&self) -> Pushed {
         lock(&self.target).0.clone()
     }
 
-    /// What the node was last Done with.
+    /// The image with which the node was last Done.
     #[must_use]
     pub fn settled(&self) -> Pushed {
         lock(&self.settled).0.clone()
     }
 
-    /// The pool goes back to what runs, which takes no reboot.
+    /// Targets the image that is already booted, which needs no reboot.
     pub async fn return_to_settled(&mut self) -> Result<()> {
         let (image, version) = lock(&self.settled).clone();
         let boot = self.vm.boot_id().to_owned();
         self.target_as(&image, version);
-        self.wait_done(&image).await.context("back to what runs")?;
-        ensure!(self.vm.boot_id() == boot && self.vm.is_on(), "a reboot into what runs already");
+        self.wait_done(&image).await.context("back to the booted image")?;
+        ensure!(self.vm.boot_id() == boot && self.vm.is_on(), "a reboot into the booted image");
         self.arrived(&image).await
     }
 
-    /// The number of the last image.
+    /// The number of the latest image.
     #[must_use]
     pub fn version(&self) -> u32 {
         self.images
     }
 
-    // --- the node's ways ---
+    // --- the node's steps ---
 
-    /// Switches the guest on; the kubelet's part is to say that the Node is ready.
+    /// Switches the guest on and reports the Node ready, as the kubelet would.
     pub async fn power_on(&mut self) -> Result<Duration> {
         let took = self.vm.power_on().await?;
         let store = self.store();
@@ -350,7 +350,7 @@ impl Lab {
         self.power_on().await
     }
 
-    /// Makes `image` the target and sees the node through to it.
+    /// Makes `image` the target and follows the node until it is Done.
     pub async fn update(&mut self, image: &Pushed, version: u32) -> Result<()> {
         let (before, drains) = (self.vm.boot_id().to_owned(), self.drains.drains());
         self.target_as(image, version);
@@ -364,7 +364,7 @@ impl Lab {
         self.arrived(image).await
     }
 
-    /// Waits until the Node is as wanted; the error shows how it was instead.
+    /// Waits until `predicate` accepts the Node; the error shows its last state.
     pub async fn wait(&self, what: &str, deadline: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
         self.store().wait_for(NODE, deadline, wanted).await.with_context(|| {
             let annotations = self.store().node(NODE).map(|node| node["metadata"]["annotations"].clone());
@@ -372,7 +372,7 @@ impl Lab {
         })
     }
 
-    /// Waits until the cluster hears that the node runs `image` and takes workloads.
+    /// Waits until the Node reports that `image` is booted and the node schedulable.
     pub async fn wait_done(&self, image: &Pushed) -> Result<()> {
         let pullspec = image.pullspec();
         let done = |node: &Value| {
@@ -390,7 +390,7 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits for the first event in `queue` that `is_it` recognizes.
+    /// Waits for the first event in `queue` that `is_it` accepts.
     pub async fn wait_event(
         &self,
         queue: &mut Receiver<Event>,
@@ -403,14 +403,14 @@ impl Lab {
                 match queue.recv().await {
                     Ok(event) if is_it(&event) => return Ok(()),
                     Ok(_) | Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => bail!("nobody tells any more"),
+                    Err(RecvError::Closed) => bail!("the event source has ended"),
                 }
             }
         };
         timeout(deadline, wait).await.with_context(|| format!("{what} did not happen within {deadline:?}"))?
     }
 
-    /// Waits until a request since the `mark`th is as wanted.
+    /// Waits for a request since the `mark`th that `is_it` accepts.
     pub async fn wait_request(
         &self,
         mark: usize,
@@ -436,7 +436,7 @@ impl Lab {
         Ok(())
     }
 
-    /// A line for whoever looks on.
+    /// Prints a line of progress.
     pub fn say(&self, text: &str) {
         println!("{:>12} s  {text}", self.began.elapsed().as_secs());
     }
@@ -451,7 +451,7 @@ impl Lab {
         Ok(annotation(&node, "reason").unwrap_or_default().to_owned())
     }
 
-    /// What must be true of a guest whose Node says Done.
+    /// Checks a guest whose Node reports Done.
     pub async fn arrived(&mut self, image: &Pushed) -> Result<()> {
         let node = self.node()?;
         ensure!(annotation(&node, "reason").unwrap_or_default().is_empty(), "Done with a reason");
@@ -463,7 +463,7 @@ impl Lab {
         Ok(())
     }
 
-    /// The manifest digest of what is booted, from the guest's repository.
+    /// The manifest digest of the booted image, from the guest's repository.
     pub async fn booted_digest(&mut self) -> Result<String> {
         const SCRIPT: &str = "set -e
             path=$(readlink -f \"/$(tr ' ' '\\n' </proc/cmdline | sed -n 's,^ostree=/,,p')\")
@@ -482,7 +482,7 @@ impl Lab {
         self.vm.run("ostree admin status").await
     }
 
-    /// The kubelet's client certificate is replaced, as it does itself from time to time.
+    /// Replaces the kubelet's client certificate, as the kubelet does from time to time.
     pub async fn install_client(&mut self, pem: &str) -> Result<()> {
         let pem = openssl::base64::encode_block(pem.as_bytes());
         let script = format!(
@@ -492,16 +492,16 @@ impl Lab {
         self.vm.run(&script).await.map(drop)
     }
 
-    /// The end of a lab that nobody needs any more.
+    /// Removes a lab that is no longer needed.
     pub async fn end(mut self, keep: bool) {
-        // What cannot be killed or removed is gone already.
+        // Processes and files that cannot be removed are gone already.
         let _ = self.vm.power_cut().await;
         if !keep {
             let _ = std::fs::remove_dir_all(self.vm.dir());
         }
     }
 
-    /// Leaves what a person needs to find out what went wrong, and says where.
+    /// Keeps the evidence of a failure and returns its directory.
     pub async fn keep_evidence(mut self) -> PathBuf {
         let dir = self.vm.dir().to_owned();
         let write = |name: &str, text: String| drop(std::fs::write(dir.join(name), text));
@@ -526,7 +526,7 @@ impl Lab {
         dir
     }
 
-    /// Cuts the power; the Node goes with it.
+    /// Cuts the power; the Node becomes not ready.
     pub async fn power_cut(&mut self) -> Result<()> {
         self.vm.power_cut().await?;
         self.store().set_ready(NODE, false);
@@ -538,7 +538,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// What Ignition and the kubelet's bootstrap leave on a node.
+/// The files that Ignition and the kubelet's bootstrap leave on a node.
 fn provision(dir: &Path, trust: &Trust, api: &ApiServer, installed: &Pushed) -> Result<Provision> {
     let made = tempfile::tempdir_in(dir)?;
     let kubeconfig = made.path().join("kubeconfig");

@@ -1,4 +1,4 @@
-//! A really booted, really rebooted ostree host, and the world around it; vm-tests/run builds what this needs.
+//! Tests on a really booted and rebooted ostree host, with the cluster around it; vm-tests/run builds the needed parts.
 #![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "the harness is not the agent")]
 
 mod backend;
@@ -34,35 +34,35 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make what the image trusts, once.
+    /// Make the keys that the image trusts, once.
     Keys {
-        /// Where.
+        /// Their directory.
         dir: PathBuf,
     },
     /// List the scenarios.
     List,
     /// Run scenarios.
     Run(Wanted),
-    /// Tell one update as a story.
+    /// Run one update as a story.
     Demo(Sources),
 }
 
-/// What labs are made from.
+/// The parts that labs are made from.
 #[derive(Debug, Args)]
 struct Sources {
     /// vm-tests/run, which builds images.
     #[arg(long)]
     builder: PathBuf,
-    /// What `keys` made.
+    /// The directory of `keys`.
     #[arg(long)]
     keys: PathBuf,
-    /// Where runs leave what they leave.
+    /// The directory for the runs' files.
     #[arg(long)]
     runs: PathBuf,
-    /// What vm-tests/image/qemu printed.
+    /// The directory that vm-tests/image/qemu printed.
     #[arg(long)]
     qemu: Option<PathBuf>,
-    /// What stages images in the guest.
+    /// The host tool in the guest.
     #[arg(long, default_value = "rpm-ostree")]
     backend: Backend,
     /// A tree for the image.
@@ -94,13 +94,13 @@ impl Sources {
 struct Wanted {
     #[command(flatten)]
     sources: Sources,
-    /// Only those that every change has to pass.
+    /// Only those that every change must pass.
     #[arg(long)]
     short: bool,
-    /// Keep disk and logs also of what went well.
+    /// Also keep disk and logs of scenarios that passed.
     #[arg(long)]
     keep: bool,
-    /// Numbers or names; without any, all but those that run on demand.
+    /// Numbers or names; without any, all that do not run on demand.
     scenarios: Vec<String>,
 }
 
@@ -142,7 +142,7 @@ async fn show(sources: Sources) -> Result<bool> {
     demo::tell(&sources.stock()?).await.map(|()| true)
 }
 
-/// Those that are asked for, and 00 first whatever is asked for.
+/// The requested scenarios, always with 00 first.
 fn chosen(run: &Wanted) -> Result<Vec<&'static Scenario>> {
     for wanted in &run.scenarios {
         match ALL.iter().find(|one| is_called(one, wanted)) {

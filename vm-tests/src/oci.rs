@@ -1,5 +1,5 @@
 //! The images: the one that the guest was installed from, and others derived from it by one more layer, which takes a
-//! fraction of a second and no ostree.
+//! fraction of a second and needs no ostree.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,10 +15,10 @@ use support::registry::Registry;
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
-/// What an image has more than the one it derives from.
+/// The additional content of a derived image.
 #[derive(Clone, Debug, Default)]
 pub struct Extra {
-    /// Path without leading slash, to mode and content.
+    /// Path without leading slash, with mode and content.
     pub files: BTreeMap<String, (u32, Vec<u8>)>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
@@ -40,14 +40,14 @@ impl Extra {
     }
 }
 
-/// The installed image, in the OCI layout that the build left.
+/// The installed image, in the OCI layout of the build.
 pub struct Layout {
     dir: PathBuf,
     manifest: Manifest,
 }
 
 impl Layout {
-    /// Opens the layout; it holds one image.
+    /// Opens the layout, which holds one image.
     pub fn open(dir: &Path) -> Result<Self> {
         let index: Value = serde_json::from_slice(&fs::read(dir.join("index.json")).context("no index.json")?)?;
         let named = index["manifests"][0]["digest"].as_str().context("an index without manifests")?;
@@ -69,7 +69,7 @@ impl Layout {
         Ok(Blob::new(fs::read(blob_path(&self.dir, digest)).with_context(|| format!("reading blob {digest}"))?))
     }
 
-    /// Uploads the installed image, unless it is there.
+    /// Uploads the installed image, unless the registry has it.
     pub async fn push(&self, registry: &Registry, repo: &str) -> Result<()> {
         if registry.manifest(repo, self.digest()).await?.is_some() {
             return Ok(());
@@ -83,7 +83,7 @@ impl Layout {
         registry.put_manifest(repo, "1", &self.manifest).await
     }
 
-    /// Uploads an image with one more layer. `host` is how the guest calls the registry.
+    /// Uploads an image with one more layer. `host` is the guest's name for the registry.
     pub async fn push_derived(
         &self,
         registry: &Registry,
@@ -98,7 +98,7 @@ impl Layout {
         Ok(Pushed { host: host.to_owned(), repo: repo.to_owned(), digest: manifest.digest, instance_digests })
     }
 
-    /// The same behind an index, whose digest is another one than its image's.
+    /// The same behind an index, whose digest differs from its image's.
     pub async fn push_index(
         &self,
         registry: &Registry,

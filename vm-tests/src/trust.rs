@@ -1,5 +1,5 @@
-//! What the guest's image trusts and where it looks, made once: the image carries its policy, its key and its registry's
-//! name as an operating system does, so they are older than every run.
+//! The keys and names in the guest's image, made once: the image contains its policy, its key and its registry's name
+//! as an operating system does, so they are older than every run.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -12,27 +12,27 @@ use support::registry::{Credentials, ServerTls};
 use support::sign::{KeyKind, Signer};
 use support::tools;
 
-/// The host's 127.0.0.1 as QEMU shows it to the guest.
+/// The guest's address for the host's 127.0.0.1 under QEMU.
 pub const HOST_IN_GUEST: &str = "10.0.2.2";
-/// The API server's name; the guest's /etc/hosts knows it.
+/// The API server's name, which is in the guest's /etc/hosts.
 pub const API_IN_GUEST: &str = "api-int.test.example";
 /// Repository of the OS images.
 pub const REPOSITORY: &str = "os";
-/// Where the guest keeps the key that its policy names.
+/// The place of the key that the guest's policy names.
 pub const KEY_IN_GUEST: &str = "/etc/containers/os.pub";
 
 /// Keys, authority and the registry's port.
 pub struct Trust {
-    /// Signs what is trusted.
+    /// Signs the trusted images.
     pub signer: Signer,
     /// Signs the certificates of the API server, the registry and the kubelet.
     pub pki: Pki,
-    /// Where the registry listens on the host's loopback.
+    /// The registry's port on the host's loopback.
     pub port: u16,
 }
 
 impl Trust {
-    /// Reads what `make` wrote.
+    /// Reads the files that `make` wrote.
     pub fn load(dir: &Path) -> Result<Self> {
         let read = |name: &str| {
             let path = dir.join(name);
@@ -46,7 +46,7 @@ impl Trust {
     }
 
     /// Makes keys and, for the image, `etc/` and `reference`. Does nothing if that was done and the registry's port is
-    /// free: the image contains the port, so another one takes another image.
+    /// free: the image contains the port, so another port needs another image.
     pub fn make(dir: &Path) -> Result<()> {
         if dir.join("reference").exists() {
             let port = read_port(dir)?;
@@ -71,12 +71,12 @@ impl Trust {
         let host = trust.registry_in_guest();
         write(&format!("etc{}", KEY_IN_GUEST.trim_start_matches("/etc")), &trust.signer.public_key_pem())?;
         write(&format!("etc/containers/certs.d/{host}/ca.crt"), &trust.pki.ca_pem())?;
-        // OpenShift's own policy, with one scope that demands a signature.
+        // OpenShift's own policy, with one scope that requires a signature.
         Policy::accept_by_default()
             .scope(&host, [Requirement::sigstore_key_path(Path::new(KEY_IN_GUEST))])
             .write(&dir.join("etc/containers/policy.json"))?;
         RegistriesD::new().attachments(&host, true).write(&dir.join("etc/containers/registries.d/os.yaml"))?;
-        // Last: it says that all of the above is there.
+        // Written last: its existence shows that all files above are complete.
         write("reference", &format!("{host}/{REPOSITORY}"))
     }
 
@@ -85,13 +85,13 @@ impl Trust {
         reserve(read_port(dir)?)
     }
 
-    /// `10.0.2.2:PORT`, with which references to images begin.
+    /// `10.0.2.2:PORT`, the first part of references to images.
     #[must_use]
     pub fn registry_in_guest(&self) -> String {
         format!("{HOST_IN_GUEST}:{}", self.port)
     }
 
-    /// What the registry is believed for, on either side.
+    /// The registry's certificate for both sides.
     #[must_use]
     pub fn registry_tls(&self) -> ServerTls {
         let (cert_pem, key_pem) = self.pki.server(&[HOST_IN_GUEST]);
@@ -111,7 +111,7 @@ fn read_port(dir: &Path) -> Result<u16> {
     text.trim().parse().with_context(|| format!("{} is no port", path.display()))
 }
 
-/// Takes the UDP port of that number, which nothing else uses: runs of all checkouts on this machine heed it.
+/// Takes the UDP port of that number, which no other program uses: runs of all checkouts on this machine check it.
 fn reserve(port: u16) -> Result<UdpSocket> {
     UdpSocket::bind(("127.0.0.1", port)).with_context(|| {
         format!("port {port} of 127.0.0.1, which the image names, belongs to another run: run it again")

@@ -1,7 +1,7 @@
 //! The machine: a QEMU process per boot, its boot loader, its power, and a way to run commands in it.
 //!
-//! The kernel is booted directly: what a boot loader would choose is read from the disk before every start, so the end
-//! of the process is an exact "it rebooted", and the disk can be looked at in between.
+//! The kernel is booted directly: the entry that a boot loader would choose is read from the disk before every start,
+//! so the end of the process is exactly the reboot, and the disk can be read in between.
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;
@@ -23,36 +23,35 @@ use tokio::time::timeout;
 use crate::disk::{Disk, as_boot_loaders_pass};
 use crate::journal::Journal;
 
-/// From power to taking commands. Quiet, it takes 15 s.
+/// Longest time from power-on to accepting commands. On an idle machine 15 s.
 pub const BOOT: Duration = Duration::from_secs(120);
-/// For a command in the guest; most take under a second.
+/// Longest command in the guest; most take under a second.
 pub const COMMAND: Duration = Duration::from_secs(60);
-/// From the word to the end of a shutdown, finalization included. Quiet, it takes 5 s.
+/// Longest shutdown, finalization included. On an idle machine 5 s.
 pub const SHUTDOWN: Duration = Duration::from_secs(90);
-/// How often a boot is begun in which QEMU itself dies: without KVM, an assertion of its own (`iotlb_to_section`) was seen
-/// to fail.
+/// Attempts to boot when QEMU itself dies: without KVM, an assertion of its own (`iotlb_to_section`) was seen to fail.
 const BOOTS: u32 = 3;
-/// For QEMU to make its sockets.
+/// Longest time for QEMU to make its sockets.
 const START: Duration = Duration::from_secs(10);
-/// Between two looks for a socket.
+/// Polling interval for a socket.
 const LOOK: Duration = Duration::from_millis(20);
-/// For the guest's kernel to say its first line under KVM. Where KVM works, it takes a fraction of a second.
+/// Longest time for the guest kernel's first line under KVM. Where KVM works, it takes a fraction of a second.
 const FIRST_LINE: Duration = Duration::from_secs(3);
-/// What the kernel's first line contains.
+/// A part of the kernel's first line.
 const KERNEL: &[u8] = b"Linux version ";
 const MEMORY_MIB: u32 = 1024;
 
-/// The emulator and how it is started.
+/// The emulator and its start options.
 #[derive(Clone, Debug)]
 pub struct Emulator {
     program: PathBuf,
     firmware: Vec<PathBuf>,
-    /// Unknown before there is a kernel to try it with.
+    /// Unknown until a kernel was tried with it.
     kvm: Arc<OnceCell<bool>>,
 }
 
 impl Emulator {
-    /// The one at `tree`, if it was put there, or else the system's.
+    /// The emulator at `tree`, if that is given, or else the system's.
     pub fn find(tree: Option<&Path>) -> Result<Self> {
         let (program, firmware) = match tree {
             Some(tree) => {
@@ -63,7 +62,7 @@ impl Emulator {
         Ok(Self { program, firmware, kvm: Arc::default() })
     }
 
-    /// What it is called in a report.
+    /// Its name in a report.
     #[must_use]
     pub fn describe(&self) -> &'static str {
         match self.kvm.get() {
@@ -73,7 +72,7 @@ impl Emulator {
         }
     }
 
-    /// Whether KVM boots this kernel. A device of that name is not enough, nor is firmware: on some hosts firmware runs
+    /// Whether KVM boots this kernel. The device alone is not enough, nor is firmware: on some hosts firmware runs
     /// under KVM and a kernel does not.
     async fn has_kvm(&self, kernel: &Path) -> bool {
         *self.kvm.get_or_init(|| self.boots_with_kvm(kernel)).await
@@ -113,8 +112,8 @@ impl Emulator {
     }
 }
 
-/// What the guest's first boot leaves in its /etc and /var, as Ignition does: lines of tmpfiles.d, which change nothing
-/// that is there already.
+/// The files of the guest's first boot in /etc and /var, as from Ignition: lines of tmpfiles.d, which do not change
+/// existing files.
 #[derive(Clone, Debug, Default)]
 pub struct Provision {
     lines: Vec<String>,
@@ -122,28 +121,28 @@ pub struct Provision {
 }
 
 impl Provision {
-    /// With this file, root's.
+    /// Adds this file, owned by root.
     #[must_use]
     pub fn file(mut self, path: &str, mode: u32, content: &[u8]) -> Self {
         self.lines.push(format!("f~ {path} {mode:04o} root root - {}", encode_block(content)));
         self
     }
 
-    /// With this symbolic link.
+    /// Adds this symbolic link.
     #[must_use]
     pub fn link(mut self, path: &str, to: &str) -> Self {
         self.lines.push(format!("L {path} - - - - {to}"));
         self
     }
 
-    /// With this drop-in for a unit, in every boot.
+    /// Adds this drop-in for a unit, in every boot.
     #[must_use]
     pub fn drop_in(mut self, unit: &str, text: &str) -> Self {
         self.drop_ins.push((unit.to_owned(), text.to_owned()));
         self
     }
 
-    /// As systemd takes credentials from the firmware.
+    /// The form in which systemd takes credentials from the firmware.
     fn credentials(&self) -> Vec<String> {
         let of =
             |name: &str, text: &str| format!("io.systemd.credential.binary:{name}={}", encode_block(text.as_bytes()));
@@ -157,7 +156,7 @@ impl Provision {
 pub struct Vm {
     /// Its disk.
     pub disk: Disk,
-    /// What it said, in all boots.
+    /// Its journal of all boots.
     pub journal: Journal,
     dir: PathBuf,
     emulator: Emulator,
@@ -174,7 +173,7 @@ struct Running {
 }
 
 impl Vm {
-    /// A new machine with a copy of that disk; `dir` keeps everything of it.
+    /// A new machine with a copy of that disk; `dir` keeps all its files.
     pub fn new(dir: &Path, disk: &Path, emulator: &Emulator, provision: &Provision) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let mut credentials = Vec::new();
@@ -188,7 +187,7 @@ impl Vm {
             journal: Journal::new(),
             dir: dir.to_owned(),
             emulator: emulator.clone(),
-            // Addresses of Unix sockets are short.
+            // Addresses of Unix sockets must be short.
             sockets: tempfile::Builder::new().prefix("vm-").tempdir()?,
             credentials,
             boots: 0,
@@ -196,7 +195,7 @@ impl Vm {
         })
     }
 
-    /// Where console and journal are kept.
+    /// The directory of console and journal.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -214,20 +213,20 @@ impl Vm {
         self.running.is_some()
     }
 
-    /// Boots what a boot loader would choose, and waits until it takes commands.
+    /// Boots the entry that a boot loader would choose, and waits until the guest accepts commands.
     pub async fn power_on(&mut self) -> Result<Duration> {
-        ensure!(!self.is_on(), "it is on");
+        ensure!(!self.is_on(), "the machine is already on");
         let began = Instant::now();
         for _ in 0..BOOTS {
             if self.boot().await? {
                 return Ok(began.elapsed());
             }
-            println!("{:>14}  QEMU died by a signal while the guest booted; once more", "");
+            println!("{:>14}  QEMU died by a signal while the guest booted; booting again", "");
         }
         bail!("QEMU died {BOOTS} times while the guest booted; see {}", self.dir.join("qemu.log").display())
     }
 
-    /// False if the emulator, not the guest, ended it.
+    /// False if the emulator ended the boot, not the guest.
     async fn boot(&mut self) -> Result<bool> {
         self.disk.recover()?;
         let entry = self.disk.entry()?;
@@ -284,7 +283,7 @@ impl Vm {
         Ok(true)
     }
 
-    /// Runs a script in the guest; anything but success is an error with what it printed.
+    /// Runs a script in the guest; every failure is an error with its output.
     pub async fn run(&mut self, script: &str) -> Result<String> {
         match self.status(script).await? {
             (0, output) => Ok(output),
@@ -292,7 +291,7 @@ impl Vm {
         }
     }
 
-    /// Runs a script in the guest: its status and what it printed.
+    /// Runs a script in the guest: its status and its output.
     pub async fn status(&mut self, script: &str) -> Result<(i32, String)> {
         let running = self.running.as_mut().context("the guest is off")?;
         let exchange = async {
@@ -315,7 +314,7 @@ impl Vm {
         decode_block(&text).with_context(|| format!("reading {path}"))
     }
 
-    /// Waits until it is off by itself, as after a reboot.
+    /// Waits until the guest is off by itself, as after a reboot.
     pub async fn wait_off(&mut self, deadline: Duration) -> Result<()> {
         let running = self.running.as_mut().context("the guest is off already")?;
         let status = timeout(deadline, running.qemu.wait())
@@ -326,7 +325,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes the power away.
+    /// Cuts the power.
     pub async fn power_cut(&mut self) -> Result<()> {
         if let Some(mut running) = self.running.take() {
             running.qemu.kill().await?;
@@ -353,7 +352,7 @@ async fn ready(channel: &mut BufReader<UnixStream>) -> Result<String> {
     loop {
         line.clear();
         if channel.read_line(&mut line).await? == 0 {
-            // The process's end says more.
+            // The end of the process gives the better error.
             std::future::pending::<()>().await;
         }
         if let Some(rest) = line.trim().strip_prefix("READY ") {

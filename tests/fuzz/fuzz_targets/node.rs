@@ -122,7 +122,7 @@ fn told(node: &NodeFacts, host: &HostFacts, machine: &MachineFacts, memory: &Mem
     }
     if !first_boot {
         let again = report(&after, &decision);
-        assert!(again.keys().all(|key| key == ATTEMPT), "{again:?} is told twice");
+        assert!(again.keys().all(|key| key == ATTEMPT), "{again:?} is reported twice");
     }
 }
 

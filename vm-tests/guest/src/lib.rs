@@ -1,5 +1,5 @@
-//! The real work behind the stand-ins, done by the libraries that the originals use: import under the container policy
-//! through ostree-ext and skopeo, staging and pruning through libostree.
+//! The work of the stand-ins, done by the originals' libraries: import under the container policy through ostree-ext
+//! and skopeo, staging and pruning through libostree.
 
 use std::pin::pin;
 
@@ -11,18 +11,18 @@ use ostree_ext::ostree::gio::Cancellable;
 use ostree_ext::ostree::{self, glib};
 use ostree_ext::sysroot::SysrootLock;
 
-/// What is told while an image is imported and staged.
+/// Progress of an import and a stage.
 pub enum Said {
-    /// A line for people.
+    /// A line for users.
     Message(String),
-    /// A part of the work begins.
+    /// A part of the work starts.
     TaskBegin(String),
     /// A part of the work is done.
     TaskEnd(String),
 }
 
-/// Opens the sysroot of the system. The caller has a mount namespace of its own, in which libostree may remount what
-/// it writes to.
+/// Opens the system's sysroot. The caller has its own mount namespace, in which libostree may remount the file systems
+/// that it writes to.
 pub fn open() -> Result<ostree::Sysroot> {
     let sysroot = ostree::Sysroot::new_default();
     sysroot.set_mount_namespace_in_use();
@@ -30,7 +30,7 @@ pub fn open() -> Result<ostree::Sysroot> {
     Ok(sysroot)
 }
 
-/// Brings an image into the repository, as far as it is not there.
+/// Imports an image into the repository, unless it is there.
 pub async fn import(
     sysroot: &SysrootLock,
     imgref: &OstreeImageReference,
@@ -73,7 +73,7 @@ pub fn origin(imgref: &OstreeImageReference) -> glib::KeyFile {
     origin
 }
 
-/// Stages a commit with what the `merge` deployment has in /etc.
+/// Stages a commit with the `merge` deployment's changes in /etc.
 pub fn stage(
     sysroot: &SysrootLock,
     commit: &str,
@@ -89,7 +89,7 @@ pub fn stage(
     Ok(())
 }
 
-/// Forgets images that no deployment is of, and what only they needed.
+/// Removes images that no deployment uses, with the objects that only they needed.
 pub fn tidy(sysroot: &SysrootLock) -> Result<()> {
     sysroot.load_if_changed(Cancellable::NONE)?;
     sysroot.cleanup(Cancellable::NONE).context("Cleaning up")?;
@@ -100,7 +100,7 @@ pub fn tidy(sysroot: &SysrootLock) -> Result<()> {
     Ok(())
 }
 
-/// The image that a deployment is of, if it is of one.
+/// The image of a deployment, if it has one.
 #[must_use]
 pub fn origin_reference(deployment: &ostree::Deployment) -> Option<String> {
     let origin = deployment.origin()?;

@@ -7,10 +7,10 @@ use crate::disk::as_boot_loaders_pass;
 use crate::lab::Lab;
 use crate::oci::Extra;
 
-/// Where an image carries its rendered config.
+/// The place of the rendered config in an image.
 const CURRENT_CONFIG: &str = "etc/machine-config-daemon/currentconfig";
-/// Quoted, repeated, and in an order that counts: `hugepages` belongs to the `hugepagesz` before it, the last `console`
-/// becomes /dev/console.
+/// Quoted and repeated arguments, in an order that matters: `hugepages` belongs to the `hugepagesz` before it, and the
+/// last `console` becomes /dev/console.
 const FIRST: [&str; 6] = [
     "cgroup_no_v1=\"all\"",
     "psi=0",
@@ -19,7 +19,7 @@ const FIRST: [&str; 6] = [
     "hugepagesz=2M",
     "hugepages=4",
 ];
-/// Another number of pages of the first size, as many of the second, and the consoles the other way round.
+/// Another number of pages of the first size, the same of the second, and the consoles in the other order.
 const SECOND: [&str; 6] = [
     "cgroup_no_v1=\"all\"",
     "psi=0",
@@ -28,7 +28,7 @@ const SECOND: [&str; 6] = [
     "hugepagesz=2M",
     "hugepages=4",
 ];
-/// As many pages of both sizes, which is one argument twice, and one argument that the platform has, too.
+/// The same number of pages of both sizes, which repeats one argument, and one argument that the platform has, too.
 const THIRD: [&str; 6] = [
     "cgroup_no_v1=\"all\"",
     "psi=0",
@@ -41,7 +41,7 @@ const THIRD: [&str; 6] = [
 /// Three configs in a row: after each update the command line has the platform's own arguments and those of the new
 /// config in their order, nothing is left of the old config, and the node is Done.
 pub async fn in_order(lab: &mut Lab) -> Result<()> {
-    // The installed image carries no config: what the first one demands and is there was set for a config, too.
+    // The installed image has no config: arguments of the first config that are there already count as set by a config.
     let first = words(&FIRST.join(" "));
     let platform: Vec<_> = command_line(lab).await?.into_iter().filter(|argument| !first.contains(argument)).collect();
     ensure!(platform.iter().any(|argument| argument == "panic=-1"), "the platform's arguments are {platform:?}");
@@ -74,7 +74,7 @@ pub async fn in_order(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// Without what the boot loader and libostree add.
+/// Removes the arguments that the boot loader and libostree add.
 async fn command_line(lab: &mut Lab) -> Result<Vec<String>> {
     Ok(words(&lab.vm.run("cat /proc/cmdline").await?))
 }

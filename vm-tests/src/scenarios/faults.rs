@@ -1,4 +1,4 @@
-//! Scenarios that cannot fail prove nothing: an agent that misbehaves in one way must be caught by one.
+//! Scenarios that cannot fail prove nothing: for each deliberate fault of the agent, one scenario must fail.
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -6,20 +6,32 @@ use super::power::STAGED;
 use super::{WithLab, neighbours, power, refusal};
 use crate::lab::{Kind, Lab, Stock, WORK};
 
-/// The fault, the scenario that catches it and a word of how, and what the agent says at least so many times meanwhile:
-/// what was only awaited in vain may have other causes.
+/// The fault, the scenario that finds it, a part of its error, and the least number of agent messages with that id: a
+/// scenario that only timed out may have failed for another reason.
 const CAUGHT: [(&str, WithLab, &str, &str, usize); 4] = [
     ("no-verify", |lab| Box::pin(refusal::unsigned(lab)), "the daemon was asked for an unverified image", STAGED, 0),
-    ("early-reboot", |lab| Box::pin(neighbours::finalizer_late(lab)), "the agent misses the finalizer", REBOOTING, 1),
-    ("trust-transaction", |lab| Box::pin(neighbours::no_effect(lab)), "the agent does not believe it", STAGED, 1),
+    (
+        "early-reboot",
+        |lab| Box::pin(neighbours::finalizer_late(lab)),
+        "the agent reports the inactive finalizer",
+        REBOOTING,
+        1,
+    ),
+    (
+        "trust-transaction",
+        |lab| Box::pin(neighbours::no_effect(lab)),
+        "the agent reports the missing change",
+        STAGED,
+        1,
+    ),
     ("forget-attempt", |lab| Box::pin(power::finalization_fails(lab)), "Degraded", REBOOTING, 3),
 ];
 /// The agent's message that a reboot was accepted.
 const REBOOTING: &str = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
-/// What the agent with the fault `write` says of each of its tries.
+/// The number of attempts to write by the agent with the fault `write`.
 const WRITES: usize = 4;
 
-/// Each fault in a guest of its own.
+/// Each fault in its own guest.
 pub async fn are_caught(stock: &Stock) -> Result<()> {
     let mut missed = Vec::new();
     for (fault, scenario, how, id, times) in CAUGHT {
@@ -38,7 +50,7 @@ pub async fn are_caught(stock: &Stock) -> Result<()> {
             let kept = lab.keep_evidence().await;
             let kept = kept.display();
             missed.push(format!(
-                "{fault} is not caught by `{how}`, having done its worst {did} times, but by `{said}`; see {kept}"
+                "{fault} is not caught by `{how}`, after {did} agent messages, but by `{said}`; see {kept}"
             ));
         }
     }
@@ -54,7 +66,7 @@ pub async fn are_caught(stock: &Stock) -> Result<()> {
     Ok(())
 }
 
-/// What an agent tries to write, the sandbox stops.
+/// The sandbox stops every write that the agent tries.
 async fn writes_are_stopped(lab: &mut Lab) -> Result<()> {
     lab.vm
         .journal

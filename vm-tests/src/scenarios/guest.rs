@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::lab::Lab;
 
-/// The unit as it is shipped.
+/// The shipped unit.
 const UNIT: &str = include_str!("../../../systemd/rebase-agent.service");
-/// What is no sandbox, or is shown in another form and looked at by itself.
+/// Directives that are no sandbox, or that systemd shows in another form and that are checked separately.
 const NOT_COMPARED: [&str; 8] = [
     "EnvironmentFile",
     "ExecStart",
@@ -20,7 +20,7 @@ const NOT_COMPARED: [&str; 8] = [
     "WatchdogSec",
 ];
 
-/// A booted ostree deployment of the installed image, nothing failed, and the agent confined as its unit says.
+/// A booted ostree deployment of the installed image, no failed unit, and the agent confined as its unit says.
 pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
     let vm = &mut lab.vm;
     vm.run("test -e /run/ostree-booted").await.context("not booted from a deployment")?;
@@ -36,7 +36,7 @@ pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
     let skopeo = vm.run("skopeo --version").await?;
     ensure!(skopeo.starts_with("skopeo version 1."), "{skopeo}");
 
-    // What the unit asks systemd for, systemd says it gives.
+    // systemd shows the values that the unit demands.
     let service = UNIT.split("[Service]").nth(1).and_then(|rest| rest.split("\n[").next()).context("no [Service]")?;
     let wanted: BTreeMap<&str, &str> = service
         .lines()
@@ -44,7 +44,7 @@ pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
         .filter_map(|line| line.split_once('='))
         .filter(|(key, _)| !NOT_COMPARED.contains(key))
         .collect();
-    ensure!(wanted.get("ProtectSystem") == Some(&"strict"), "the unit is not what it was: {wanted:?}");
+    ensure!(wanted.get("ProtectSystem") == Some(&"strict"), "the unit lacks the expected directives: {wanted:?}");
     let shown = vm.run("systemctl show --all rebase-agent.service").await?;
     let shown: BTreeMap<&str, &str> = shown.lines().filter_map(|line| line.split_once('=')).collect();
     for (key, value) in wanted {
@@ -55,7 +55,7 @@ pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
     ensure!(calls.contains(&"read") && !calls.contains(&"mount"), "SystemCallFilter={calls:?}");
     ensure!(shown.get("ActiveState") == Some(&"active"), "the agent is {:?}", shown.get("ActiveState"));
 
-    // And what the kernel says of the process.
+    // The kernel shows the same for the process.
     let pid = shown.get("MainPID").context("no MainPID")?;
     let status = vm.run(&format!("cat /proc/{pid}/status")).await?;
     let status: BTreeMap<&str, &str> =
@@ -74,10 +74,10 @@ pub async fn is_what_it_claims(lab: &mut Lab) -> Result<()> {
         ensure!(is == wanted, "/proc/{pid}/status says {key} {is} instead of {wanted}");
     }
     let started = lab.vm.journal.since(0, |entry| entry.is_agents() && entry.message().contains("Landlock"));
-    let started = started.last().context("the agent does not say that it started")?.message();
+    let started = started.last().context("the agent did not log its start")?.message();
     ensure!(started.contains("Landlock denies every write"), "{started}");
 
-    // The node reports what it runs.
+    // The node reports the booted image.
     let (code, output) = lab.vm.status("rebase-agent status").await?;
     ensure!(code == 0, "`rebase-agent status` of a node that is Done: status {code}, {output}");
     ensure!(

@@ -1,5 +1,5 @@
-//! The scenarios, by number. One that needs no guest of its own takes the one that the scenario before it left, settled
-//! on some image.
+//! The scenarios, by number. A scenario that needs no guest of its own uses the one that the previous scenario left,
+//! settled on some image.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -25,14 +25,14 @@ mod writes;
 type Done<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 type WithLab = for<'a> fn(&'a mut Lab) -> Done<'a>;
 
-/// What a scenario does, and with which guest.
+/// The function of a scenario, and its guest.
 #[derive(Clone, Copy)]
 pub enum Run {
-    /// Any that is settled; it is left settled.
+    /// Any settled guest; the scenario leaves it settled.
     Shared(WithLab),
-    /// A new one of that kind, which nobody gets afterwards.
+    /// A new guest of that kind, which no later scenario uses.
     Own(Kind, WithLab),
-    /// As many as it wants.
+    /// Any number of guests, which the scenario starts.
     Itself(for<'a> fn(&'a Stock) -> Done<'a>),
 }
 
@@ -42,15 +42,15 @@ pub struct Scenario {
     pub number: u32,
     /// Its name.
     pub name: &'static str,
-    /// What it shows.
+    /// Its title.
     pub about: &'static str,
-    /// Whether it is one of the few that every change has to pass.
+    /// Whether every change must pass it.
     pub short: bool,
     /// Whether it runs only when it is named.
     pub on_demand: bool,
-    /// Whether there is nothing to show with another backend.
+    /// The only backend that it applies to, if any.
     pub only: Option<Backend>,
-    /// What it does.
+    /// Its function.
     pub run: Run,
 }
 
@@ -79,13 +79,13 @@ impl Scenario {
     }
 }
 
-/// All of them, in order.
+/// All scenarios, in order.
 pub const ALL: &[Scenario] = &[
-    scenario(0, "guest", "the guest is what it claims, and the agent's sandbox is in force", |lab| {
+    scenario(0, "guest", "the guest boots a deployment, and the agent's sandbox is in force", |lab| {
         Box::pin(guest::is_what_it_claims(lab))
     })
     .short(),
-    scenario(1, "update", "a signed image is staged, drained for, booted and reported", |lab| {
+    scenario(1, "update", "a signed image is staged, booted after a drain and reported", |lab| {
         Box::pin(update::forward(lab))
     })
     .short(),
@@ -97,17 +97,15 @@ pub const ALL: &[Scenario] = &[
         Box::pin(refusal::strange_key(lab))
     })
     .short(),
-    scenario(4, "back", "the pool goes back to the image before", |lab| Box::pin(update::back(lab))),
+    scenario(4, "back", "the pool goes back to the previous image", |lab| Box::pin(update::back(lab))),
     scenario(5, "index", "the target's digest is that of an index", |lab| Box::pin(neighbours::index_digest(lab))),
-    scenario(6, "power-staged", "the power goes when the image is staged", |lab| Box::pin(power::after_staging(lab))),
-    scenario(7, "power-attempt", "the power goes when the attempt is on record", |lab| {
+    scenario(6, "power-staged", "a power cut after staging", |lab| Box::pin(power::after_staging(lab))),
+    scenario(7, "power-attempt", "a power cut after the attempt is recorded", |lab| {
         Box::pin(power::after_the_attempt(lab))
     })
     .short(),
-    scenario(8, "power-finalizing", "the power goes while the deployment is finalized", |lab| {
-        Box::pin(power::during_finalization(lab))
-    }),
-    scenario(9, "finalization-fails", "/boot cannot be written: two attempts, then a refusal that says why", |lab| {
+    scenario(8, "power-finalizing", "a power cut during finalization", |lab| Box::pin(power::during_finalization(lab))),
+    scenario(9, "finalization-fails", "/boot cannot be written: two attempts, then a refusal with the cause", |lab| {
         Box::pin(power::finalization_fails(lab))
     }),
     scenario(10, "registry-gone", "the registry dies in the middle of a layer", |lab| {
@@ -122,64 +120,56 @@ pub const ALL: &[Scenario] = &[
         "the kubelet's certificate expires in the middle of an update and is replaced",
         |lab| Box::pin(neighbours::certificate_rotates(lab)),
     ),
-    scenario(13, "human", "somebody stages something else by hand, twice", |lab| {
-        Box::pin(neighbours::human_deploys(lab))
-    }),
+    scenario(13, "human", "a foreign image is staged by hand, twice", |lab| Box::pin(neighbours::human_deploys(lab))),
     scenario(14, "retarget", "the target changes while an image is pulled", |lab| Box::pin(neighbours::retarget(lab))),
-    scenario(15, "self-update", "the image brings another agent, which reports the update", |lab| {
+    scenario(15, "self-update", "the image contains another agent, which reports the update", |lab| {
         Box::pin(update::of_the_agent(lab))
     }),
-    scenario(16, "key-rotation", "the image brings the key that the next one is signed with", |lab| {
+    scenario(16, "key-rotation", "the image contains the key for the next image", |lab| {
         Box::pin(refusal::key_rotation(lab))
     }),
     scenario(17, "writes", "the agent opens no file for writing in a whole update", |lab| Box::pin(writes::none(lab))),
-    scenario(18, "finalizer-late", "nothing would finalize the deployment: no drain, no reboot", |lab| {
+    scenario(18, "finalizer-late", "the finalizer cannot start: no drain, no reboot", |lab| {
         Box::pin(neighbours::finalizer_late(lab))
     })
     .short(),
-    scenario(19, "no-effect", "a transaction ends well and staged nothing: not believed", |lab| {
+    scenario(19, "no-effect", "a transaction reports success and staged nothing: an error", |lab| {
         Box::pin(neighbours::no_effect(lab))
     }),
-    scenario(
-        20,
-        "selinux",
-        "one update with SELinux enforcing for the agent's domain, which is denied nothing",
-        |lab| Box::pin(selinux::update(lab)),
-    )
+    scenario(20, "selinux", "one update with SELinux enforcing for the agent's domain, without a denial", |lab| {
+        Box::pin(selinux::update(lab))
+    })
     .own(Kind::Selinux),
     Scenario {
         number: 21,
         name: "faults",
-        about: "an agent that misbehaves in one way is caught by the scenario for it",
+        about: "each deliberate fault of the agent is found by its scenario",
         short: false,
         on_demand: false,
         only: None,
         run: Run::Itself(|stock| Box::pin(faults::are_caught(stock))),
     },
-    scenario(
-        22,
-        "bootc-signed",
-        "bootc enforces the policy where that means anything, and the origin says so",
-        |lab| Box::pin(bootc::signed(lab)),
-    )
+    scenario(22, "bootc-signed", "bootc enforces a policy that rejects by default, and the origin is signed", |lab| {
+        Box::pin(bootc::signed(lab))
+    })
     .own(Kind::Plain)
     .only(Backend::Bootc),
     Scenario {
         number: 23,
         name: "overlay",
-        about: "the host tool of an overlay takes the stand-in's place",
+        about: "the host tool of an overlay replaces the stand-in",
         short: false,
         on_demand: false,
         only: None,
         run: Run::Itself(|stock| Box::pin(overlay::is_used(stock))),
     },
-    scenario(24, "power-back", "the power goes when the attempt to go back is on record", |lab| {
+    scenario(24, "power-back", "a power cut after the attempt to go back is recorded", |lab| {
         Box::pin(power::on_the_way_back(lab))
     }),
-    scenario(25, "staged-refused", "the policy rejects what is staged: no reboot boots it, or it is told", |lab| {
+    scenario(25, "staged-refused", "the policy rejects a staged image: it is dropped or reported", |lab| {
         Box::pin(refusal::staged_then_refused(lab))
     }),
-    scenario(26, "policy-replaced", "the policy changes between staging and reboot, its time does not", |lab| {
+    scenario(26, "policy-replaced", "the policy changes between staging and reboot, with the same mtime", |lab| {
         Box::pin(refusal::policy_replaced_while_held(lab))
     }),
     scenario(27, "kernel-arguments", "quoted and ordered kernel arguments reach the kernel as configured", |lab| {
@@ -187,7 +177,7 @@ pub const ALL: &[Scenario] = &[
     })
     .own(Kind::Plain)
     .only(Backend::RpmOstree),
-    scenario(28, "no-arguments", "somebody stages something else by hand, without kernel arguments", |lab| {
+    scenario(28, "no-arguments", "a foreign image is staged by hand, without kernel arguments", |lab| {
         Box::pin(neighbours::staged_without_arguments(lab))
     }),
     scenario(29, "locked", "the desired image was staged by hand and its finalization is locked", |lab| {

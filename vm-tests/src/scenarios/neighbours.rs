@@ -1,4 +1,4 @@
-//! What the agent talks to goes away, changes its mind, or is somebody else's.
+//! The agent's peers go away, change their mind, or belong to another party.
 
 use std::time::Duration;
 
@@ -12,18 +12,18 @@ use crate::lab::{HOLD, LOOK, Lab, NODE, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::scenarios::power::STAGED;
 
-/// How often an agent that has nothing to do looks whether somebody staged something or changed the policy.
+/// Interval at which an idle agent checks for a foreign stage and for a changed policy.
 pub(super) const HOUSEKEEPING: Duration = Duration::from_secs(180);
-/// How many seconds a certificate lives that is to expire.
+/// Lifetime in seconds of a certificate that is to expire.
 const LIFE: i64 = 5;
-/// Large enough to be in the middle of it.
+/// Large enough to interrupt its pull.
 const PAYLOAD: usize = 48 << 20;
-/// For a pull of the payload, beyond everything else: 256 KiB/s, which a busy machine without KVM still makes.
+/// Additional time for a pull of the payload: 256 KiB/s, which a busy machine without KVM still reaches.
 const PULL: Duration = Duration::from_secs(PAYLOAD as u64 / (256 << 10));
-/// More than a verification takes.
+/// Longer than a verification.
 const FETCHED: u64 = 4 << 20;
 
-/// A digest that names an index: what is booted in the end is the instance that the index selects.
+/// The target's digest is that of an index: the booted image is the instance that the index selects.
 pub async fn index_digest(lab: &mut Lab) -> Result<()> {
     let image = lab.signed_index().await?;
     let version = lab.version();
@@ -42,7 +42,7 @@ pub async fn registry_gone(lab: &mut Lab) -> Result<()> {
     lab.registry.stop();
     lab.vm
         .journal
-        .wait(mark, WORK + PULL, "the agent tells that the registry is away", |entry| {
+        .wait(mark, WORK + PULL, "the agent reports the lost registry", |entry| {
             entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some(reason)
         })
         .await?;
@@ -53,7 +53,7 @@ pub async fn registry_gone(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
-/// The API server is away while the node comes up in the new image.
+/// The API server is away while the node boots the new image.
 pub async fn api_gone_at_boot(lab: &mut Lab) -> Result<()> {
     let image = lab.signed().await?;
     lab.target(&image);
@@ -76,7 +76,7 @@ pub async fn api_gone_at_boot(lab: &mut Lab) -> Result<()> {
 
 /// The kubelet's certificate expires in the middle of an update and is replaced.
 pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
-    // In the middle is where it is held.
+    // The update is held in the middle.
     lab.annotate(HOLD, Some("until the certificate is replaced"))?;
     let image = lab.signed().await?;
     lab.target(&image);
@@ -86,7 +86,7 @@ pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
     let mark = lab.api.requests().len();
     let expired = async {
         loop {
-            // The agent reads its certificate when it begins to watch.
+            // The agent reads its certificate when it starts to watch.
             lab.store().end_watches();
             if lab.wait_request(mark, LOOK, "a refused certificate", |request| request.status == 401).await.is_ok() {
                 return;
@@ -101,25 +101,25 @@ pub async fn certificate_rotates(lab: &mut Lab) -> Result<()> {
     lab.reboot_of_its_own(UPDATE).await?;
     lab.wait_done(&image).await?;
     let good = lab.api.requests().iter().skip(refused).filter(|request| request.status == 200).count();
-    ensure!(good > 0, "nothing was asked for with the new certificate");
+    ensure!(good > 0, "the new certificate was not used");
     lab.arrived(&image).await
 }
 
-/// A commit of a person's own on the branch `human`.
+/// An operator's own commit on the branch `human`.
 const COMMIT: &str = "set -e
     booted=$(ostree admin status | sed -n 's/^\\* default \\([0-9a-f]\\{64\\}\\).*/\\1/p')
     unshare --mount sh -ec \"mount -o remount,rw /sysroot
         ostree commit --repo=/ostree/repo --branch=human --bootable --tree=ref=${booted:?nothing is booted}\"";
-/// Stages it, which leaves no kernel arguments in libostree's note.
+/// Stages it, which leaves no kernel arguments in libostree's record.
 const STAGE: &str = "ostree admin deploy --stage --os=default human";
 
-/// Somebody stages something else by hand: dropped once, told about and waited out when done again. What cannot be
-/// dropped is staged over.
+/// A foreign image is staged by hand: the agent drops it once, and reports it and waits when it is staged again. With a
+/// backend that cannot drop it, the booted image is staged over it.
 pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
-    lab.vm.run(COMMIT).await.context("a commit of one's own")?;
+    lab.vm.run(COMMIT).await.context("the foreign commit")?;
     let boot = lab.vm.boot_id().to_owned();
     let once = lab.vm.journal.mark();
-    lab.vm.run(STAGE).await.context("the first time")?;
+    lab.vm.run(STAGE).await.context("staging it the first time")?;
     let gone = match lab.backend.drops_staged() {
         true => "test ! -e /run/ostree/staged-deployment".to_owned(),
         false => format!(
@@ -128,35 +128,35 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
             lab.settled().digest
         ),
     };
-    lab.wait_guest("the agent puts it away", HOUSEKEEPING + WORK, &gone).await?;
+    lab.wait_guest("the foreign stage is removed", HOUSEKEEPING + WORK, &gone).await?;
     if !lab.backend.drops_staged() {
-        // Whoever is faster than the agent's look at what it did makes it do that once more.
-        lab.vm.journal.wait(once, WORK, "the agent sees it staged", |entry| entry.has_id(STAGED)).await?;
+        // A second stage before the agent has checked its own one would be staged over once more.
+        lab.vm.journal.wait(once, WORK, "the agent reports its stage", |entry| entry.has_id(STAGED)).await?;
     }
     let again = lab.vm.journal.mark();
-    lab.vm.run(STAGE).await.context("the second time")?;
+    lab.vm.run(STAGE).await.context("staging it the second time")?;
     lab.vm
         .journal
-        .wait(again, HOUSEKEEPING + WORK, "the agent tells the human", |entry| {
+        .wait(again, HOUSEKEEPING + WORK, "the agent reports the foreign stage", |entry| {
             entry.is_agents()
                 && entry.field("REBASE_AGENT_RULE") == Some("9")
                 && entry.message().contains("staged again by hand")
         })
         .await?;
     lab.vm.run("ostree admin undeploy 0").await?;
-    lab.wait_guest("it is gone", WORK, "test ! -e /run/ostree/staged-deployment").await?;
+    lab.wait_guest("the foreign stage is gone", WORK, "test ! -e /run/ostree/staged-deployment").await?;
     ensure!(lab.vm.boot_id() == boot, "a reboot");
     let image = lab.settled();
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
 }
 
-/// What somebody staged by hand has no kernel arguments of its own: the host stays readable, and an update goes its way.
+/// A foreign stage without kernel arguments: the host stays readable, and an update works.
 pub async fn staged_without_arguments(lab: &mut Lab) -> Result<()> {
-    lab.vm.run(COMMIT).await.context("a commit of one's own")?;
+    lab.vm.run(COMMIT).await.context("the foreign commit")?;
     let mark = lab.vm.journal.mark();
     lab.vm.run(STAGE).await?;
-    lab.vm.run("! grep -qa kargs /run/ostree/staged-deployment").await.context("the note names kernel arguments")?;
+    lab.vm.run("! grep -qa kargs /run/ostree/staged-deployment").await.context("the record has kernel arguments")?;
     let image = lab.signed().await?;
     let version = lab.version();
     lab.update(&image, version).await?;
@@ -170,12 +170,12 @@ pub async fn staged_without_arguments(lab: &mut Lab) -> Result<()> {
     ensure!(unreadable.is_empty(), "the host could not be read: {:?}", unreadable.first().map(Entry::message));
     let dropped = |entry: &Entry| entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("9");
     let dropped = !lab.vm.journal.since(mark, dropped).is_empty();
-    ensure!(dropped || !lab.backend.drops_staged(), "the agent does not tell that it drops what was staged by hand");
+    ensure!(dropped || !lab.backend.drops_staged(), "the agent does not report that it drops the foreign stage");
     Ok(())
 }
 
 /// The desired image was staged by hand and its finalization is locked, so that no reboot would boot it: it is staged
-/// again, unlocked, before anybody is drained.
+/// again, unlocked, before the drain.
 pub async fn staged_locked(lab: &mut Lab) -> Result<()> {
     const LOCK: &str = "unshare --mount sh -ec 'mount -o remount,rw /sysroot; ostree admin lock-finalization'";
     let image = lab.signed().await?;
@@ -185,12 +185,12 @@ pub async fn staged_locked(lab: &mut Lab) -> Result<()> {
     lab.vm.run(&by_hand).await.context("staging by hand")?;
     lab.vm.run(LOCK).await.context("locking")?;
     let is_locked = "test -e /run/ostree/staged-deployment-locked || grep -qa locked /run/ostree/staged-deployment";
-    lab.vm.run(is_locked).await.context("libostree knows of no lock")?;
+    lab.vm.run(is_locked).await.context("the finalization is not locked")?;
     lab.vm.run("systemctl start rebase-agent.service").await?;
     lab.update(&image, version).await
 }
 
-/// The target changes while the first one is pulled: only the second one is ever booted.
+/// The target changes while the first image is pulled: only the second one is ever booted.
 pub async fn retarget(lab: &mut Lab) -> Result<()> {
     let first = lab.signed_with(payload(lab.version())).await?;
     let second = lab.signed().await?;
@@ -198,12 +198,12 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     let (before, mark) = (received(lab).await?, lab.vm.journal.mark());
     lab.target_as(&first, version - 1);
     wait_fetching(lab, before).await?;
-    // The pool would wait for its turn: the one who is updating uses up the one that may.
+    // The pool would wait for its turn, because the updating node uses up the capacity.
     lab.target_as(&second, version);
     for (key, value) in [("desiredConfig", format!("rendered-worker-{version}")), ("desiredImage", second.pullspec())] {
         lab.annotate(&format!("{PREFIX}{key}"), Some(&value))?;
     }
-    // The first pull may come to its end before it is cancelled.
+    // The first pull may end before it is cancelled.
     lab.reboot_of_its_own(UPDATE + PULL).await?;
     ensure!(lab.booted_digest().await? == second.digest, "the obsolete image boots");
     let staged = |entry: &Entry| entry.has_id(STAGED) && entry.message().contains(&first.digest);
@@ -212,7 +212,7 @@ pub async fn retarget(lab: &mut Lab) -> Result<()> {
     lab.arrived(&second).await
 }
 
-/// The finalizer cannot start, so a reboot would lose what is staged: it is awaited, and nobody is drained before.
+/// The finalizer cannot start, so a reboot would lose the staged deployment: the agent waits and does not drain before.
 pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
     const MAY: &str = "/run/vm-tests-finalizer-may-start";
     const DIRECTORY: &str = "/run/systemd/system/ostree-finalize-staged.service.d";
@@ -228,28 +228,28 @@ pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
     lab.target(&image);
     lab.vm
         .journal
-        .wait(mark, WORK, "the agent misses the finalizer", |entry| {
+        .wait(mark, WORK, "the agent reports the inactive finalizer", |entry| {
             entry.is_agents() && entry.field("REBASE_AGENT_REASON").is_some_and(|reason| reason.contains("Finalizer"))
         })
         .await?;
-    // Twice, so that it had its time to go on all the same.
+    // Waits twice as long, so that a faulty agent would have gone on.
     let skipped = |entry: &Entry| {
         entry.field("UNIT") == Some("ostree-finalize-staged.service") && entry.message().contains("skipped")
     };
     lab.vm.journal.wait(mark, WORK, "the finalizer is skipped", skipped).await?;
     let once = lab.vm.journal.mark();
     lab.vm.journal.wait(once, WORK, "the finalizer is tried again", skipped).await?;
-    ensure!(lab.is_staged().await?, "nothing is staged");
+    ensure!(lab.is_staged().await?, "no deployment is staged");
     ensure!(lab.drains.drains() == drains, "a drain before a reboot that cannot come");
-    ensure!(lab.vm.boot_id() == boot, "a reboot that loses what is staged");
+    ensure!(lab.vm.boot_id() == boot, "a reboot that loses the staged deployment");
     lab.vm.run(&format!("touch {MAY}")).await?;
     lab.reboot_of_its_own(UPDATE).await?;
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
 }
 
-/// The backend says that it ended well, as the originals do when they find nothing to change; the deployments say
-/// something else.
+/// The backend reports success without a change, as the original does when it finds nothing to do; the deployments show
+/// that.
 pub async fn no_effect(lab: &mut Lab) -> Result<()> {
     if lab.backend == Backend::RpmOstree && lab.vm.status("test -x /usr/libexec/rpm-ostreed").await?.0 != 0 {
         lab.say("skipped: this rpm-ostree is real");
@@ -263,10 +263,10 @@ pub async fn no_effect(lab: &mut Lab) -> Result<()> {
     lab.target(&image);
     let (units, pattern) = (lab.backend.units(), lab.backend.ended_well());
     let ended = format!("journalctl --quiet {units} --since=@{} --grep='{pattern}'", began.trim());
-    lab.wait_guest("staging ends well", WORK, &ended).await?;
+    lab.wait_guest("staging reports success", WORK, &ended).await?;
     lab.vm
         .journal
-        .wait(mark, WORK, "the agent does not believe it", |entry| {
+        .wait(mark, WORK, "the agent reports the missing change", |entry| {
             entry.is_agents() && entry.field("REBASE_AGENT_REASON") == Some("HostConfused")
         })
         .await?;
@@ -278,13 +278,13 @@ pub async fn no_effect(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
-/// What the guest has received, in bytes.
+/// The number of bytes that the guest has received.
 async fn received(lab: &mut Lab) -> Result<u64> {
     let text = lab.vm.run("cat /sys/class/net/en*/statistics/rx_bytes").await?;
     text.trim().parse().with_context(|| format!("bytes received: {text}"))
 }
 
-/// Waits until a layer is on its way, which no backend tells in a way that others do, too.
+/// Waits until a layer is being pulled; the backends do not report that in the same way.
 async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
     let enough = before + FETCHED;
     lab.wait_guest(
@@ -296,7 +296,7 @@ async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
 }
 
 fn payload(seed: u32) -> Extra {
-    // Incompressible, so that it takes its time.
+    // Incompressible, so that the pull takes a while.
     let key = openssl::sha::sha256(format!("{seed} {:?}", std::time::SystemTime::now()).as_bytes());
     let cipher = openssl::symm::Cipher::aes_256_ctr();
     let noise = openssl::symm::encrypt(cipher, &key, Some(&[0; 16]), &vec![0; PAYLOAD]).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! A host tool that an overlay brings.
+//! A host tool in an overlay.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,16 +13,16 @@ use crate::backend::Backend;
 use crate::disk::Disk;
 use crate::lab::{Kind, Lab, Stock};
 
-/// Where the overlay of the test has the program that does the work.
+/// The place of the real program in the test's overlay.
 const BEHIND: &str = "/usr/libexec/behind-the-overlay";
 /// The first word of the overlay's program in the journal.
 const MARK: &str = "of-the-overlay";
 
-/// What an overlay has to bring for the stand-in to step aside, and which of it the test puts a program of its own before.
+/// The files that an overlay must have to replace the stand-in, and the one that the test wraps.
 struct Tool {
     wrapped: &'static str,
     others: &'static [&'static str],
-    /// How the names of its units begin.
+    /// Prefix of the names of its units.
     units: &'static str,
 }
 
@@ -42,12 +42,12 @@ fn tool(backend: Backend) -> Tool {
     }
 }
 
-/// A library that the programs need, and one of as many letters that does not exist.
+/// A library that the programs need, and a missing one with a name of the same length.
 const LIBRARY: [&str; 2] = ["libostree-1.so.1", "libabsent-1.so.1"];
-/// The package in which Debian would have that one.
+/// The Debian package that would have the missing one.
 const PACKAGE: &str = "libabsent-1-1";
 
-/// What the agent has staged by is the host tool that the overlay brings. An overlay that lacks a library is refused.
+/// The agent stages with the host tool of the overlay. An overlay that lacks a library is refused.
 pub async fn is_used(stock: &Stock) -> Result<()> {
     if stock.image_options.iter().any(|option| option == "--overlay") {
         println!("{:>14}  skipped: this run has an overlay of its own", "");
@@ -70,7 +70,7 @@ pub async fn is_used(stock: &Stock) -> Result<()> {
     fs::remove_dir_all(&tree).context("removing the overlay")
 }
 
-/// The build says which program lacks which library, and of which package it could be.
+/// The build names the program, the missing library and its likely package.
 async fn is_refused_without_library(stock: &Stock, tree: &Path) -> Result<()> {
     let program = tree.join(BEHIND.trim_start_matches('/'));
     let mut bytes = fs::read(&program)?;
@@ -101,12 +101,12 @@ async fn is_started(tool: &Tool, lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// Leaves a mark and does the work.
+/// A script that leaves a mark and runs the real program.
 fn script() -> String {
     format!("#!/bin/sh\necho \"{MARK} $*\" >&2\nexec {BEHIND} \"$@\"\n")
 }
 
-/// An overlay as somebody would make it, with the programs of that disk in it, stand-ins or not.
+/// An overlay as a user would make it, with the programs of that disk in it, stand-ins or not.
 fn make_tree(tool: &Tool, tree: &Path, disk: &Path) -> Result<()> {
     match fs::remove_dir_all(tree) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("an old overlay"),

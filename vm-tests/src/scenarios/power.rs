@@ -1,4 +1,4 @@
-//! The power goes at the worst moments, and finalization fails.
+//! Power cuts at the worst moments, and failing finalization.
 
 use anyhow::{Context as _, Result, ensure};
 use support::events::Event;
@@ -11,10 +11,10 @@ use crate::vm::SHUTDOWN;
 
 /// The agent's message that an image is staged.
 pub(super) const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
-/// libostree's message that finalization begins.
+/// libostree's message that finalization starts.
 const FINALIZING: &str = "e8646cd63dff4625b77909a8e7a40994";
 
-/// What was staged is lost with the boot; it is staged again.
+/// The staged deployment is lost with the boot; it is staged again.
 pub async fn after_staging(lab: &mut Lab) -> Result<()> {
     let old = lab.booted_digest().await?;
     let image = lab.signed().await?;
@@ -23,18 +23,18 @@ pub async fn after_staging(lab: &mut Lab) -> Result<()> {
     lab.vm.journal.wait(mark, UPDATE, "an image is staged", |entry| entry.has_id(STAGED)).await?;
     lab.power_cut().await?;
     lab.power_on().await?;
-    ensure!(lab.booted_digest().await? == old, "what was only staged boots");
+    ensure!(lab.booted_digest().await? == old, "a deployment boots that was not finalized");
     arrive(lab).await
 }
 
-/// The attempt is on record and the reboot was not asked for yet: it counts, and one more is made.
+/// The attempt is recorded and the reboot was not requested yet: it counts, and another one is made.
 pub async fn after_the_attempt(lab: &mut Lab) -> Result<()> {
     let image = lab.signed().await?;
     let version = lab.version();
     lose_the_attempt(lab, &image, version).await
 }
 
-/// The same on the way back to the image before: its older deployment, which is there, is no sign of a rollback.
+/// The same on the way back to the previous image, whose older deployment is not a sign of a rollback.
 pub async fn on_the_way_back(lab: &mut Lab) -> Result<()> {
     let (old, version) = update::two(lab).await?;
     let deployments = lab.deployments().await?;
@@ -56,14 +56,14 @@ async fn lose_the_attempt(lab: &mut Lab, image: &Pushed, version: u32) -> Result
     lab.power_cut().await?;
     let mark = lab.api.requests().len();
     lab.power_on().await?;
-    ensure!(lab.booted_digest().await? == before, "what was only staged boots");
+    ensure!(lab.booted_digest().await? == before, "a deployment boots that was not finalized");
     arrive(lab).await?;
     let second = lab.api.requests().iter().skip(mark).any(|request| request.body.contains(r#"\"count\":2"#));
     ensure!(second, "the first attempt does not count");
     Ok(())
 }
 
-/// Whatever the boot loader finds afterwards, the node arrives.
+/// The node arrives in every state that the boot loader may find.
 pub async fn during_finalization(lab: &mut Lab) -> Result<()> {
     let image = lab.signed().await?;
     let mark = lab.vm.journal.mark();
@@ -80,7 +80,7 @@ pub async fn during_finalization(lab: &mut Lab) -> Result<()> {
     arrive(lab).await
 }
 
-/// /boot cannot be written: the old image comes up again, once more, and then the node says why it stays there.
+/// /boot cannot be written: the old image boots twice more, then the node reports why it stays there.
 pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
     let old = lab.booted_digest().await?;
     let other = other_initramfs(lab).await?;
@@ -95,10 +95,10 @@ pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
     }
     let reason = lab.wait_reason("Degraded", "", WORK).await?;
     lab.say(&format!("the Node says: {reason}"));
-    ensure!(reason.contains("finaliz"), "the reason does not tell of the finalization: {reason}");
+    ensure!(reason.contains("finaliz"), "the reason does not name the finalization: {reason}");
     let boot = lab.vm.boot_id().to_owned();
 
-    // The way out: the cause goes, and the pool gets another image.
+    // The way out: the cause is removed, and the pool gets another image.
     lab.vm.run("chattr -i /boot").await?;
     let image = lab.signed().await?;
     let version = lab.version();
@@ -106,18 +106,18 @@ pub async fn finalization_fails(lab: &mut Lab) -> Result<()> {
     lab.update(&image, version).await.context("after /boot can be written again")
 }
 
-/// What a new kernel is to libostree: where neither it nor the number of deployments changes, finalization leaves /boot
+/// A new kernel for libostree: if neither the kernel nor the number of deployments changes, finalization leaves /boot
 /// alone and only changes a symbolic link in /ostree.
 async fn other_initramfs(lab: &mut Lab) -> Result<Extra> {
     let release = lab.vm.run("uname -r").await?;
     let path = format!("usr/lib/modules/{}/initramfs.img", release.trim());
     let mut initramfs = lab.vm.read(&format!("/{path}")).await?;
-    // Which the kernel skips.
+    // The kernel skips this content.
     initramfs.extend_from_slice(&[0; 512]);
     Ok(Extra::default().file(&path, 0o644, initramfs))
 }
 
-/// The second and last way to the target that is set.
+/// The second and last attempt for the current target.
 async fn arrive(lab: &mut Lab) -> Result<()> {
     lab.reboot_of_its_own(UPDATE + SHUTDOWN).await?;
     let image = lab.last_target();

@@ -1,4 +1,4 @@
-//! Images that must not run, and keys that change.
+//! Images that must not run, and changed keys.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -14,7 +14,7 @@ use crate::scenarios::neighbours::HOUSEKEEPING;
 use crate::trust::KEY_IN_GUEST;
 use crate::vm::{BOOT, SHUTDOWN};
 
-/// Refused by the agent and by the pull itself; nothing staged, nobody drained, no reboot.
+/// An unsigned image is refused by the agent and by the pull itself: no stage, no drain, no reboot.
 pub async fn unsigned(lab: &mut Lab) -> Result<()> {
     let before = Untouched::of(lab).await?;
     let image = lab.unsigned().await?;
@@ -27,14 +27,14 @@ pub async fn unsigned(lab: &mut Lab) -> Result<()> {
             bail!("the daemon was asked for an unverified image: {}", asked.message());
         }
     }
-    // The backend, asked without the agent, finds the same policy in its way.
+    // The backend's own pull, without the agent, is refused by the same policy.
     let (code, said) = pull(lab, &image).await?;
     ensure!(code != 0 && said.contains("A signature was required"), "the pull: status {code}, {said}");
     before.holds(lab).await?;
     lab.return_to_settled().await
 }
 
-/// A key that the policy does not name is as good as none.
+/// A signature of a key that the policy does not name does not count.
 pub async fn strange_key(lab: &mut Lab) -> Result<()> {
     let before = Untouched::of(lab).await?;
     let image = lab.unsigned().await?;
@@ -45,7 +45,7 @@ pub async fn strange_key(lab: &mut Lab) -> Result<()> {
     lab.return_to_settled().await
 }
 
-/// An image brings the next key: it is signed with the old one, and what comes after it needs the new one.
+/// An image contains the next key: it is signed with the old one, and later images need the new one.
 pub async fn key_rotation(lab: &mut Lab) -> Result<()> {
     let old = lab.trust.signer.clone();
     let new = Signer::generate(KeyKind::P256);
@@ -61,27 +61,27 @@ pub async fn key_rotation(lab: &mut Lab) -> Result<()> {
     before.holds(lab).await?;
 
     lab.trust.signer = new;
-    // Every image from now on has the new key, or the next update would bring back the old one.
+    // Every later image has the new key; otherwise the next update would restore the old one.
     lab.key_from_image = Some(lab.trust.signer.public_key_pem());
     let image = lab.signed().await?;
     let version = lab.version();
     lab.update(&image, version).await.context("an image with the new key's signature")
 }
 
-/// The policy rejects an image that is staged already: it is dropped, so that no reboot by anybody boots it. Where it
-/// cannot be dropped, the journal warns and the Node shows it, before the reboot and after it.
+/// The policy rejects an image that is staged already: it is dropped, so that no later reboot boots it. Where it cannot
+/// be dropped, the journal warns and the Node shows it, before the reboot and after it.
 pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
     let old = lab.booted_digest().await?;
     let image = staged_and_held(lab).await?;
     let mark = lab.vm.journal.mark();
     reject(lab, "").await?;
-    // Nothing but its own look at the files tells the agent.
+    // The agent notices only by its own check of the files.
     lab.wait_reason("Degraded", "PolicyRejects", HOUSEKEEPING + WORK).await?;
     refusal_reached_the_disk(lab, mark).await?;
 
-    // As an admin, or a power button, asks for it.
+    // A reboot by an operator or a power button.
     let mark = lab.vm.journal.mark();
-    // The answer may be lost with the guest.
+    // The reply may be lost with the guest.
     let _ = lab.vm.status("systemctl --no-block reboot").await;
     lab.reboot_of_its_own(SHUTDOWN).await?;
     if lab.backend.drops_staged() {
@@ -90,7 +90,7 @@ pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
         ensure!(!lab.is_staged().await?, "the refused image is staged again");
         return allow_and_arrive(lab, &image).await;
     }
-    ensure!(lab.booted_digest().await? == image.digest, "what bootc staged does not boot");
+    ensure!(lab.booted_digest().await? == image.digest, "bootc's staged image does not boot");
     warned(lab, mark, "runs", "/untrusted", "PolicyRejects").await?;
     accept(lab).await?;
     lab.annotate(HOLD, None)?;
@@ -98,8 +98,8 @@ pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
     lab.arrived(&image).await
 }
 
-/// The policy is replaced while the reboot is held, with the modification time of the old one. Nothing is verified by
-/// the old policy any more when the hold goes.
+/// The policy is replaced while the reboot is held, with the modification time of the old one. The old policy verifies
+/// nothing after the hold.
 pub async fn policy_replaced_while_held(lab: &mut Lab) -> Result<()> {
     let image = staged_and_held(lab).await?;
     let (boot, drains, mark) = (lab.vm.boot_id().to_owned(), lab.drains.drains(), lab.vm.journal.mark());
@@ -109,31 +109,31 @@ pub async fn policy_replaced_while_held(lab: &mut Lab) -> Result<()> {
         annotation(node, "state") == Some("Degraded") || !node["metadata"]["annotations"][ATTEMPT].is_null()
     };
     let node = lab.wait("an attempt or a refusal", UPDATE, is_decided).await?;
-    ensure!(node["metadata"]["annotations"][ATTEMPT].is_null(), "an attempt to boot what the new policy rejects");
+    ensure!(node["metadata"]["annotations"][ATTEMPT].is_null(), "an attempt for an image that is rejected now");
     lab.wait_reason("Degraded", "PolicyRejects", WORK).await?;
     refusal_reached_the_disk(lab, mark).await?;
     ensure!(lab.vm.boot_id() == boot && lab.vm.is_on(), "a reboot");
-    ensure!(lab.drains.drains() == drains, "a drain for what the new policy rejects");
+    ensure!(lab.drains.drains() == drains, "a drain for an image that the new policy rejects");
     allow_and_arrive(lab, &image).await
 }
 
-/// A new target that is staged and not to be rebooted into yet.
+/// A new target that is staged and must not be rebooted into yet.
 async fn staged_and_held(lab: &mut Lab) -> Result<Pushed> {
     lab.annotate(HOLD, Some("until the policy has changed"))?;
     let image = lab.signed().await?;
     lab.target(&image);
     lab.wait_reason("Working", "Held", UPDATE).await?;
-    ensure!(lab.is_staged().await?, "held with nothing staged");
+    ensure!(lab.is_staged().await?, "held without a staged image");
     Ok(image)
 }
 
-/// What is refused is not staged any more; what cannot be dropped is told.
+/// A refused image is dropped, or reported where it cannot be dropped.
 async fn refusal_reached_the_disk(lab: &mut Lab, mark: usize) -> Result<()> {
     if lab.backend.drops_staged() {
         const GONE: &str = "test ! -e /run/ostree/staged-deployment";
         return lab.wait_guest("the refused image is dropped", WORK, GONE).await;
     }
-    ensure!(lab.is_staged().await?, "bootc cannot drop what is staged, and it is gone");
+    ensure!(lab.is_staged().await?, "bootc cannot drop a stage, but it is gone");
     warned(lab, mark, "staged", "/reason", "staged").await
 }
 
@@ -153,7 +153,8 @@ async fn warned(lab: &Lab, mark: usize, word: &str, key: &str, shown: &str) -> R
     lab.wait(&format!("a Node that shows `{shown}`"), WORK, shows).await.map(drop)
 }
 
-/// Nothing of the registry is accepted from now on. `prepare` runs before the new policy takes the old one's place.
+/// The policy rejects every image of the registry from now on. `prepare` runs before the new policy replaces the old
+/// one.
 async fn reject(lab: &mut Lab, prepare: &str) -> Result<()> {
     let host = lab.trust.registry_in_guest();
     let policy = Policy::accept_by_default().scope(&host, [Requirement::reject()]).to_json().to_string();
@@ -179,12 +180,12 @@ async fn allow_and_arrive(lab: &mut Lab, image: &Pushed) -> Result<()> {
     lab.arrived(image).await
 }
 
-/// By anybody with root: its status and what was said.
+/// Runs the pull as root: its status and its output.
 async fn pull(lab: &mut Lab, image: &Pushed) -> Result<(i32, String)> {
     lab.vm.status(&lab.backend.pull(&image.pullspec())).await
 }
 
-/// What a refusal must leave as it was.
+/// The state that a refusal must not change.
 struct Untouched {
     boot: String,
     drains: usize,
@@ -204,7 +205,7 @@ impl Untouched {
         let now = Self::of(lab).await?;
         ensure!(now.boot == self.boot, "a reboot");
         ensure!(now.drains == self.drains, "a drain");
-        ensure!(!lab.is_staged().await?, "something is staged");
+        ensure!(!lab.is_staged().await?, "an image is staged");
         ensure!(now.deployments == self.deployments, "{} became {}", self.deployments, now.deployments);
         Ok(())
     }

@@ -1,18 +1,18 @@
-//! Many updates, and what they leave behind.
+//! Many updates, and their leftovers.
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::lab::Lab;
 
 const UPDATES: u32 = 10;
-/// Updates after which everything that is filled once is full: two deployments, the layers of both.
+/// Updates that fill everything that is filled only once: two deployments, the layers of both.
 const SETTLING: u32 = 2;
-/// What the disk may hold more at the end than after settling. An update that stayed would be several times that.
+/// Growth of the disk after that which is allowed. A leftover update would be several times as large.
 const DISK_KIB: u64 = 8 << 10;
 /// The agent's memory limit, resident.
 const MEMORY_KIB: u64 = 32 << 10;
 
-/// Ten updates, and then as many deployments, as much on the disk, and as little in memory as after the second.
+/// Ten updates: deployments, disk and memory at the end are the same as after the second.
 pub async fn ten(lab: &mut Lab) -> Result<()> {
     let mut settled = None;
     for number in 1..=UPDATES {
@@ -21,7 +21,7 @@ pub async fn ten(lab: &mut Lab) -> Result<()> {
         lab.update(&image, version).await.with_context(|| format!("update {number}"))?;
         let residue = Residue::of(lab).await?;
         lab.say(&format!("update {number}: {residue:?}"));
-        ensure!(residue.memory < MEMORY_KIB, "the agent takes {} KiB", residue.memory);
+        ensure!(residue.memory < MEMORY_KIB, "the agent uses {} KiB", residue.memory);
         ensure!(residue.errors.is_empty(), "errors in the journal: {}", residue.errors);
         match &settled {
             None if number == SETTLING => settled = Some(residue),
@@ -46,7 +46,7 @@ struct Residue {
     deployments: u64,
     images: u64,
     memory: u64,
-    /// Of the agent and of the units that serve it.
+    /// Of the agent and of the units that work for it.
     errors: String,
 }
 
@@ -57,7 +57,7 @@ impl Residue {
             text.trim().parse().with_context(|| format!("{what}: {text}"))
         };
         Ok(Self {
-            // Without the journal, which is limited by itself.
+            // Without the journal, which has its own limit.
             disk: number("disk", "sync; du -sk --exclude=journal /sysroot/ostree /sysroot/boot | awk '{ s += $1 } END { print s }'").await?,
             deployments: number("deployments", "ls -d /ostree/deploy/default/deploy/*.[0-9] | wc -l").await?,
             images: number("images", "ostree refs --repo=/ostree/repo --list ostree/container/image | wc -l").await?,

@@ -1,4 +1,4 @@
-//! Updates that go well.
+//! Successful updates.
 
 use anyhow::{Context as _, Result, ensure};
 use support::image::Pushed;
@@ -6,14 +6,14 @@ use support::image::Pushed;
 use crate::lab::Lab;
 use crate::oci::Extra;
 
-/// From whatever runs to a new image.
+/// From the booted image to a new one.
 pub async fn forward(lab: &mut Lab) -> Result<()> {
     let image = lab.signed().await?;
     let version = lab.version();
     let mark = lab.vm.journal.mark();
     lab.update(&image, version).await?;
     let shown = lab.vm.run("cat /usr/share/vm-tests/version").await?;
-    ensure!(shown.starts_with(&format!("{version} ")), "the image's content is not what runs: {shown}");
+    ensure!(shown.starts_with(&format!("{version} ")), "the image's content is not booted: {shown}");
     let finalized = lab.vm.journal.since(mark, |entry| entry.has_id("dd440e3e549083b63d0efc7dc15255f1"));
     ensure!(finalized.len() == 1, "libostree finalized {} deployments instead of one", finalized.len());
     let (code, output) = lab.vm.status("rebase-agent status").await?;
@@ -21,13 +21,13 @@ pub async fn forward(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// To a new image, and back to the one before it.
+/// To a new image, and back to the previous one.
 pub async fn back(lab: &mut Lab) -> Result<()> {
     let (old, version) = two(lab).await?;
     lab.update(&old, version).await.context("back")
 }
 
-/// Two updates: the image to go back to, and its version.
+/// Two updates: returns the image to go back to, and its version.
 pub async fn two(lab: &mut Lab) -> Result<(Pushed, u32)> {
     let old = lab.signed().await?;
     let old_version = lab.version();
@@ -38,12 +38,12 @@ pub async fn two(lab: &mut Lab) -> Result<(Pushed, u32)> {
     Ok((old, old_version))
 }
 
-/// The image brings another build of the agent: the old one starts the update, the new one finishes it.
+/// The image contains another build of the agent: the old one starts the update, the new one finishes it.
 pub async fn of_the_agent(lab: &mut Lab) -> Result<()> {
     const RUNNING: &str = "sha256sum </proc/$(systemctl show --value -p MainPID rebase-agent)/exe";
     const AGENT: &str = "/usr/bin/rebase-agent";
     let old = lab.vm.run(RUNNING).await?;
-    // Bytes behind the program change nothing but what it is.
+    // Additional bytes at the end change the program's digest only.
     let mut program = lab.vm.read(AGENT).await?;
     program.extend_from_slice(format!("another build, in image {}", lab.version()).as_bytes());
     let wanted = support::image::digest(&program);
@@ -51,7 +51,7 @@ pub async fn of_the_agent(lab: &mut Lab) -> Result<()> {
     let version = lab.version();
     lab.update(&image, version).await?;
     let new = lab.vm.run(RUNNING).await?;
-    ensure!(new != old, "the old program runs");
+    ensure!(new != old, "the old program is still running");
     ensure!(wanted.ends_with(new.split(' ').next().unwrap_or_default()), "{new} runs instead of {wanted}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Not one file: everything that the agent's processes opened for writing during one whole update.
+//! Proves that the agent's processes opened no file for writing during one whole update.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use serde_json::Value;
 use crate::lab::{Lab, WORK};
 
 const UNIT: &str = "rebase-agent.service";
-/// A unit that does write, to see that the watch sees.
+/// A unit that does write, to check that the watch sees it.
 const CONTROL: &str = "vmtest-writer.service";
 const CONTROL_WRITE: &str = "systemd-run --quiet --wait --collect --unit=vmtest-writer.service \
     sh -c 'echo x >/var/tmp/x; mkdir /run/x; rmdir /run/x; rm /var/tmp/x'";
-/// What systemd runs in the unit's control group before it becomes the unit's program.
+/// systemd's own program in the unit's control group, before the unit's program.
 const EXECUTOR: &str = "/usr/lib/systemd/systemd-executor";
-/// /dev/null, which Landlock leaves to the agent.
+/// /dev/null, which Landlock allows.
 const ALLOWED: &str = "null";
 
 /// From the agent's start in the old image to Done in the new one.
@@ -33,7 +33,7 @@ pub async fn none(lab: &mut Lab) -> Result<()> {
     let version = lab.version();
     let old = lab.vm.boot_id().to_owned();
     lab.update(&image, version).await?;
-    // To its end, too.
+    // The control writes again at the end.
     lab.vm.run(CONTROL_WRITE).await?;
     let second = listing(lab).await?;
     ensure!(!written(&second, CONTROL).is_empty(), "the watch did not see the update to its end");
@@ -46,7 +46,7 @@ pub async fn none(lab: &mut Lab) -> Result<()> {
     let lost = first.iter().chain(&second).filter(|line| line.get("lost").is_some()).count();
     lab.say(&format!("files that the kernel would not open for the watch: {lost}"));
 
-    // The root, /etc and /var are one file system with /sysroot; the agent has a /dev of its own.
+    // The root, /etc and /var are one file system with /sysroot; the agent has its own /dev.
     for listing in [&first, &second] {
         let watched =
             |point: &str| listing.iter().filter(|line| line["filesystem"] == point && line["is"] == "watched").count();
@@ -83,7 +83,7 @@ fn lines(text: &str) -> Vec<Value> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// What a unit's processes did: program, path and deed, and how often.
+/// The writes of a unit's processes: program, path and operation, with their number.
 fn written(lines: &[Value], unit: &str) -> BTreeMap<(String, String, String), usize> {
     let mut writes = BTreeMap::new();
     for line in lines.iter().filter(|line| line["unit"] == unit) {

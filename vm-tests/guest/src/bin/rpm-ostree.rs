@@ -1,5 +1,5 @@
-//! As much of rpm-ostree's command line as a person needs in the tests: `rebase REFERENCE` and `cleanup -p`, asked of
-//! whatever daemon answers to the name.
+//! The part of rpm-ostree's command line that the tests need: `rebase REFERENCE` and `cleanup -p`, sent to the daemon
+//! on the bus.
 
 use std::collections::HashMap;
 use std::process::ExitCode;
@@ -43,7 +43,7 @@ async fn run() -> Result<()> {
 
 async fn follow(address: &str) -> Result<()> {
     let peer = zbus::connection::Builder::address(address).p2p().build().await?;
-    // Before Start, so that nothing is missed.
+    // Subscribed before Start, so that no signal is missed.
     let mut messages = MessageStream::from(&peer);
     let start = peer.call_method(None::<&str>, "/", Some("org.projectatomic.rpmostree1.Transaction"), "Start", &());
     start.await?;

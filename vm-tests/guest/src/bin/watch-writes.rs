@@ -1,10 +1,10 @@
-//! Lists everything that the processes of some units open for writing, create, remove, rename or change the attributes
+//! Lists all files that the processes of some units open for writing, create, remove, rename or change the attributes
 //! of, on any file system that they see. One line of JSON for each.
 //!
 //!   watch-writes UNIT...
 //!
-//! fanotify tells the process but not its unit, and short-lived processes are gone when one looks. So every exec waits
-//! until its process was noted, together with the file systems of its mount namespace, which are watched from then on.
+//! fanotify reports the process but not its unit, and short-lived processes end before a lookup. So every exec waits
+//! until its process is recorded, and the file systems of its mount namespace are watched from then on.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -19,12 +19,12 @@ use nix::fcntl::AT_FDCWD;
 use nix::sys::fanotify::{EventFFlags, Fanotify, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response};
 use serde_json::json;
 
-/// `FAN_REPORT_DIR_FID | FAN_REPORT_NAME`, which nix does not name: events tell the directory entry.
+/// `FAN_REPORT_DIR_FID | FAN_REPORT_NAME`, which nix does not name: events contain the directory entry.
 const REPORT_NAMES: InitFlags = InitFlags::from_bits_retain(0x0c00);
 /// An information record that ends with the entry's name.
 const INFO_DFID_NAME: u8 = 2;
 
-/// Who a process is.
+/// The identity of a process.
 #[derive(Clone)]
 struct Process {
     unit: String,
@@ -34,11 +34,11 @@ struct Process {
 struct Watch {
     units: HashSet<String>,
     processes: Mutex<HashMap<i32, Process>>,
-    /// Device numbers of the file systems that are watched.
+    /// Device numbers of the watched file systems.
     marked: Mutex<HashSet<String>>,
-    /// Tells execs, and files of the kernel that were open for writing.
+    /// Reports execs, and the kernel's files that were opened for writing.
     files: Fanotify,
-    /// Tells everything else, by the entry's name.
+    /// Reports all other events, with the entry's name.
     names: Fanotify,
 }
 
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
     watch.read_files()
 }
 
-/// Tells systemd that everything is watched.
+/// Tells systemd that the watch is complete.
 fn ready() -> Result<()> {
     if let Some(socket) = std::env::var_os("NOTIFY_SOCKET") {
         UnixDatagram::unbound()?.send_to(b"READY=1", PathBuf::from(socket))?;
@@ -81,7 +81,7 @@ fn ready() -> Result<()> {
 }
 
 impl Watch {
-    /// Watches the file systems in a process's mount namespace that are not yet.
+    /// Watches the file systems of a process's mount namespace that are not watched yet.
     fn mark_all(&self, process: &Path) {
         let Ok(mounts) = fs::read_to_string(process.join("mountinfo")) else { return };
         for line in mounts.lines() {
@@ -117,7 +117,7 @@ impl Watch {
         loop {
             let events = match self.files.read_events() {
                 Ok(events) => events,
-                // To tell of a file, the kernel opens it, which some of its own files refuse: that event is lost.
+                // The kernel opens a file to report it, which some of its own files refuse: that event is lost.
                 Err(error) => {
                     println!("{}", json!({ "lost": error.to_string() }));
                     continue;
@@ -141,7 +141,7 @@ impl Watch {
     }
 
     fn read_names(&self) -> Result<()> {
-        // Read without nix's interpretation, which leaves the names out.
+        // Read without nix's interpretation, which omits the names.
         let mut group = fs::File::from(self.names.as_fd().try_clone_to_owned()?);
         let mut buffer = vec![0; 64 << 10];
         loop {
@@ -155,7 +155,7 @@ impl Watch {
         }
     }
 
-    /// A process is about to become a program.
+    /// A process is about to execute a program.
     fn note(&self, pid: i32, program: &Path) {
         let name = program.to_string_lossy().into_owned();
         // The loader is opened the same way, after the program.
@@ -187,7 +187,7 @@ struct Event {
     name: String,
 }
 
-/// One event of the group that tells names, and what follows it.
+/// One event of the group that reports names, and the rest of the buffer.
 fn parse(bytes: &[u8]) -> Option<(Event, &[u8])> {
     let u32_at = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     let length = usize::try_from(u32_at(0)?).ok()?;

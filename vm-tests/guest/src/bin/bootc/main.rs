@@ -1,6 +1,6 @@
-//! Stands in for bootc, which Debian does not have: `switch` and `status`, thin, over work that is real. What callers
-//! may rely on is kept: both need root, a mount namespace and the sysroot's lock, for which they wait without limit;
-//! 0 is also "nothing to do", 1 any failure and 2 wrong usage.
+//! A stand-in for bootc, which Debian does not have: a thin `switch` and `status` over real work. It keeps the
+//! original's guarantees: both need root, a mount namespace and the sysroot's lock, for which they wait without limit;
+//! exit code 0 also means "nothing to do", 1 any failure and 2 wrong usage.
 
 mod status;
 mod switch;
@@ -46,7 +46,7 @@ fn parse(arguments: &[&str]) -> Option<Command> {
 
 fn run(command: &Command) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "This command must be executed as the root user");
-    // Before there are threads, which would stay behind.
+    // Before any thread starts: threads would stay in the old namespace.
     if namespace("self")? == namespace("1")? {
         unshare(CloneFlags::CLONE_NEWNS).context("Creating a mount namespace")?;
     }
@@ -65,14 +65,14 @@ fn namespace(process: &str) -> Result<u64> {
     Ok(std::fs::metadata(&path).with_context(|| format!("Reading {path}"))?.ino())
 }
 
-/// As the original: until whoever has the lock gives it back.
+/// Waits until the lock is released, like the original.
 fn lock() -> Result<SysrootLock> {
     let sysroot = guest::open()?;
     if !sysroot.try_lock()? {
         eprintln!("Waiting for sysroot lock...");
         sysroot.lock()?;
     }
-    // Whoever had the lock may have changed everything.
+    // The previous holder of the lock may have changed the sysroot.
     sysroot.load_if_changed(Cancellable::NONE)?;
     Ok(SysrootLock::from_assumed_locked(&sysroot))
 }

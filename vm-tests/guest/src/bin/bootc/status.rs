@@ -1,4 +1,4 @@
-//! `bootc status --format=json --format-version=1`, from the deployments that there are.
+//! `bootc status --format=json --format-version=1`, from the existing deployments.
 
 use anyhow::Result;
 use ostree_ext::container::store::query_image_commit;
@@ -7,13 +7,13 @@ use ostree_ext::ostree::{self, Deployment};
 use ostree_ext::sysroot::SysrootLock;
 use serde_json::{Value, json};
 
-/// Groups of rpm-ostree's in an origin, with which bootc does not get along.
+/// Groups of rpm-ostree in an origin, which bootc does not support.
 const INCOMPATIBLE: [&str; 4] = ["rpmostree", "packages", "overrides", "modules"];
 
-/// The deployments by what they are.
+/// The deployments by their role.
 pub struct Host {
     repo: ostree::Repo,
-    /// What runs.
+    /// The booted deployment.
     pub booted: Option<Deployment>,
     staged: Option<Deployment>,
     rollback: Option<Deployment>,
@@ -22,7 +22,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Of a sysroot.
+    /// Reads a sysroot.
     pub fn of(sysroot: &SysrootLock) -> Result<Self> {
         let booted = sysroot.booted_deployment();
         let (mut related, mut others): (Vec<_>, Vec<_>) = sysroot
@@ -42,7 +42,7 @@ impl Host {
         Ok(Self { repo: sysroot.repo(), booted, staged, rollback, others, rollback_queued })
     }
 
-    /// The image that is to run: what is staged, else what is booted.
+    /// The image that is to run: the staged one, or else the booted one.
     pub fn specified(&self) -> Option<OstreeImageReference> {
         self.staged.as_ref().or(self.booted.as_ref()).and_then(image)
     }

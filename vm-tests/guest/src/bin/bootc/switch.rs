@@ -1,4 +1,4 @@
-//! `bootc switch`: import under the node's policy, a staged deployment, and a note that a reboot is due.
+//! `bootc switch`: an import under the node's policy, a staged deployment, and a marker that a reboot is due.
 
 use anyhow::{Context as _, Result};
 use guest::Said;
@@ -7,10 +7,10 @@ use ostree_ext::sysroot::SysrootLock;
 
 use crate::status::Host;
 
-/// For kured and others who reboot nodes.
+/// Read by kured and other tools that reboot nodes.
 const REBOOT_REQUIRED: &str = "/run/reboot-required";
 
-/// What was asked for.
+/// The requested switch.
 pub struct Options {
     image: String,
     enforce: bool,
@@ -18,7 +18,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads the command line behind `switch`.
+    /// Parses the command line after `switch`.
     pub fn parse(arguments: &[&str]) -> Option<Self> {
         let (mut enforce, mut quiet, mut image, mut is_plain) = (false, false, None, false);
         for &argument in arguments {
@@ -44,7 +44,7 @@ impl Options {
     }
 }
 
-/// Stages the image, unless it is what boots next anyway.
+/// Stages the image, unless it boots next anyway.
 pub async fn run(sysroot: &SysrootLock, options: &Options) -> Result<()> {
     let target = options.target();
     let host = Host::of(sysroot)?;
@@ -59,10 +59,10 @@ pub async fn run(sysroot: &SysrootLock, options: &Options) -> Result<()> {
         _ => {}
     })
     .await?;
-    // The origin is a new one: what else the old one said is gone.
+    // The origin is new: other settings of the old one are lost.
     let (origin, arguments) = (guest::origin(&target), guest::arguments(booted));
     guest::stage(sysroot, &image.merge_commit, &origin, booted, &arguments)?;
-    // From here on a failure leaves the image staged.
+    // A failure from here on leaves the image staged.
     guest::tidy(sysroot)?;
     std::fs::write(REBOOT_REQUIRED, "bootc: Reboot required for image update\n").context("Writing reboot-required")?;
     println!("Queued for next boot: {target}");

@@ -1,7 +1,7 @@
-//! Stands in for rpm-ostree's daemon, which Debian does not have: its interface on the system bus, thin, over work that
-//! is real. What clients may rely on is kept: the sysroot is loaded before the name is claimed, transactions live on a
-//! private socket and begin with `Start`, an equal request joins, another one is refused as busy, a client that leaves
-//! takes its unstarted transaction with it, and an idle daemon exits.
+//! A stand-in for rpm-ostree's daemon, which Debian does not have: its interface on the system bus, thin, over real
+//! work. It keeps the original's guarantees: the sysroot is loaded before the name is claimed, transactions have a
+//! private socket and begin with `Start`, an equal request joins, another one is refused as busy, a client that
+//! disconnects takes its unstarted transaction with it, and an idle daemon exits.
 
 mod transaction;
 mod work;
@@ -25,7 +25,7 @@ const SYSROOT: &str = "/org/projectatomic/rpmostree1/Sysroot";
 /// Without clients and transaction, the daemon exits after this long.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// An error as it arrives on the bus.
+/// An error in its form on the bus.
 #[derive(Debug)]
 struct Failure {
     name: &'static str,
@@ -48,7 +48,7 @@ impl Failure {
         Self { name: "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code26", text: text.into() }
     }
 
-    /// An error of the daemon's own.
+    /// An error of the daemon's own domain.
     fn invalid(text: impl Into<String>) -> Self {
         Self { name: "org.projectatomic.rpmostreed.Error.Failed", text: text.into() }
     }
@@ -75,7 +75,7 @@ impl DBusError for Failure {
 /// The daemon.
 pub struct Daemon {
     state: Mutex<State>,
-    /// Clients or transaction changed.
+    /// Notified when clients or the transaction change.
     changed: Notify,
 }
 
@@ -91,7 +91,7 @@ impl Daemon {
         self.state.lock().expect("not poisoned")
     }
 
-    /// Reads the sysroot anew.
+    /// Reads the sysroot again.
     async fn reload(&self) {
         match tokio::task::spawn_blocking(work::load).await {
             Ok(Ok(deployments)) => self.state().deployments = deployments,
@@ -100,7 +100,7 @@ impl Daemon {
         }
     }
 
-    /// The last client of a finished transaction went.
+    /// The last client of a finished transaction disconnected.
     fn closed(&self, transaction: &Arc<Transaction>) {
         let mut state = self.state();
         if state.active.as_ref().is_some_and(|active| Arc::ptr_eq(active, transaction)) {
@@ -126,7 +126,7 @@ impl Daemon {
         state.clients.is_empty() && state.active.is_none()
     }
 
-    /// Makes a transaction, or joins the one that does just this. The answer is its address.
+    /// Creates a transaction, or joins an equal one; returns its address.
     async fn transact(
         self: &Arc<Self>,
         method: &'static str,
@@ -160,7 +160,7 @@ impl Daemon {
     }
 }
 
-/// An option by its type: one of another type counts as absent.
+/// An option of a known type: another type counts as absent.
 fn text(options: &HashMap<String, OwnedVariant>, key: &str) -> Option<String> {
     String::try_from(options.get(key)?.try_clone().ok()?).ok()
 }
@@ -169,8 +169,8 @@ fn flag(options: &HashMap<String, OwnedVariant>, key: &str) -> Option<bool> {
     bool::try_from(options.get(key)?.try_clone().ok()?).ok()
 }
 
-/// Options that change what the original does and that this one does not know: refused, so that no test takes them for
-/// done (these bindings of libostree's cannot lock what they stage). What the original does not know is passed over.
+/// Options of the original that this stand-in does not support: refused, so that no test relies on them (these bindings
+/// of libostree cannot lock a stage). Options that the original does not know are ignored.
 fn check_options(options: &HashMap<String, OwnedVariant>) -> Result<(), Failure> {
     const FLAGS: [&str; 7] =
         ["lock-finalization", "download-only", "no-pull-base", "dry-run", "cache-only", "reboot", "apply-live"];
@@ -184,7 +184,7 @@ fn check_options(options: &HashMap<String, OwnedVariant>) -> Result<(), Failure>
     }
 }
 
-/// Root may do everything, and the bus says who calls; others may do what polkit says, here nothing.
+/// Root may do everything; the bus tells who calls. Other users may do what polkit allows, which is nothing here.
 async fn authorize(bus: &Connection, header: &Header<'_>, object: &str) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::failed(format!("Failed direct authorization: {error}"));
     let sender = header.sender().ok_or_else(|| failed(&"no sender"))?;
@@ -197,7 +197,7 @@ async fn authorize(bus: &Connection, header: &Header<'_>, object: &str) -> Resul
     Err(Failure::denied(format!("rpmostreed {object} operation {member} not allowed for user")))
 }
 
-/// As the original escapes names in object paths; clients must not compute it.
+/// The original's escaping of names in object paths; clients must not compute it.
 fn os_path(osname: &str) -> String {
     let escaped: String = osname
         .bytes()
@@ -355,7 +355,7 @@ impl Os {
         self.0.transact("Rollback", Job::Rollback, &options, &header).await
     }
 
-    /// By index, whatever the original's XML calls it, or what a new deployment would start from; and fatal where a
+    /// By index, also where the original's XML names it otherwise, or the base of a new deployment; an error where a
     /// deployment lacks a key.
     fn get_deployment_boot_config(
         &self,
@@ -415,7 +415,7 @@ async fn main() -> Result<()> {
             }
         }
     });
-    // Nobody left for long enough: exit, to be activated again.
+    // Idle for long enough: exit, to be activated again.
     loop {
         let changed = tokio::time::timeout(IDLE, daemon.changed.notified()).await;
         if changed.is_err() && daemon.is_idle() {

@@ -1,4 +1,4 @@
-//! One transaction: its private socket, its clients, its life.
+//! One transaction: its private socket, its clients, its states.
 
 use std::collections::HashMap;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,15 +18,15 @@ use zbus::{Connection, Guid, MessageStream};
 use crate::Daemon;
 use crate::work::{Job, Worker};
 
-/// Where clients find the one transaction there can be.
+/// The path of the only transaction's socket.
 const SOCKET: &str = "/run/rpm-ostree-transaction.sock";
 const INTERFACE: &str = "org.projectatomic.rpmostree1.Transaction";
-/// How long clients may stay after the end.
+/// Longest time for clients to stay after the end.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long one client may take to read what it is told.
+/// Longest time for one client to read a message.
 const TELLING: Duration = Duration::from_secs(1);
 
-/// What a transaction is made for; a request that equals it joins.
+/// The request of a transaction; an equal request joins.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Request {
     pub job: Job,
@@ -43,7 +43,7 @@ pub struct Transaction {
     pub request: Request,
     /// The method's name, for `ActiveTransaction`.
     pub method: &'static str,
-    /// The bus name of who asked for it.
+    /// The bus name of the requesting client.
     pub client: String,
     phase: Mutex<Phase>,
     cancelled: watch::Sender<bool>,
@@ -53,7 +53,7 @@ pub struct Transaction {
 }
 
 impl Transaction {
-    /// Listens for clients. Nothing happens before one of them says so.
+    /// Listens for clients. The work starts when one of them calls `Start`.
     pub fn listen(
         daemon: &Arc<Daemon>,
         request: Request,
@@ -89,13 +89,13 @@ impl Transaction {
         format!("unix:path={SOCKET}")
     }
 
-    /// The title that clients see: what deploys gets its own with its start.
+    /// The title that clients see: a deploying transaction gets its own when it starts.
     pub fn title(&self) -> &str {
         let waits = matches!(*self.phase.lock().expect("not poisoned"), Phase::Waiting(_));
         if waits && self.method == "Rebase" { "new-deployment" } else { &self.request.title }
     }
 
-    /// Whoever asked for it left before anybody started it.
+    /// The requesting client left before the start.
     pub fn abandon(&self) {
         let mut phase = self.phase.lock().expect("not poisoned");
         if matches!(*phase, Phase::Waiting(_)) {
@@ -112,9 +112,9 @@ impl Transaction {
     ) {
         let accepting = tokio::spawn(self.clone().accept(listener));
         let talking = tokio::spawn(self.clone().talk(said));
-        // An error is a worker that was never let go: then it ends without a word.
+        // An error means that the worker was never started: the transaction ends without a signal.
         if let Ok(outcome) = outcome.await {
-            // All of what was said comes before the end.
+            // All messages come before the end.
             let _ = talking.await;
             match &outcome {
                 Ok(()) => println!("Txn {} successful", self.method),
@@ -125,7 +125,7 @@ impl Transaction {
             let finished = (outcome.is_ok(), outcome.err().unwrap_or_default());
             *self.phase.lock().expect("not poisoned") = Phase::Finished(finished.0, finished.1.clone());
             self.signal("Finished", &finished).await;
-            // It counts as active until the last client has gone.
+            // The transaction counts as active until the last client disconnects.
             let _ = tokio::time::timeout(PATIENCE, self.left()).await;
         }
         accepting.abort();
@@ -150,7 +150,7 @@ impl Transaction {
         }
     }
 
-    /// Serves one client until it goes.
+    /// Serves one client until it disconnects.
     async fn attend(self: Arc<Self>, stream: tokio::net::UnixStream) {
         let Ok(stream) = stream.into_std() else { return };
         let built =
@@ -179,12 +179,12 @@ impl Transaction {
     async fn signal<B: serde::Serialize + zbus::DynamicType>(&self, name: &str, body: &B) {
         let peers: Vec<Connection> = self.peers.lock().expect("not poisoned").values().cloned().collect();
         for peer in peers {
-            // A client that does not read must not stop the daemon.
+            // A client that does not read must not block the daemon.
             let _ = tokio::time::timeout(TELLING, peer.emit_signal(None::<&str>, "/", INTERFACE, name, body)).await;
         }
     }
 
-    /// Starts it unless it was; otherwise tells the end, if it has come.
+    /// Starts the transaction unless it was started; otherwise sends the end, if it has come.
     fn start(&self) -> (bool, Option<(bool, String)>) {
         let mut phase = self.phase.lock().expect("not poisoned");
         match std::mem::replace(&mut *phase, Phase::Running) {
@@ -206,7 +206,7 @@ impl Peer {
         let (started, finished) = self.0.start();
         let (response, sent) = ResponseDispatchNotifier::new(started);
         if let Some(finished) = finished {
-            // Told once more, to whoever comes late.
+            // A late client gets the end again.
             let connection = connection.clone();
             tokio::spawn(async move {
                 sent.await;

@@ -1,6 +1,6 @@
-//! What transactions do; the work that the other stand-in does, too, is in the library.
+//! The work of transactions; parts that bootc's stand-in also needs are in the library.
 //!
-//! libostree's objects stay on the thread that made them, so each transaction has one.
+//! libostree's objects stay on the thread that made them, so each transaction has its own thread.
 
 use std::collections::HashMap;
 
@@ -13,12 +13,12 @@ use ostree_ext::sysroot::SysrootLock;
 use tokio::sync::{mpsc, oneshot, watch};
 use zbus::{OwnedVariant, Variant};
 
-/// While it exists, a rebase ends well without doing anything, as the original's does when it finds nothing to change.
+/// While this file exists, a rebase succeeds without a change, as the original's does when it finds nothing to do.
 const CHANGES_NOTHING: &str = "/run/rpm-ostreed-changes-nothing";
 
 pub type Dict = HashMap<String, OwnedVariant>;
 
-/// What a transaction is asked to do.
+/// The operation of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Job {
     Rebase {
@@ -27,7 +27,7 @@ pub enum Job {
     Cleanup {
         kinds: Vec<String>,
     },
-    /// `last` is the option `final-kernel-args`, which stands for all but `existing`.
+    /// `last` is the option `final-kernel-args`, which replaces all others but `existing`.
     KernelArguments {
         existing: String,
         added: Vec<String>,
@@ -38,7 +38,7 @@ pub enum Job {
     Rollback,
 }
 
-/// One entry of the boot order, as the bus shows it.
+/// One entry of the boot order, as shown on the bus.
 pub struct Deployment {
     pub osname: String,
     pub booted: bool,
@@ -49,19 +49,19 @@ pub struct Deployment {
 
 /// A transaction's thread, which holds the sysroot's lock.
 pub struct Worker {
-    /// Sent: begin. Dropped: nobody will ask for it any more.
+    /// A message starts the work; a dropped sender means that no client will.
     pub go: oneshot::Sender<()>,
     pub outcome: oneshot::Receiver<Result<(), String>>,
 }
 
-/// Why a transaction cannot be.
+/// The reason why a transaction cannot be created.
 pub enum Refusal {
-    /// Somebody else has the sysroot's lock.
+    /// Another program has the sysroot's lock.
     Busy,
     Failed(String),
 }
 
-/// Reads what is deployed.
+/// Reads the deployments.
 pub fn load() -> Result<Vec<Deployment>> {
     let sysroot = open()?;
     let booted = sysroot.booted_deployment();
@@ -69,7 +69,7 @@ pub fn load() -> Result<Vec<Deployment>> {
     sysroot.deployments().iter().map(|deployment| describe(&repo, deployment, booted.as_ref())).collect()
 }
 
-/// Takes the sysroot's lock and waits for the word to begin.
+/// Takes the sysroot's lock and waits for the start.
 pub async fn prepare(
     job: Job,
     said: mpsc::UnboundedSender<Said>,
@@ -104,7 +104,7 @@ fn lock() -> Result<SysrootLock, Refusal> {
     if !sysroot.try_lock().map_err(|error| failed(&error))? {
         return Err(Refusal::Busy);
     }
-    // Whoever had the lock may have changed everything.
+    // The previous holder of the lock may have changed the sysroot.
     sysroot.load_if_changed(Cancellable::NONE).map_err(|error| failed(&error))?;
     Ok(SysrootLock::from_assumed_locked(&sysroot))
 }
@@ -176,7 +176,8 @@ fn cleanup(sysroot: &SysrootLock, kinds: &[String], said: &mpsc::UnboundedSender
     if changed || has("base") { tidy(sysroot) } else { Ok(()) }
 }
 
-/// As rpm-ostreed's `kernel_arg_transaction_execute`: what is there is what the client says. `None` without a change.
+/// The same as rpm-ostreed's `kernel_arg_transaction_execute`: the client names the existing arguments. `None` without
+/// a change.
 fn final_arguments(existing: &str, changes: [&[String]; 3], last: Option<&str>) -> Result<Option<Vec<String>>> {
     let [removed, replaced, added] = changes;
     let changed = last.map_or(changes.iter().any(|list| !list.is_empty()), |last| last != existing);
@@ -204,7 +205,7 @@ fn rollback(sysroot: &SysrootLock) -> Result<()> {
     }
     let booted = booted(sysroot)?;
     let place = all.iter().position(|one| one.equal(&booted)).context("The booted deployment is not listed")?;
-    // The one after the booted one, or the booted one if it is not first.
+    // The deployment after the booted one, or the booted one if it is not first.
     let chosen = if place > 0 { place } else { 1 };
     if chosen >= all.len() {
         bail!("No rollback deployment found");
@@ -220,7 +221,7 @@ fn first_deployment(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
     sysroot.deployments().into_iter().next().context("Nothing is deployed")
 }
 
-/// What runs: /etc comes from it. From a staged deployment, which staging replaces, nothing could be finalized.
+/// The booted deployment: /etc comes from it. A staged one, which staging replaces, could not be finalized from.
 fn booted(sysroot: &SysrootLock) -> Result<ostree::Deployment> {
     sysroot.booted_deployment().context("Not booted into a deployment")
 }
@@ -265,7 +266,7 @@ fn describe(
     let shown: HashMap<String, Variant<'static>> =
         OF_IMAGES.iter().filter_map(|key| Some(((*key).to_owned(), Variant::from(text(key)?)))).collect();
     set("base-commit-meta", Variant::from(shown))?;
-    // There however little was changed.
+    // Always there, even after the smallest change.
     for key in ["requested-packages", "requested-local-packages", "requested-base-removals", "packages"] {
         set(key, Variant::from(Vec::<String>::new()))?;
     }
