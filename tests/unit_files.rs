@@ -1,5 +1,5 @@
-//! What operators get besides the program: the units as reviewed and as systemd reads them, and a README, manual page
-//! and catalog that match the code.
+//! Checks of the files that operators get with the program: the units as reviewed and as systemd reads them, and a
+//! README, manual page and catalog that match the code.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 #![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
 
@@ -372,20 +372,20 @@ fn readme_names_every_option() {
     }
 }
 
-/// What stands in backticks in a line of Markdown.
+/// The texts in backticks in a line of Markdown.
 fn quoted(line: &str) -> impl Iterator<Item = &str> {
     line.split('`').skip(1).step_by(2)
 }
 
-/// A file or directory of this repository, if `word` begins like one.
+/// The path of a file or directory of this repository, if `word` begins like one.
 fn path_of(word: &str) -> Option<&str> {
     let ours = [".ci/", "selinux/", "src/", "systemd/", "tests/", "vm-tests/"];
-    // What the build leaves below target/ is not ours.
+    // Files below target/ are build output.
     ours.iter().any(|start| word.starts_with(start)).then(|| word.trim_end_matches(['.', ',', ';', ':']))
 }
 
 #[test]
-fn the_readme_names_paths_that_exist() {
+fn readme_names_existing_paths() {
     let (readme, mut named) = (read("README.md"), 0);
     for line in readme.lines() {
         let words = match line.strip_prefix("    ") {
@@ -400,9 +400,9 @@ fn the_readme_names_paths_that_exist() {
     assert!(named >= 50, "only {named} paths were found");
 }
 
-/// In "Where to find it", what follows a path in a row is in that file.
+/// In "Where to find it", each name after a path in a row must occur in that file.
 #[test]
-fn the_readme_says_where_to_find_things() {
+fn readme_places_every_name_in_the_right_file() {
     let readme = read("README.md");
     let section = readme.split("### Where to find it").nth(1).unwrap().split("\n#").next().unwrap();
     let (mut wrong, mut found) = (Vec::new(), 0);
@@ -423,9 +423,9 @@ fn the_readme_says_where_to_find_things() {
     assert!(found >= 15, "only {found} words were looked for");
 }
 
-/// What `--json` can print of the parts that have a default, field by field.
+/// The fields that `--json` can print, from the parts that have a default.
 #[test]
-fn the_readme_names_the_fields_of_the_json() {
+fn readme_names_the_json_fields() {
     let readme = read("README.md");
     let section = readme.split("### JSON").nth(1).unwrap().split("\n## ").next().unwrap();
     let objects = [
@@ -440,7 +440,7 @@ fn the_readme_names_the_fields_of_the_json() {
     }
 }
 
-/// A table of README.md that is made from the code: its heading, then a row for each. `UPDATE_DOCS=1` writes it.
+/// Checks a table of README.md that is made from the code: its heading, then the rows. `UPDATE_DOCS=1` writes it.
 fn is_table(heading: &str, rows: impl Iterator<Item = String>) {
     let readme = read("README.md");
     let start = readme.find(heading).unwrap_or_else(|| panic!("README.md has no table `{heading}`"));

@@ -1,4 +1,4 @@
-//! The host adapter against stand-ins for rpm-ostree, bootc, systemd and logind on a private bus. Images, signatures,
+//! The host adapter against doubles of rpm-ostree, bootc, systemd and logind on a private bus. Images, signatures,
 //! the registry and the pulls are real.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::disallowed_methods, reason = "the tests own the disk that the agent must not write")]

@@ -312,7 +312,7 @@ async fn gpg_is_refused_without_scratch_space_and_works_with_it() {
 
 /// The engine checks the digest that the reference names, and nothing below it.
 #[tokio::test]
-async fn the_desired_digest_itself_must_be_signed() {
+async fn desired_digest_itself_must_be_signed() {
     let node = Node::new().await;
     let pushed = node.push(&ImageSpec::default().architectures(["amd64", "arm64", "s390x"])).await;
     let own = pushed.instance_pullspec(host_architecture());

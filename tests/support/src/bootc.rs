@@ -1,5 +1,5 @@
-//! A stand-in for bootc as the agent uses it: the two template units of `bootc switch`, and the socket behind which
-//! `bootc status` answers. It uses the same disk as the stand-in for rpm-ostree, with the same real pull.
+//! A double of bootc as the agent uses it: the two template units of `bootc switch`, and the socket behind which
+//! `bootc status` answers. It uses the same disk as the double of rpm-ostree, with the same real pull.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt as _;
@@ -51,7 +51,7 @@ struct Inner {
     telling: AtomicBool,
 }
 
-/// The handle to the stand-in.
+/// The handle to the double.
 #[derive(Clone)]
 pub struct Bootc {
     inner: Arc<Inner>,
@@ -94,7 +94,7 @@ impl Bootc {
     /// The parts that systemd and the image provide at boot: the program and the socket.
     pub(crate) fn boot(&self) -> anyhow::Result<()> {
         let root = self.inner.sysroot.root();
-        // This file is only there to be found; the stand-in does the work.
+        // This file is only there to be found; the double does the work.
         let program = root.join("usr/bin/bootc");
         std::fs::create_dir_all(program.parent().expect("a directory"))?;
         std::fs::write(program, "#!/bin/false\n")?;

@@ -1,6 +1,6 @@
 //! A private system bus: a real `dbus-daemon`, and the few helpers that a service needs to answer calls on it.
 //!
-//! Calls are answered from raw messages rather than through an object server: stand-ins must be able to withhold a
+//! Calls are answered from raw messages rather than through an object server: doubles must be able to withhold a
 //! reply, to send a signal before it, and to disconnect during a call.
 
 use std::collections::HashMap;

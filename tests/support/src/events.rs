@@ -1,4 +1,4 @@
-//! The events around the node, in order. Every stand-in reports them here; a story, a test or a crash point listens.
+//! The events around the node, in order. Every double reports them here; a story, a test or a crash point listens.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::broadcast;
 
-/// One event. Stand-ins emit it *before* they answer the call that caused it, so that a listener can kill the agent
+/// One event. Doubles emit it *before* they answer the call that caused it, so that a listener can kill the agent
 /// before the agent learns of its success.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

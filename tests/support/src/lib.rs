@@ -1,5 +1,5 @@
 //! The surroundings of one node in the tests. Real where the real software can be installed (registry, images,
-//! signatures, skopeo, D-Bus, TLS); stand-ins with the faults of the original for the API server and its controllers,
+//! signatures, skopeo, D-Bus, TLS); doubles with the faults of the original for the API server and its controllers,
 //! rpm-ostreed, bootc, systemd and logind.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 #![allow(clippy::disallowed_methods, reason = "the doubles own the disk that the agent must not write")]

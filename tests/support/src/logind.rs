@@ -1,4 +1,4 @@
-//! A stand-in for logind's manager on the bus: reboot, inhibitors, wall messages.
+//! A double of logind's manager on the bus: reboot, inhibitors, wall messages.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,7 +61,7 @@ struct Inner {
     reboot: Mutex<Option<Reboot>>,
 }
 
-/// The handle to the stand-in.
+/// The handle to the double.
 #[derive(Clone)]
 pub struct Logind {
     inner: Arc<Inner>,

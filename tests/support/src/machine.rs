@@ -353,7 +353,7 @@ impl Machine {
         });
     }
 
-    /// Kills the agent with `SIGKILL`; systemd's stand-in restarts it. May be called from a listener.
+    /// Kills the agent with `SIGKILL`; systemd's double restarts it. May be called from a listener.
     pub fn kill_agent(&self) {
         self.signal_agent(Signal::SIGKILL);
     }

@@ -1,4 +1,4 @@
-//! A stand-in for the rpm-ostree daemon: its objects on the bus, its transactions on private sockets, its exits.
+//! A double of the rpm-ostree daemon: its objects on the bus, its transactions on private sockets, its exits.
 //!
 //! The pull is real: the policy-enforcing skopeo of the [`Engine`] gets the image, and its layers are unpacked into
 //! the deployment.
@@ -43,7 +43,7 @@ const UNIT: &str = "rpm-ostreed.service";
 
 /// The runner of the units that the daemon needs.
 enum Units {
-    /// The stand-in for systemd, which also runs the daemon.
+    /// The double of systemd, which also runs the daemon.
     Double(Systemd),
     /// The systemd that runs this process as a service.
     Real,
@@ -123,7 +123,7 @@ pub(crate) struct Inner {
     transactions: std::sync::atomic::AtomicU64,
 }
 
-/// The handle to the stand-in.
+/// The handle to the double.
 #[derive(Clone)]
 pub struct RpmOstreed {
     inner: Arc<Inner>,

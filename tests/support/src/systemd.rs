@@ -1,4 +1,4 @@
-//! A stand-in for systemd's manager on the bus: the units that a rebase uses, jobs, and D-Bus activation.
+//! A double of systemd's manager on the bus: the units that a rebase uses, jobs, and D-Bus activation.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -98,7 +98,7 @@ struct Inner {
     version: Mutex<String>,
 }
 
-/// The handle to the stand-in.
+/// The handle to the double.
 #[derive(Clone)]
 pub struct Systemd {
     inner: Arc<Inner>,

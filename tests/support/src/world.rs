@@ -24,7 +24,7 @@ use crate::trace;
 pub const NODE: &str = "worker-0";
 /// Repository of the OS images.
 pub const REPOSITORY: &str = "example/os";
-/// Longest wait for the agent or a stand-in; an update takes a few seconds.
+/// Longest wait for the agent or a double; an update takes a few seconds.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Settings of a world.

@@ -30,7 +30,7 @@ struct Options {
     /// List the points.
     #[arg(long)]
     list_points: bool,
-    /// Also show the stand-ins' events.
+    /// Also show the doubles' events.
     #[arg(long)]
     verbose: bool,
 }

@@ -1,4 +1,4 @@
-//! bootc, limited to the shipped units: `status` and `switch`, on the disk of rpm-ostreed's stand-in, with the same
+//! bootc, limited to the shipped units: `status` and `switch`, on the disk of rpm-ostreed's double, with the same
 //! real pull, under a lock that the kernel lists.
 
 use std::ffi::OsString;
