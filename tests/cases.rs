@@ -124,7 +124,7 @@ fn load(path: &Path, words: &Words, named: &Value) -> Result<Value, String> {
         return Err(format!("{} knows no `{odd}`", path.display()));
     }
     if given["about"].as_str().is_none_or(str::is_empty) {
-        return Err(format!("{} does not say what it is about", path.display()));
+        return Err(format!("{} has no text in `about`", path.display()));
     }
     let mut whole = match given["base"].as_str() {
         Some(base) => load(&root().join("base").join(format!("{base}.json")), words, named)?,

@@ -1,6 +1,6 @@
 //! The agent in a complete world: the API server, its controllers and operators act on a node during an update.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
-#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+#![allow(clippy::disallowed_methods, reason = "tests may make calls that the agent must not")]
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;

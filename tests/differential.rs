@@ -4,7 +4,7 @@
 //! `REBASE_TEST_CASES` is the number of pairs, 150 by default; `FULL=1` means 2400. `REBASE_TEST_SEED` repeats a run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
 #![allow(clippy::disallowed_methods, reason = "the tests own the disk and start the engine")]
-#![allow(clippy::print_stdout, reason = "the seed and the counts are what a reader of the log wants")]
+#![allow(clippy::print_stdout, reason = "readers of the log need the seed and the counts")]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

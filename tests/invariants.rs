@@ -8,7 +8,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
-    reason = "tests; what is generated is well formed"
+    reason = "tests; the generated values are well formed"
 )]
 
 mod ways_out;
@@ -216,7 +216,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(length < 8192, "a recorded attempt can be read back")?;
         }
         Action::Annotate(Annotate::Settle) => {
-            law(booted && !staged_other, "Done is what is booted, and nothing else is staged")?;
+            law(booted && !staged_other, "Done is reported for the booted image only, and no other image is staged")?;
             let drain = node.desired_drain.as_deref().unwrap_or_default();
             law(drain.starts_with("uncordon-"), "Done comes after the uncordon")?;
             law(node.desired_drain == node.last_applied_drain, "Done comes after the uncordon's acknowledgement")?;

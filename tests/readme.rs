@@ -1,7 +1,7 @@
 //! README.md's commands: those that need neither a cluster nor root are run, and the others are compared with the tools
 //! they name. The tests find them by content, so README.md can be rearranged freely.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
-#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+#![allow(clippy::disallowed_methods, reason = "tests may make calls that the agent must not")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

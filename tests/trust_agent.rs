@@ -1,6 +1,6 @@
 //! The agent as a process while its inputs change: the files that decide about signatures, and the deployments.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+#![allow(clippy::disallowed_methods, reason = "tests may make calls that the agent must not")]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

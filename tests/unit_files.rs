@@ -1,7 +1,7 @@
 //! Checks of the files that operators get with the program: the units as reviewed and as systemd reads them, and a
 //! README, manual page and catalog that match the code.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
-#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+#![allow(clippy::disallowed_methods, reason = "tests may make calls that the agent must not")]
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -578,7 +578,7 @@ fn is_current(path: &str, text: &str) {
     }
     assert!(
         read(path) == text,
-        "{path} differs from what the code says: UPDATE_DOCS=1 cargo test --test unit_files -- --test-threads=1 writes it"
+        "{path} differs from the code: UPDATE_DOCS=1 cargo test --test unit_files -- --test-threads=1 writes it"
     );
 }
 

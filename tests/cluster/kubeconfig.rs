@@ -356,7 +356,7 @@ async fn errors_contain_no_secrets() {
         ("tab", "token: s3cret-s3cret\n\tx: 1"),
         ("quote", "token: \"s3cret-s3cret"),
         ("duplicate", "token: s3cret-s3cret\ntoken: s3cret-s3cret"),
-        ("key that is none", "client-certificate-data: czNjcmV0\nclient-key-data: czNjcmV0"),
+        ("invalid key", "client-certificate-data: czNjcmV0\nclient-key-data: czNjcmV0"),
     ] {
         let text = stage.refusal(&yaml(&stage.cluster(""), user), None).await;
         assert!(!text.contains("s3cret"), "{what}: {text}");

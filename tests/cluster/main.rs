@@ -121,7 +121,7 @@ impl Following {
                 }
             }
         };
-        timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{what} was not told"))
+        timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{what} was not reported"))
     }
 
     async fn state(&mut self, state: &str) -> NodeObject {

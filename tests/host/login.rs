@@ -1,4 +1,4 @@
-//! Reboots and what inhibits them.
+//! Reboots and inhibitors.
 
 use std::time::Duration;
 

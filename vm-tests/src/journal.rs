@@ -105,7 +105,7 @@ impl Journal {
         };
         tokio::time::timeout(deadline, wait)
             .await
-            .with_context(|| format!("the journal does not say within {deadline:?}: {what}"))
+            .with_context(|| format!("not in the journal within {deadline:?}: {what}"))
     }
 
     /// Notifies about new records.

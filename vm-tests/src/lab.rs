@@ -430,7 +430,7 @@ impl Lab {
     pub async fn wait_guest(&mut self, what: &str, deadline: Duration, command: &str) -> Result<()> {
         let end = Instant::now() + deadline;
         while self.vm.status(command).await?.0 != 0 {
-            ensure!(Instant::now() < end, "not so within {deadline:?}: {what}");
+            ensure!(Instant::now() < end, "not within {deadline:?}: {what}");
             tokio::time::sleep(LOOK).await;
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-/// Prints that a test, or a part of it, is skipped because of what is `missing`; the output is not captured.
+/// Prints that a test, or a part of it, is skipped, with the cause `missing`; the output is not captured.
 ///
 /// # Panics
 /// With `CI=true`, because skips are forbidden there.

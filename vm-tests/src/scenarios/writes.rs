@@ -22,7 +22,7 @@ pub async fn none(lab: &mut Lab) -> Result<()> {
     lab.vm.run("touch /etc/vm-tests-watch-writes && systemctl start watch-writes.service").await?;
     lab.vm.run(CONTROL_WRITE).await?;
     let control = written(&listing(lab).await?, CONTROL);
-    lab.say(&format!("the watch sees what another unit writes: {control:?}"));
+    lab.say(&format!("the watch sees the writes of another unit: {control:?}"));
     for (path, did) in [("x", "had it open for writing"), ("x", "created"), ("x", "deleted")] {
         let seen = control.keys().any(|(_, seen, how)| seen == path && how.contains(did));
         ensure!(seen, "the watch does not see that {path} was {did}: {control:?}");

@@ -3,7 +3,7 @@
 //! Four nodes run side by side. One is left alone for a minute, one is polled quickly, one is traced, and the fourth
 //! gets images. Idle nodes use almost no time, so they do not disturb the fourth; it does not wake them either.
 
-#![allow(clippy::disallowed_methods, reason = "they are disallowed to the agent, not to what measures it")]
+#![allow(clippy::disallowed_methods, reason = "they are disallowed in the agent, not in its benchmark")]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -564,7 +564,7 @@ async fn latency(world: &World, trace: &Trace, rounds: usize) -> Result<Latency>
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(DEADLINE, wait).await.context("what was staged is not dropped")?;
+        tokio::time::timeout(DEADLINE, wait).await.context("the staged deployment is not dropped")?;
         tokio::time::sleep(Duration::from_millis(300)).await;
         if round == 0 {
             continue;

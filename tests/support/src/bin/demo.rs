@@ -133,7 +133,7 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     world
         .wait("Degraded", |node| annotation(node, "state") == Some("Degraded"))
         .await
-        .context("an unsigned image must not be waited for for ever")?;
+        .context("the unsigned image was not refused in time")?;
     ensure!(fingerprint(&world) == before, "the refusal changed the host: {before:?} became {:?}", fingerprint(&world));
     while let Ok(event) = queue.try_recv() {
         let touches =

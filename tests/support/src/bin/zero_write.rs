@@ -1,5 +1,5 @@
 //! Judges traces of the agent: no file was changed, or only in allowed places.
-#![allow(clippy::disallowed_methods, reason = "what the agent must not do, its tests may")]
+#![allow(clippy::disallowed_methods, reason = "tests may make calls that the agent must not")]
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};

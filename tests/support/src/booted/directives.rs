@@ -142,7 +142,7 @@ async fn same_calls(container: &Container, values: &[String], shown: Option<&&st
         let (taken, list) = match value.strip_prefix('~') {
             Some(list) if index > 0 => (true, list),
             // The first line gives the kind of the list; calls that every program needs are in every allow list.
-            _ if value.starts_with('~') => bail!("a list of the denied is not what this test understands"),
+            _ if value.starts_with('~') => bail!("this test does not understand a deny list"),
             _ => (false, value.as_str()),
         };
         if index == 0 {

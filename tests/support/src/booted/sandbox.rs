@@ -11,7 +11,7 @@ use super::container::Container;
 
 /// Known writable mounts, each with its reason.
 const KNOWN: [(&str, &str); 2] = [
-    ("/proc", "the kernel's own; what changes the system is read-only below it"),
+    ("/proc", "the kernel's own; its files that change the system are read-only"),
     // One file through which a service may register for memory pressure with systemd 257.
     ("/sys/fs/cgroup/system.slice/rebase-agent.service/memory.pressure", "systemd's memory pressure protocol"),
 ];
