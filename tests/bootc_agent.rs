@@ -229,7 +229,7 @@ async fn failed_switches_are_retried_and_the_deployments_decide() {
     };
     stage.until("StatusText has the unit's name", told).await;
     stage.done(&image).await;
-    stage.says("the image is staged all the same").await;
+    stage.says("the image is staged nevertheless").await;
     assert_eq!((stage.boots(), stage.count(switched)), (1, 2));
 }
 

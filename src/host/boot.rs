@@ -1,4 +1,4 @@
-//! Boot facts: what the kernel and the file system say without asking any daemon. Reads only.
+//! Boot facts, read from the kernel and the file system without any daemon. Read-only.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,28 +14,29 @@ use crate::files::{Stamp, read_beneath, read_bounded};
 pub use crate::kernel_arguments::split as split_arguments;
 use crate::model::{BootId, printable};
 
-/// Largest rendered MachineConfig read, in bytes. etcd stops the compressed object at 1.5 MB.
+/// Largest rendered MachineConfig read, in bytes. etcd limits the compressed object to 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
-/// Longest `spec.kernelArguments` taken, in bytes with a space after each. The kernel takes no longer command line: 2048
-/// bytes on x86, arm64 and ppc64, 4096 on s390x (`COMMAND_LINE_SIZE`). That bounds their number, too.
+/// Longest `spec.kernelArguments` accepted, in bytes with a space after each. It is the kernel's own limit for its
+/// command line (`COMMAND_LINE_SIZE`): 2048 bytes on x86, arm64 and ppc64, 4096 on s390x.
 const MAX_ARGUMENTS: usize = 4096;
 /// Largest of the small files read, in bytes.
 const MAX_SMALL: u64 = 64 << 10;
-/// How many boot entries are looked through; libostree writes one for each deployment.
+/// Most boot entries read; libostree writes one for each deployment.
 const MAX_ENTRIES: usize = 64;
-/// MCS puts the first annotations here through Ignition; the MCD renames the file once it has applied them.
+/// The first annotations, which the machine-config-server writes through Ignition. The MCD renames the file once it has
+/// applied them.
 const FIRST_BOOT: &str = "etc/machine-config-daemon/node-annotations.json";
-/// Where MCO's image build leaves the rendered config, in the pristine copy of `/etc`: the live one may be a stale
-/// leftover of the MCD.
+/// Where MCO's image build puts the rendered config. Read from the pristine copy of `/etc`, because the live file may be
+/// an old one of the MCD.
 const RENDERED_CONFIG: &str = "usr/etc/machine-config-daemon/currentconfig";
 
-/// What libostree copies to `/boot` beside the kernel, from the same directory, where it is there.
+/// Files that libostree copies to `/boot` beside the kernel, from the same directory, if they exist.
 const BESIDE_THE_KERNEL: [&str; 3] = ["initramfs.img", "aboot.img", ".vmlinuz.hmac"];
-/// Most files and directories of device trees counted; a kernel for aarch64 brings about 1,500.
+/// Most files and directories of device trees counted; an aarch64 kernel has about 1,500.
 const MAX_DEVICE_TREES: usize = 20_000;
 
-/// Bytes of the regular files below a directory, 0 where there is none. Looks at `left` entries at most and follows no
-/// link to a directory.
+/// Total size of the files below a directory, in bytes; 0 if it does not exist. Reads at most `left` entries and follows
+/// no symbolic link to a directory.
 fn size_of_tree(directory: &Path, left: &mut usize) -> u64 {
     let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
     let mut sum: u64 = 0;
@@ -56,21 +57,21 @@ fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read_bounded(path, MAX_SMALL)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// What identifies the state of the deployments without asking their daemon; see [`Root::deployments_stamp`].
+/// Identifies a state of the deployments; see [`Root::deployments_stamp`].
 pub type DeploymentsStamp = [Stamp; 3];
 
-/// The file system the agent looks at: `/`, or a tree that stands in for it.
+/// The root of the file system that the agent reads: `/`, or a directory tree in tests.
 #[derive(Clone, Debug)]
 pub struct Root(PathBuf);
 
 impl Root {
-    /// Production passes `/`.
+    /// The root at `path`, which is `/` in production.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
         Self(path)
     }
 
-    /// `path`, given without leading slash, below the root.
+    /// `path` below the root. `path` has no leading slash.
     #[must_use]
     pub fn join(&self, path: impl AsRef<Path>) -> PathBuf {
         self.0.join(path)
@@ -82,25 +83,26 @@ impl Root {
         self.join("run/ostree-booted").exists()
     }
 
-    /// Whether it was booted from an image that bootc keeps without ostree: that one names its digest to the kernel.
+    /// Whether the machine was booted from a composefs-native image, which bootc stores without ostree. Such an image
+    /// has its digest on the kernel's command line.
     #[must_use]
     pub fn is_composefs_native(&self) -> bool {
         let native = |line: Vec<String>| line.iter().any(|argument| argument.starts_with("composefs="));
         !self.is_image_mode() && self.command_line().is_ok_and(native)
     }
 
-    /// Whether some program holds the lock on the deployments that bootc would wait for. Nobody is asked: the kernel
-    /// lists who holds what. On a file system whose device it names differently the answer is no.
+    /// Whether a program holds the sysroot lock, which `bootc status` would wait for. Read from the kernel's list of
+    /// locks; false also on a file system whose device number the list shows differently.
     #[must_use]
     pub fn is_sysroot_locked(&self) -> bool {
         let Ok(lock) = std::fs::metadata(self.join("ostree/lock")) else { return false };
         read_text(&self.join("proc/locks")).is_ok_and(|locks| is_locked(&locks, lock.dev(), lock.ino()))
     }
 
-    /// This boot's id.
+    /// The id of this boot.
     ///
     /// # Errors
-    /// When `/proc` is not readable or holds no such id.
+    /// When the file cannot be read or holds no id.
     pub fn boot_id(&self) -> io::Result<BootId> {
         let text = read_text(&self.join("proc/sys/kernel/random/boot_id"))?;
         let text = text.trim();
@@ -113,7 +115,7 @@ impl Root {
     /// Milliseconds since the kernel started.
     ///
     /// # Errors
-    /// When `/proc/uptime` is not readable or holds no number.
+    /// When `/proc/uptime` cannot be read or holds no number.
     pub fn uptime(&self) -> io::Result<u64> {
         let text = read_text(&self.join("proc/uptime"))?;
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, "/proc/uptime holds no number");
@@ -127,13 +129,13 @@ impl Root {
     /// The running kernel's arguments.
     ///
     /// # Errors
-    /// When `/proc/cmdline` is not readable.
+    /// When `/proc/cmdline` cannot be read.
     pub fn command_line(&self) -> io::Result<Vec<String>> {
         Ok(split_arguments(&read_text(&self.join("proc/cmdline"))?))
     }
 
-    /// The arguments of the boot entry that this boot was started from, as libostree wrote them; `None` if it cannot be
-    /// told. The boot loader may have rewritten them on the way to the kernel.
+    /// The arguments in the boot entry of the running system, as libostree wrote them; `None` if the entry is not found.
+    /// The boot loader may have changed them before it passed them to the kernel.
     #[must_use]
     pub fn boot_entry(&self) -> Option<Vec<String>> {
         let line = self.command_line().ok()?;
@@ -146,16 +148,15 @@ impl Root {
         })
     }
 
-    /// Bytes free on `/boot`.
+    /// Free space on `/boot`, in bytes.
     #[must_use]
     pub fn boot_free(&self) -> Option<u64> {
         let stat = statvfs(&self.join("boot")).ok()?;
         stat.blocks_available().checked_mul(stat.fragment_size())
     }
 
-    /// Bytes that the running kernel takes on `/boot`, and so what finalizing another one takes: all that libostree's
-    /// `install_deployment_kernel` copies. Read from the booted deployment itself, because the unit hides
-    /// `/usr/lib/modules`.
+    /// Size of the running kernel on `/boot`, in bytes: all that libostree's `install_deployment_kernel` copies. It is
+    /// the estimate for the next kernel. Read below the booted deployment, because the unit hides `/usr/lib/modules`.
     #[must_use]
     pub fn boot_needed(&self) -> Option<u64> {
         let release = uname().ok()?.release().to_owned();
@@ -172,23 +173,26 @@ impl Root {
         Some(size("vmlinuz")?.saturating_add(beside).saturating_add(device_trees))
     }
 
-    /// The first-boot annotations; `None` also when the file makes no sense, which is logged.
+    /// The first-boot annotations; `None` if the file does not exist or cannot be parsed. The latter is logged.
     #[must_use]
     pub fn first_boot(&self) -> Option<BTreeMap<String, String>> {
         let bytes = read_bounded(&self.join(FIRST_BOOT), MAX_SMALL).ok()?;
         match serde_json::from_slice(&bytes) {
             Ok(annotations) => Some(annotations),
             Err(error) => {
-                tracing::warn!("/{FIRST_BOOT} is ignored: {}", printable(&error.to_string(), 200));
+                tracing::warn!(
+                    "ignoring /{FIRST_BOOT}, which cannot be parsed: {}",
+                    printable(&error.to_string(), 200)
+                );
                 None
             }
         }
     }
 
-    /// The rendered config inside a deployment; `None` if it carries none.
+    /// The rendered config inside a deployment; `None` if it has none.
     ///
     /// # Errors
-    /// Says why what is there cannot be used. That is not the same as none: the arguments it demands are not known then.
+    /// Why the rendered config cannot be used. Then the kernel arguments that it demands are unknown.
     pub fn rendered_config(&self, osname: &str, directory: &str) -> Result<Option<RenderedConfig>, String> {
         let plain = |name: &str| !name.is_empty() && !name.contains('/') && name != "..";
         if !plain(osname) || !plain(directory) {
@@ -203,8 +207,8 @@ impl Root {
         config.map(Some).map_err(|why| printable(&format!("/{RENDERED_CONFIG} of {directory}: {why}"), 300))
     }
 
-    /// Changes whenever a deployment is written, staged, locked or dropped: libostree touches the directory then, and
-    /// has a note of what is staged. Older libostree keeps the lock in a file of its own.
+    /// Changes whenever a deployment is written, staged, locked or dropped: libostree then touches the directory or
+    /// changes its record of the staged deployment. An older libostree has a separate file for the lock.
     #[must_use]
     pub fn deployments_stamp(&self) -> DeploymentsStamp {
         ["ostree/deploy", "run/ostree/staged-deployment", "run/ostree/staged-deployment-locked"]
@@ -212,7 +216,7 @@ impl Root {
     }
 }
 
-/// What counts of the MachineConfig that an image carries.
+/// The fields that the agent uses of the rendered config in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RenderedConfig {
     /// `metadata.name`.
@@ -221,7 +225,7 @@ pub struct RenderedConfig {
     pub arguments: Vec<String>,
 }
 
-/// Whether `/proc/locks` has a lock for writing on that file, in force and not only waited for. Pure.
+/// Whether `/proc/locks` lists a write lock on the file that is held, not only waited for. Pure.
 fn is_locked(locks: &str, device: u64, inode: u64) -> bool {
     let file = format!("{:02x}:{:02x}:{inode}", stat::major(device), stat::minor(device));
     locks.lines().any(|line| {
@@ -233,7 +237,7 @@ fn is_locked(locks: &str, device: u64, inode: u64) -> bool {
     })
 }
 
-/// A MachineConfig. Pure.
+/// Parses a MachineConfig. Pure.
 fn rendered_config(config: &[u8]) -> Result<RenderedConfig, String> {
     #[derive(Deserialize)]
     struct MachineConfig {
@@ -258,7 +262,7 @@ fn rendered_config(config: &[u8]) -> Result<RenderedConfig, String> {
     if length > MAX_ARGUMENTS {
         let count = arguments.len();
         return Err(format!(
-            "its {count} kernelArguments are {length} bytes long, and no kernel takes more than {MAX_ARGUMENTS}"
+            "its {count} kernelArguments are {length} bytes long, and no kernel accepts more than {MAX_ARGUMENTS}"
         ));
     }
     Ok(RenderedConfig { name, arguments: arguments.iter().flat_map(|entry| split_arguments(entry)).collect() })
@@ -359,7 +363,7 @@ mod tests {
             lock.as_file().unlock().unwrap();
             assert!(!held());
         } else {
-            // Some container file systems and sandboxes name other devices, or list nothing.
+            // In some containers and sandboxes the list shows other device numbers, or is empty.
             crate::skip::skip("this kernel's /proc/locks does not show the lock of a temporary file");
         }
     }
@@ -388,7 +392,7 @@ mod tests {
         assert_eq!(root.uptime().unwrap(), 12_300);
         assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro", "ostree=/ostree/boot.1/rhcos/abc/0"]);
         assert_eq!(root.boot_needed(), Some(10));
-        // All that libostree copies counts, device trees in subdirectories, too.
+        // All files that libostree copies count, also device trees in subdirectories.
         put(&format!("{modules}/dtb/vendor/board.dtb"), "1234567");
         put(&format!("{modules}/dtb/other.dtb"), "12");
         put(&format!("{modules}/.vmlinuz.hmac"), "1");

@@ -1,21 +1,21 @@
-//! Which host tool is used: the one that was asked for, or the one that is there. What a host can do is probed; what
-//! it is called is not.
+//! Chooses the host tool: the one set with `--backend`, or the one that is found. It is found by probing, not by the
+//! name or version of the OS.
 
 use super::dbus::{BusProxy, RPM_OSTREE, close, proxy};
 use super::{Host, HostError, call_failed, systemd};
 use crate::model::{Backend, UnitState};
 
-/// The backend, and why it is this one.
+/// The backend and why it was chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
-    /// Which.
+    /// The backend.
     pub backend: Backend,
-    /// For people.
+    /// Why it was chosen, for people.
     pub why: &'static str,
 }
 
-/// rpm-ostree wherever it can be had: it has an interface of its own, tells its progress and why it failed, drops what
-/// is staged and changes kernel arguments.
+/// Prefers rpm-ostree: it has a D-Bus interface, reports progress and the cause of a failure, drops staged deployments
+/// and changes kernel arguments.
 pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let asked = async {
@@ -36,8 +36,10 @@ pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
 fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostError> {
     let chosen = |backend, why| Ok(Chosen { backend, why });
     match (rpm_ostree, bootc, socket) {
-        (true, true, true) => chosen(Backend::RpmOstree, "both are there, and it has an interface of its own"),
-        (true, ..) => chosen(Backend::RpmOstree, "it is on the system bus"),
+        (true, true, true) => {
+            chosen(Backend::RpmOstree, "both tools are installed, and rpm-ostree has a D-Bus interface")
+        }
+        (true, ..) => chosen(Backend::RpmOstree, "rpm-ostree is on the system bus"),
         (false, true, true) => chosen(Backend::Bootc, "rpm-ostree is not on the system bus"),
         (false, true, false) => Err(HostError::NoBackend(
             "rpm-ostree is not on the system bus, and the socket for bootc is not active: `systemctl enable --now \
@@ -50,7 +52,7 @@ fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostErr
     }
 }
 
-/// Whether the name is owned, or would be when asked: a masked unit owns nothing.
+/// Whether `name` has an owner on the bus, or a call would start one. A masked unit cannot be started.
 async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str, activated: bool) -> Result<bool, HostError> {
     let asked = async {
         let daemon: BusProxy<'_> = proxy(bus).await?;

@@ -1,12 +1,12 @@
-//! Every D-Bus call, property and signal that the agent uses, as typed proxies. What is not here is not asked.
+//! Typed proxies for every D-Bus call, property and signal that the agent uses. It uses no others.
 
 use std::collections::{BTreeMap, HashMap};
 
 use zbus::proxy::{CacheProperties, Defaults, ProxyImpl};
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
 
-/// `a{sv}` as it is sent. Ordered: rpm-ostreed tells an identical request, which joins, from another by the marshalled
-/// bytes.
+/// `a{sv}` as it is sent. Ordered, because rpm-ostreed compares the marshalled bytes: only an identical request joins a
+/// running transaction.
 pub(super) type Options<'a> = BTreeMap<&'static str, Variant<'a>>;
 /// `a{sv}` as it is received.
 pub(super) type Dict = HashMap<String, OwnedVariant>;
@@ -18,11 +18,11 @@ pub(super) type UnitRow =
 
 /// rpm-ostreed's name on the bus.
 pub(super) const RPM_OSTREE: &str = "org.projectatomic.rpmostree1";
-/// The interface whose properties say everything about the deployments.
+/// The interface whose properties describe the deployments.
 pub(super) const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
 /// The interface of a transaction's private socket.
 pub(super) const TRANSACTION: &str = "org.projectatomic.rpmostree1.Transaction";
-/// systemd's name on the bus, and the beginning of its errors' names.
+/// systemd's name on the bus, and the prefix of its error names.
 pub(super) const SYSTEMD: &str = "org.freedesktop.systemd1";
 
 /// The bus itself.
@@ -60,14 +60,14 @@ pub(super) trait Manager {
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
 }
 
-/// A unit of systemd's.
+/// A systemd unit.
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Unit", default_service = "org.freedesktop.systemd1")]
 pub(super) trait Unit {
     #[zbus(property)]
     fn active_state(&self) -> zbus::Result<String>;
 }
 
-/// A service of systemd's.
+/// A systemd service.
 #[zbus::proxy(interface = "org.freedesktop.systemd1.Service", default_service = "org.freedesktop.systemd1")]
 pub(super) trait Service {
     #[zbus(property)]
@@ -92,7 +92,7 @@ pub(super) trait Login {
     fn preparing_for_shutdown(&self) -> zbus::Result<bool>;
 }
 
-/// rpm-ostreed: clients, and what it knows of the deployments.
+/// rpm-ostreed: client registration, and the deployments.
 #[zbus::proxy(
     interface = "org.projectatomic.rpmostree1.Sysroot",
     default_service = "org.projectatomic.rpmostree1",
@@ -103,7 +103,7 @@ pub(super) trait Sysroot {
     fn reload(&self) -> zbus::Result<()>;
 }
 
-/// rpm-ostreed: the booted stateroot. Each call makes a transaction and answers with its address.
+/// rpm-ostreed: the booted stateroot. Each call creates a transaction and returns its address.
 #[zbus::proxy(interface = "org.projectatomic.rpmostree1.OS", default_service = "org.projectatomic.rpmostree1")]
 pub(super) trait Os {
     fn cleanup(&self, what: &[&str]) -> zbus::Result<String>;
@@ -118,14 +118,14 @@ pub(super) trait Os {
     fn rebase(&self, options: &Options<'_>, reference: &str, packages: &[&str]) -> zbus::Result<String>;
 }
 
-/// rpm-ostreed: a transaction, on its own socket. Its signals are read as messages, for their order.
+/// rpm-ostreed: a transaction, on its own socket. Its signals are read as plain messages, which keeps their order.
 #[zbus::proxy(
     interface = "org.projectatomic.rpmostree1.Transaction",
     default_service = "org.projectatomic.rpmostree1",
     default_path = "/"
 )]
 pub(super) trait Transaction {
-    /// No reply is waited for: it would only be read after what is queued before it.
+    /// Waits for no reply: the reply would only be read after the messages queued before it.
     #[zbus(no_reply)]
     fn cancel(&self) -> zbus::Result<()>;
     fn start(&self) -> zbus::Result<bool>;
@@ -152,7 +152,7 @@ where
 
 /// Closes a connection.
 pub(super) async fn close(connection: Connection) {
-    // The other end may have closed first; there is nothing to do about either.
+    // The other end may have closed it first, which does no harm.
     if let Err(error) = connection.close().await {
         tracing::trace!("closing a bus connection: {error}");
     }

@@ -1,152 +1,73 @@
-//! Why the host could not be read or changed.
+//! Errors of reading or changing the host.
 
 use std::time::Duration;
 
 use crate::model::{Fault, PinnedImage, Reason, printable};
 
-/// Why the host could not be read or changed.
+/// An error of reading or changing the host.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 pub enum HostError {
-    /// A file of the kernel's or the system's.
     #[error("cannot read {what}: {source}")]
-    Read {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The bus or the daemon behind it does not answer.
+    Read { what: &'static str, source: std::io::Error },
     #[error("{what} does not answer: {why}; see `systemctl status {unit}` and `journalctl -u {unit}`")]
-    Call {
-        /// The call.
-        what: &'static str,
-        /// The unit to look at.
-        unit: &'static str,
-        /// The bus's words.
-        why: String,
-    },
-    /// The daemon ends at every call, or does not start.
-    #[error("{unit} ends each time it is asked ({tries} times; {why}); see `journalctl -u {}`", unit.trim_end_matches(".service"))]
-    Dies {
-        /// Its unit.
-        unit: &'static str,
-        /// How often it was asked.
-        tries: u32,
-        /// The bus's words.
-        why: String,
-    },
-    /// The daemon refuses us.
+    Call { what: &'static str, unit: &'static str, why: String },
+    /// The daemon exits at every call, or does not start.
+    #[error("{unit} exits at every call ({tries} times; {why}); see `journalctl -u {}`", unit.trim_end_matches(".service"))]
+    Dies { unit: &'static str, tries: u32, why: String },
     #[error("{what} is refused: {why}; the agent must run as uid 0 in its own unit")]
-    Denied {
-        /// The call.
-        what: &'static str,
-        /// The daemon's words.
-        why: String,
-    },
-    /// The daemon answered something unexpected.
-    #[error("{what} answered something unexpected: {why}")]
-    Confused {
-        /// The call.
-        what: &'static str,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// Not an ostree system.
+    Denied { what: &'static str, why: String },
+    #[error("{what} returned an unexpected answer: {why}")]
+    Confused { what: &'static str, why: String },
     #[error(
         "this host is not image-mode (no ostree deployment is booted), so the agent has nothing to do; `systemctl disable --now rebase-agent` turns it off"
     )]
     NotImageMode,
-    /// An image kept without ostree.
     #[error(
         "the host was booted from a composefs-native image, which rpm-ostree cannot change and this agent does not \
          follow yet; install the node with bootc's ostree backend"
     )]
     Composefs,
-    /// bootc does not manage what is booted.
     #[error(
-        "bootc says that it does not manage what is booted; `bootc status` shows it. Install the node from a bootc \
-         image, or use `--backend rpm-ostree`"
+        "bootc reports that it does not manage the booted deployment; `bootc status` shows it. Install the node from a \
+         bootc image, or use `--backend rpm-ostree`"
     )]
     NotBootc,
-    /// No host tool.
-    #[error("nothing here can stage an image: {0}")]
+    #[error("this host has no tool to stage an image: {0}")]
     NoBackend(&'static str),
-    /// Somebody else's transaction.
+    /// A transaction or lock of another program.
     #[error("the host is busy: {0}")]
     Busy(String),
-    /// The transaction failed.
     #[error("{what} failed: {why}")]
-    Transaction {
-        /// Which.
-        what: &'static str,
-        /// The class of the failure.
-        reason: Reason,
-        /// The daemon's words.
-        why: String,
-    },
-    /// `bootc switch` failed; it says why in its journal only.
+    Transaction { what: &'static str, reason: Reason, why: String },
+    /// `bootc switch` logs the cause to its journal only; `result` is systemd's result word and the exit code.
     #[error("`bootc switch` ended with `{result}`; see `journalctl -u '{unit}'`")]
-    Switch {
-        /// Its unit.
-        unit: String,
-        /// systemd's word and the exit code.
-        result: String,
-        /// The class of the failure.
-        reason: Reason,
-    },
-    /// The image's name does not fit into the name of the unit that would switch to it.
+    Switch { unit: String, result: String, reason: Reason },
     #[error(
-        "{image} makes a unit name of {length} characters and systemd takes {longest}; push the image under a shorter \
-         name, with fewer dashes (each takes four)"
+        "the name of the unit that switches to {image} would have {length} characters and systemd accepts {longest}; \
+         push the image under a shorter name, with fewer dashes (each takes four)"
     )]
-    NameTooLong {
-        /// The image.
-        image: PinnedImage,
-        /// How long the name would be.
-        length: usize,
-        /// How long it may be.
-        longest: usize,
-    },
-    /// bootc does not change kernel arguments.
+    NameTooLong { image: PinnedImage, length: usize, longest: usize },
     #[error("bootc cannot change kernel arguments: let the image {0} in `/usr/lib/bootc/kargs.d` and build it again")]
     KernelArguments(String),
-    /// We, or any local user, cancelled the transaction.
+    /// Cancelled by the agent or by a local user.
     #[error("{0} was cancelled")]
     Cancelled(&'static str),
-    /// The daemon went away before it told the outcome.
-    #[error("rpm-ostreed went away during {0}; the outcome is read anew")]
+    #[error("rpm-ostreed exited during {0}; the agent reads the deployments again")]
     Vanished(&'static str),
-    /// Success was told and is not there.
-    #[error("{what} ended well, but {why}")]
-    NoEffect {
-        /// Which.
-        what: &'static str,
-        /// What is missing.
-        why: String,
-    },
-    /// No answer, or no progress.
+    /// The tool reported success but the deployments did not change.
+    #[error("{what} had no effect: {why}")]
+    NoEffect { what: &'static str, why: String },
     #[error("{what} took longer than {seconds} s")]
-    Deadline {
-        /// What.
-        what: &'static str,
-        /// The limit.
-        seconds: u64,
-    },
-    /// A unit that was started and failed.
+    Deadline { what: &'static str, seconds: u64 },
     #[error("{unit} ended with `{result}`; see `journalctl -u {unit}`")]
-    Unit {
-        /// Which.
-        unit: String,
-        /// The job's result.
-        result: String,
-    },
-    /// logind does not reboot.
+    Unit { unit: String, result: String },
     #[error("logind refused the reboot: {0}; see `systemd-inhibit --list`")]
     Reboot(String),
 }
 
 impl HostError {
-    /// The stable word.
+    /// The reason word of this error.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
@@ -181,7 +102,7 @@ impl From<&HostError> for Fault {
     }
 }
 
-/// A D-Bus error, told apart as far as its name goes.
+/// Classifies a D-Bus error by its name.
 pub(super) fn call_failed(what: &'static str, unit: &'static str, limit: Duration, error: &zbus::Error) -> HostError {
     use zbus::fdo::Error as Fdo;
     let why = printable(&error.to_string(), 900);
@@ -204,7 +125,7 @@ pub(super) fn call_failed(what: &'static str, unit: &'static str, limit: Duratio
         | zbus::Error::Connection(..)
         | zbus::Error::Handshake(_)
         | zbus::Error::Address(_) => HostError::Call { what, unit, why },
-        // What is left is about bytes that are no answer to what was asked.
+        // The rest are answers that do not match the call.
         _ => HostError::Confused { what, why },
     }
 }

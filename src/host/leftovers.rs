@@ -1,5 +1,5 @@
-//! What the Machine Config Daemon wrote to `/etc` and the image does not say: it shadows what later images bring, because
-//! the merge of `/etc` keeps local changes. Only `status` looks.
+//! Files that the Machine Config Daemon wrote to `/etc` and that differ from the image. They hide the files of later
+//! images, because the merge of `/etc` keeps local changes. Only `status` reports them.
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
@@ -9,23 +9,23 @@ use serde::{Deserialize, Serialize};
 use super::boot::{MAX_CONFIG, Root};
 use crate::files::read_bounded;
 
-/// The rendered config that the MCD wrote last, or else the image's own.
+/// The rendered config that the MCD applied last, or else the image's own.
 const CONFIGS: [&str; 2] = ["etc/machine-config-daemon/currentconfig", "usr/etc/machine-config-daemon/currentconfig"];
-/// Largest file compared, in bytes; Ignition's come out of an object of a few megabytes.
+/// Largest file compared, in bytes; a whole Ignition config has a few megabytes.
 const MAX_FILE: u64 = 4 << 20;
-/// Most paths looked at; rendered configs have about a hundred.
+/// Most paths compared; a rendered config has about a hundred.
 const MAX_PATHS: usize = 4_000;
 
 /// Paths in `/etc` that a rendered config names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Leftovers {
-    /// How many there are.
+    /// Number of paths that the rendered config names.
     pub managed: usize,
-    /// Those that `/usr/etc` has otherwise, or not at all.
+    /// Paths whose file differs in `/usr/etc` or is missing there.
     pub differing: Vec<String>,
 }
 
-/// Compares. `None` where no MCD ever was, or its config makes no sense.
+/// Compares `/etc` with `/usr/etc`. `None` if the MCD never ran here, or its config cannot be parsed.
 #[must_use]
 pub fn leftovers(root: &Root) -> Option<Leftovers> {
     let config = CONFIGS.iter().find_map(|path| read_bounded(&root.join(path), MAX_CONFIG).ok())?;

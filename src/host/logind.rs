@@ -1,7 +1,7 @@
 //! logind: inhibitor locks, the wall message, the reboot.
 //!
-//! Not systemd's own `Reboot`, which starts reboot.target at once and skips the delay locks that the kubelet's
-//! graceful node shutdown relies on.
+//! systemd's own `Reboot` is not used: it starts reboot.target at once and skips the delay locks that the kubelet's
+//! graceful node shutdown needs.
 
 use zbus::Connection;
 
@@ -27,7 +27,8 @@ pub(super) async fn read(host: &Host, bus: &Connection) -> Result<Login, HostErr
     asked.await.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))
 }
 
-/// systemd 257 lets block-mode locks bind root too; before, root overrode them. We respect them on both. Pure.
+/// The lock, if it blocks the shutdown. Block-mode locks bind root since systemd 257; before, root overrides them. The
+/// agent respects them on both. Pure.
 fn blocks_shutdown(row: &InhibitorRow) -> Option<Inhibitor> {
     let (what, who, why, mode, ..) = row;
     (mode == "block" && what.split(':').any(|what| what == "shutdown"))
@@ -44,25 +45,26 @@ pub(super) async fn reboot(host: &Host, message: &str) -> Result<(), HostError> 
 async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {
     let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, error);
     let before = read(host, bus).await?;
-    // Already on its way down is what we want, whatever inhibits it now.
+    // The machine is already going down, which no inhibitor changes.
     if before.shutting_down {
         return Ok(());
     }
-    // Before systemd 257 root overrides what appeared since the last look.
+    // Before systemd 257 the call would override an inhibitor that appeared since the last read.
     if let Some(inhibitor) = before.inhibitors.first() {
-        return Err(HostError::Reboot(format!("`{}` inhibits it: {}", inhibitor.who, inhibitor.why)));
+        return Err(HostError::Reboot(format!("`{}` inhibits the shutdown: {}", inhibitor.who, inhibitor.why)));
     }
     let logind: LoginProxy<'_> = proxy(bus).await.map_err(|error| failed(&error))?;
     if let Err(error) = logind.set_wall_message(message, true).await {
-        tracing::warn!("logged-in users are not told of the reboot: {}", printable(&error.to_string(), 200));
+        tracing::warn!("cannot notify logged-in users of the reboot: {}", printable(&error.to_string(), 200));
     }
     let Err(error) = logind.reboot(false).await else { return Ok(()) };
-    // The reply may be lost where the request was not; `OperationInProgress` is also the answer during a suspend.
+    // logind may have accepted the request although the reply was lost. `OperationInProgress` is no proof of that: it
+    // is also the answer during a suspend.
     if logind.preparing_for_shutdown().await.unwrap_or(false) {
         return Ok(());
     }
     Err(match &error {
-        // Whatever the name: systemd 258 has one of its own for inhibitors.
+        // Under any error name: systemd 258 has its own for inhibitors.
         zbus::Error::MethodError(_, Some(why), _) => HostError::Reboot(printable(why, 300)),
         _ => match failed(&error) {
             HostError::Denied { why, .. } => HostError::Reboot(why),

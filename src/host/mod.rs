@@ -1,9 +1,9 @@
-//! Neighbour 3, the OS: deployments and transactions through rpm-ostree or bootc, units through systemd, the reboot
-//! through logind, boot facts from the kernel. The only place that speaks D-Bus.
+//! The OS: deployments and transactions through rpm-ostree or bootc, units through systemd, the reboot through logind,
+//! boot facts from the kernel. Only this module uses D-Bus.
 //!
-//! Every operation makes its own connection to the system bus and drops it at its end. That registers and
-//! unregisters us with rpm-ostreed, lets it exit when idle, takes back a transaction whose reply was lost, and leaves
-//! nothing that could go stale.
+//! Every operation opens its own connection to the system bus and closes it when it ends. rpm-ostreed counts the
+//! connection as a client: closing it lets the daemon exit when idle and discards a transaction whose reply was lost.
+//! No connection can go stale.
 
 pub mod boot;
 mod bootc;
@@ -30,29 +30,30 @@ use dbus::close;
 pub use error::HostError;
 use error::call_failed;
 
-/// How long the host's daemons may take. zbus has no limit of its own.
+/// Time limits for the host's daemons. zbus has none of its own.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// To connect to a bus or a peer; one that exists takes milliseconds.
+    /// Connecting to a bus or a peer, which takes milliseconds where it exists.
     pub connect: Duration,
-    /// To answer an ordinary call.
+    /// An ordinary call.
     pub call: Duration,
-    /// For rpm-ostreed to answer on the bus: it loads the sysroot before it claims its name (`TimeoutStartSec=5m`), and
-    /// its own client waits as long.
+    /// A call to rpm-ostreed on the bus. The daemon loads the sysroot before it claims its name (`TimeoutStartSec=5m`),
+    /// and its own client waits as long.
     pub reply: Duration,
-    /// For a unit's start: the finalizer's does nothing and the bootloader update copies some megabytes.
+    /// Starting a unit. Starting the finalizer does nothing; the bootloader update copies some megabytes.
     pub job: Duration,
-    /// Longest silence of a running transaction. Container pulls tell layer by layer, and one may be gigabytes.
+    /// Longest silence of a running transaction. A container pull reports progress per layer, and a layer may have
+    /// gigabytes.
     pub stall: Duration,
-    /// Between two looks at a unit whose end should have been told.
+    /// Interval of the checks on a running unit, in case the signal of its end is lost.
     pub look: Duration,
-    /// For a lock on the sysroot to be given back: `bootc status`, whoever runs it, takes it for a moment.
+    /// How long the sysroot lock may be held before it counts as busy: every `bootc status` takes it for a moment.
     pub lock: Duration,
-    /// For `bootc status`: as long as another program may hold the sysroot lock for a moment.
+    /// `bootc status`, which may wait while another program holds the sysroot lock.
     pub status: Duration,
-    /// Longest transaction; the unit of `bootc switch` has a limit of its own below it.
+    /// A whole transaction. The unit of `bootc switch` has its own, shorter limit.
     pub whole: Duration,
-    /// For a cancelled transaction to end.
+    /// The end of a cancelled transaction.
     pub cancel: Duration,
 }
 
@@ -73,20 +74,20 @@ impl Default for Deadlines {
     }
 }
 
-/// Title of our transactions before the digest: how a restarted agent knows its own.
+/// Prefix of the title of our transactions, followed by the digest. A restarted agent recognises its own by it.
 const TITLE: &str = "rebase-agent ";
 
-/// Set to true when what is running is no longer wanted.
+/// Becomes true when the running task must stop.
 pub type Cancel = watch::Receiver<bool>;
 
-/// Ends when cancellation is asked for; never, if nobody can ask any more.
+/// Returns when cancellation is requested; never, if the sender is gone.
 async fn cancelled(cancel: &mut Cancel) {
     if cancel.wait_for(|asked| *asked).await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
-/// Where progress is told: one line, made printable.
+/// Receives each line of progress, made printable.
 pub type Progress = dyn Fn(String) + Send + Sync;
 
 /// The host.
@@ -97,49 +98,49 @@ pub struct Host {
     deadlines: Deadlines,
     backend: Option<Backend>,
     chosen: Arc<OnceCell<Chosen>>,
-    /// What bootc said last; it cannot be asked while it works.
+    /// The last `bootc status`, which must not run while a switch does.
     seen: Arc<Mutex<Vec<Deployment>>>,
 }
 
 impl Host {
-    /// `root` is `/` in production, and `bus`, an address, is not given: that is the system bus.
+    /// `root` is `/` in production. `bus` is a D-Bus address; `None` is the system bus.
     #[must_use]
     pub fn new(root: Root, bus: Option<String>) -> Self {
         let (chosen, seen) = (Arc::default(), Arc::default());
         Self { root, bus, deadlines: Deadlines::default(), backend: None, chosen, seen }
     }
 
-    /// With this backend, whatever is there; `None` looks what is.
+    /// Sets the backend; `None` detects it.
     #[must_use]
     pub fn with_backend(self, backend: Option<Backend>) -> Self {
         Self { backend, chosen: Arc::default(), ..self }
     }
 
-    /// With other deadlines.
+    /// Sets the deadlines.
     #[must_use]
     pub fn with_deadlines(self, deadlines: Deadlines) -> Self {
         Self { deadlines, ..self }
     }
 
-    /// The file system it looks at.
+    /// The file system that it reads.
     #[must_use]
     pub fn root(&self) -> &Root {
         &self.root
     }
 
-    /// The backend, settled with the first answer.
+    /// The backend. The first successful detection is kept.
     ///
     /// # Errors
-    /// [`HostError::NoBackend`], and what the bus or systemd answer instead of an answer.
+    /// [`HostError::NoBackend`], and errors of the bus or systemd.
     pub async fn backend(&self) -> Result<Chosen, HostError> {
         let choose = async || match self.backend {
-            Some(backend) => Ok(Chosen { backend, why: "it was asked for" }),
+            Some(backend) => Ok(Chosen { backend, why: "it is set with --backend" }),
             None => choose::probe(self).await,
         };
         self.chosen.get_or_try_init(choose).await.cloned()
     }
 
-    /// Whether the host is of a kind that any backend can change.
+    /// Checks that a backend can change this kind of host.
     ///
     /// # Errors
     /// [`HostError::Composefs`] and [`HostError::NotImageMode`].
@@ -151,7 +152,7 @@ impl Host {
         }
     }
 
-    /// Reads deployments and transaction. Wakes rpm-ostreed, or has bootc run once.
+    /// Reads the deployments and the transaction. Starts rpm-ostreed, or runs `bootc status` once.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -167,7 +168,7 @@ impl Host {
         Ok(facts)
     }
 
-    /// Reads what the kernel, systemd and logind know. Wakes nobody.
+    /// Reads the facts of the kernel, systemd and logind. Starts no daemon.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -196,7 +197,7 @@ impl Host {
         })
     }
 
-    /// Stages `image`, or attaches to our own transaction that does. Ends well only when the deployments say so.
+    /// Stages `image`, or attaches to our own transaction that does. Succeeds only if the deployments then show it.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -212,8 +213,8 @@ impl Host {
         }
     }
 
-    /// Removes what boots next, staged or first in boot order, if it still is `checksum` and does not run. The rules do
-    /// not ask a backend that cannot.
+    /// Removes the deployment that boots next, staged or first in boot order, if it still is `checksum` and is not
+    /// booted. The rules never call this for bootc, which cannot drop a deployment.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -221,7 +222,7 @@ impl Host {
         match self.backend().await?.backend {
             Backend::RpmOstree => rpm_ostree::drop_pending(self, checksum, cancel).await,
             Backend::Bootc => {
-                let why = "bootc only stages something else over it".to_owned();
+                let why = "bootc cannot drop a staged deployment, only stage another image over it".to_owned();
                 Err(HostError::NoEffect { what: "dropping the pending deployment", why })
             }
         }
@@ -238,8 +239,8 @@ impl Host {
         }
     }
 
-    /// Changes the kernel arguments of the staged deployment, which must be of `image`, as
-    /// [`apply`](crate::kernel_arguments::apply) does.
+    /// Changes the kernel arguments of the staged deployment as [`apply`](crate::kernel_arguments::apply) does. The
+    /// staged deployment must be of `image`.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -256,7 +257,7 @@ impl Host {
         }
     }
 
-    /// Starts the unit whose stop finalizes the staged deployment.
+    /// Starts the unit that finalizes the staged deployment when it is stopped.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -272,7 +273,7 @@ impl Host {
         systemd::start(self, BOOTLOADER_UPDATE).await
     }
 
-    /// Tells logged-in users and asks for the reboot into `image`. Success means that it was accepted, no more.
+    /// Notifies logged-in users and requests the reboot into `image`. Success means that logind accepted the request.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -281,7 +282,7 @@ impl Host {
         logind::reboot(self, &format!("rebooting into the desired OS image {image}")).await
     }
 
-    /// The running service's `StatusText` and `ActiveState`, for the commands beside it.
+    /// The service's `StatusText` and `ActiveState`.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -297,7 +298,7 @@ impl Host {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// A connection of its own, whose every call is limited to `limit`.
+    /// Opens a connection to the bus. Each call on it may take `limit`.
     async fn connect_to_bus(&self, limit: Duration) -> Result<Connection, HostError> {
         const WHAT: &str = "the system bus";
         const UNIT: &str = "dbus.socket";
@@ -328,12 +329,12 @@ const KUBELET: &str = "kubelet.service";
 const BOOTLOADER_UPDATE: &str = "bootloader-update.service";
 const BOOT_COMPLETE: &str = "ostree-boot-complete.service";
 
-/// The digest in a transaction title of ours. Pure.
+/// The digest in the title of one of our transactions. Pure.
 fn digest_in_title(title: &str) -> Option<Digest> {
     Digest::parse(title.strip_prefix(TITLE)?)
 }
 
-/// What tests/fuzz reaches of the private parsers.
+/// The private parsers, for tests/fuzz.
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {

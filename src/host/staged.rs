@@ -1,6 +1,6 @@
-//! libostree's note on the staged deployment, `/run/ostree/staged-deployment`: a GVariant `a{sv}` that is there until the
-//! deployment is finalized. It says more than the host tools do: rpm-ostreed aborts when it is asked for the arguments
-//! of a deployment that was staged without any, and does not show that one is locked.
+//! libostree's record of the staged deployment, `/run/ostree/staged-deployment`: a GVariant `a{sv}` that exists until the
+//! deployment is finalized. The agent reads it because rpm-ostreed aborts when it is asked for the arguments of a
+//! deployment that was staged without any, and does not show that a deployment is locked.
 
 use gvariant::aligned_bytes::copy_to_align;
 use gvariant::{Marker as _, Structure as _, gv};
@@ -8,25 +8,25 @@ use gvariant::{Marker as _, Structure as _, gv};
 use super::boot::Root;
 use crate::files::read_bounded;
 
-/// The note.
+/// The record.
 const NOTE: &str = "run/ostree/staged-deployment";
-/// Locks a staged deployment whose note says nothing of a lock: an older libostree knows only this file.
+/// An older libostree locks the staged deployment with this file instead of the record's `locked`.
 const LOCK: &str = "run/ostree/staged-deployment-locked";
-/// Largest note read, in bytes.
+/// Largest record read, in bytes.
 const MAX_NOTE: u64 = 1 << 20;
 
-/// What the note says.
+/// The parsed record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Note {
-    /// `<osname>-<checksum>.<serial>`; `None` for a note that does not name its deployment.
+    /// `<osname>-<checksum>.<serial>`; `None` if the record does not name its deployment.
     pub id: Option<String>,
     /// The arguments that the deployment was staged with; `None` if it was staged without any.
     pub arguments: Option<Vec<String>>,
-    /// Left out at shutdown.
+    /// The deployment is not finalized at shutdown.
     pub locked: bool,
 }
 
-/// The note on deployment `id`; `None` if there is none, or it is about another deployment.
+/// Reads the record of deployment `id`; `None` if there is none, or it is of another deployment.
 pub(super) fn read(root: &Root, id: &str) -> Option<Note> {
     let note = read_bounded(&root.join(NOTE), MAX_NOTE).ok().map(|bytes| parse(&bytes));
     let note = note.filter(|note| note.id.as_deref().is_none_or(|named| named == id))?;

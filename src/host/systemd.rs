@@ -21,13 +21,13 @@ pub(super) async fn states<const N: usize>(
     let failed = |e: zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, &e);
     let manager: ManagerProxy<'_> = proxy(bus).await.map_err(failed)?;
     let listed = manager.list_units_by_names(&names).await.map_err(failed)?;
-    // One row for each, in order; a row has the unit's own name, which another one may stand for.
+    // One row for each name, in order. A row has the unit's main name, which differs where an alias was asked for.
     let rows = <[UnitRow; N]>::try_from(listed);
     let rows = rows.map_err(|rows| HostError::confused(WHAT, format!("{} rows for {N} names", rows.len())))?;
     Ok(rows.map(|row| state(&row.2, &row.3)))
 }
 
-/// systemd adds words between releases, so unknown ones count as not active. Pure.
+/// The unit's state. systemd adds states between releases, so unknown ones count as inactive. Pure.
 fn state(load: &str, active: &str) -> UnitState {
     match (load, active) {
         ("not-found" | "masked", _) => UnitState::Absent,
@@ -38,7 +38,8 @@ fn state(load: &str, active: &str) -> UnitState {
     }
 }
 
-/// The loaded units whose name matches one of `patterns`, and their states. One that is being stopped still runs.
+/// The loaded units whose name matches one of `patterns`, and their states. A unit that is being stopped counts as
+/// running.
 pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(String, UnitState)>, HostError> {
     const WHAT: &str = "systemd's ListUnitsByPatterns";
     let bus = host.connect_to_bus(host.deadlines.call).await?;
@@ -50,7 +51,7 @@ pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(Stri
     Ok(listed.into_iter().map(|row| (row.0, running(&row.3))).collect())
 }
 
-/// `Result` and `ExecMainStatus` of a unit that failed, which is then forgotten; `None` for one that has not.
+/// `Result` and `ExecMainStatus` of a failed unit, whose failed state is then reset; `None` if it has not failed.
 pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(String, i32)>, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let asked = async {
@@ -70,7 +71,7 @@ pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(Stri
     told
 }
 
-/// Starts `unit` and waits for the job's end.
+/// Starts `unit` and waits until the job ends.
 pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
     let limit = host.deadlines.job;
     match tokio::time::timeout(limit, job(host, Verb::Start, unit)).await {
@@ -81,15 +82,14 @@ pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostErr
     }
 }
 
-/// What is done with a unit, and with a job that it has already. A start joins another start and yields to a stop; a stop
-/// replaces a start, which it would contradict.
+/// A job for a unit. A start joins a queued start and fails if a stop is queued; a stop replaces a queued start.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Verb {
     Start,
     Stop,
 }
 
-/// Makes a job for `unit`, or joins the one that does the same, and waits for its end: the job's result.
+/// Queues a job for `unit`, or joins an equal one, waits until it ends and returns its result.
 pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, HostError> {
     let bus = host.connect_to_bus(host.deadlines.call).await?;
     let result = job_on(host, &bus, verb, unit).await;
@@ -100,7 +100,7 @@ pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, H
 async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result<String, HostError> {
     const WHAT: &str = "systemd's manager";
     let failed = |error: zbus::Error| match &error {
-        // No such unit, masked, at odds with a job that is queued.
+        // The unit does not exist, is masked, or has a conflicting job.
         zbus::Error::MethodError(name, ..) if name.as_str().starts_with(SYSTEMD) => {
             let result = name.as_str().trim_start_matches(SYSTEMD).trim_start_matches('.');
             HostError::Unit { unit: unit.to_owned(), result: printable(result, 50) }
@@ -108,10 +108,10 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
         _ => call_failed(WHAT, UNIT, host.deadlines.call, &error),
     };
     let manager: ManagerProxy<'_> = proxy(bus).await.map_err(failed)?;
-    // Signals are broadcast to subscribers only, and the job may be removed before the reply names it.
+    // Subscribe first: systemd sends signals to subscribers only, and the job may end before the reply names it.
     manager.subscribe().await.map_err(failed)?;
     let mut removed = manager.receive_job_removed().await.map_err(failed)?;
-    // Both are listened to at once: signals that nobody takes would keep the reply from being read.
+    // Read reply and signals together: unread signals would block the reply behind them.
     let mut call = pin!(async {
         match verb {
             Verb::Start => manager.start_unit(unit, "fail").await,
@@ -125,7 +125,7 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
             reply = &mut call, if job.is_none() => job = Some(reply.map_err(failed)?),
             signal = removed.next() => {
                 let Some(signal) = signal else { break };
-                // Told apart by the job: the signal has the unit's own name, which another one may stand for.
+                // Compare the job, not the unit: the signal has the unit's main name, and `unit` may be an alias.
                 if let Ok(removed) = signal.args()
                     && job.as_ref().is_none_or(|job| *job == removed.job)
                 {
@@ -137,7 +137,7 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
             return Ok(printable(result, 50));
         }
     }
-    Err(HostError::Call { what: WHAT, unit: UNIT, why: "the bus closed".to_owned() })
+    Err(HostError::Call { what: WHAT, unit: UNIT, why: "the bus closed the connection".to_owned() })
 }
 
 /// `StatusText` and `ActiveState` of a service.

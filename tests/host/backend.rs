@@ -12,7 +12,7 @@ async fn installed_host_tool_is_used() {
     for (tools, backend, why) in [
         (HostTools::RpmOstree, Backend::RpmOstree, "on the system bus"),
         (HostTools::Bootc, Backend::Bootc, "rpm-ostree is not on the system bus"),
-        (HostTools::Both, Backend::RpmOstree, "both are there"),
+        (HostTools::Both, Backend::RpmOstree, "both tools are installed"),
     ] {
         let lab = Lab::with(tools, false).await;
         let chosen = lab.host.backend().await.unwrap();
@@ -43,7 +43,7 @@ async fn configured_host_tool_is_used() {
         booted
     };
     assert_eq!(told(rpm_ostree), told(bootc));
-    assert_eq!(host.backend().await.unwrap().why, "it was asked for");
+    assert_eq!(host.backend().await.unwrap().why, "it is set with --backend");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

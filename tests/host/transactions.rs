@@ -217,7 +217,7 @@ async fn error_of_a_daemon_that_keeps_dying_names_its_journal() {
     let error = lab.host.read().await.unwrap_err();
     let said = error.to_string();
     assert!(error.reason() == Reason::HostUnreachable, "{said}");
-    assert!(said.starts_with("rpm-ostreed.service ends each time it is asked (4 times; "), "{said}");
+    assert!(said.starts_with("rpm-ostreed.service exits at every call (4 times; "), "{said}");
     assert!(said.ends_with("; see `journalctl -u rpm-ostreed`"), "{said}");
     // Fewer crashes are retried.
     lab.machine.rpm_ostreed().crash_on_calls(3);

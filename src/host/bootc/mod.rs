@@ -1,10 +1,10 @@
-//! bootc, which has no interface but its command line: `bootc switch` runs as a unit that systemd is asked to start,
-//! `bootc status` behind a socket of systemd's. Neither is ever our child, which confinement would not let work.
+//! bootc, which has only a command line. systemd runs it: `bootc switch` as a unit that the agent starts, `bootc status`
+//! behind a socket. Neither is a child of the agent, because the agent's confinement would break it.
 //!
-//! What a switch came to is what `bootc status` says after it, never its exit code: 0 is also "nothing to do", and 1
-//! may still have staged. Every command of bootc's takes the sysroot lock and waits for it without limit, so status is
-//! not asked while a switch runs. `bootc rollback` is never called at all: it discards what is staged and turns the
-//! boot order around, and the next call turns it back.
+//! The outcome of a switch is read from `bootc status`, never from its exit code: 0 is also "nothing to do", and 1 may
+//! still have staged the image. Every bootc command waits for the sysroot lock without limit, so the agent does not ask
+//! for the status while a switch runs. It never calls `bootc rollback`, which discards the staged deployment and
+//! reverses the boot order; the next call reverses it back.
 
 mod status;
 mod unit;
@@ -19,30 +19,30 @@ use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, staged, systemd
 use crate::model::{Backend, Deployment, HostFacts, Reason, Transaction, UnitState, is_image, is_staged, printable};
 use crate::trust::VerifiedImage;
 
-/// Where the shipped units run it.
+/// The program that the shipped units run.
 pub(super) const PROGRAM: &str = "usr/bin/bootc";
-/// Listens for us; every connection runs `bootc status` once.
+/// The socket unit that runs `bootc status` once for each connection.
 pub(super) const STATUS_UNIT: &str = "rebase-agent-bootc-status.socket";
-/// What it listens on.
+/// The path of that socket.
 const STATUS_SOCKET: &str = "run/rebase-agent/bootc-status.sock";
 const STATUS: &str = "`bootc status`";
 const SWITCH: &str = "`bootc switch`";
-/// Largest status read, in bytes: a deployment takes about one kilobyte.
+/// Largest status read, in bytes; a deployment has about one kilobyte.
 const MAX_STATUS: u64 = 1 << 20;
-/// In place of a job's result.
+/// Stands for the result of a job whose signal was lost.
 const UNTOLD: &str = "an unknown result";
-/// How often a lock that is held is looked at again; nobody tells of its end.
+/// Interval of the checks on a held lock; the kernel does not signal its release.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
 #[cfg(fuzzing)]
 pub(super) use {status::parse as parse_status, unit::image as image_of_unit};
 
-/// Reads deployments and what the sysroot is locked for.
+/// Reads the deployments, and which transaction holds the sysroot lock.
 pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
     let transaction = transaction(host).await?;
     let deployments = match &transaction {
         None => status(host).await?,
-        // What bootc said last, if this process has asked before. Of our own switch it is enough to know that it runs.
+        // Use the last status of this process. While our own switch runs, none is needed.
         Some(active) => match host.deployments_seen() {
             seen if seen.is_empty() && active.ours.is_none() => return Err(busy(active)),
             seen => seen,
@@ -63,7 +63,7 @@ pub(super) async fn stage(
     let is_ready = |deployment: &Deployment| is_staged(deployment, image.image(), Some(image.facts()));
     let unit = unit::of(image)?;
     match transaction(host).await? {
-        // Starting it once more joins the job that runs.
+        // Starting the unit again joins the running job.
         Some(active) if active.client == unit => {}
         Some(active) => return Err(busy(&active)),
         None => {
@@ -72,7 +72,7 @@ pub(super) async fn stage(
                 () = cancelled(cancel) => return Err(HostError::Cancelled(WHAT)),
             };
             if before.iter().any(|deployment| deployment.booted && deployment.layered) {
-                let why = "packages are layered on this host, and a switch would silently drop them".to_owned();
+                let why = "packages are layered on this host, and `bootc switch` would silently drop them".to_owned();
                 return Err(HostError::Transaction { what: WHAT, reason: Reason::LayeredPackages, why });
             }
             if before.first().is_some_and(|first| is_it(first) && (first.booted || is_ready(first))) {
@@ -80,7 +80,7 @@ pub(super) async fn stage(
             }
         }
     }
-    progress(format!("{SWITCH} runs as {unit}"));
+    progress(format!("{SWITCH} runs in {unit}"));
     let result = tokio::select! {
         result = systemd::job(host, systemd::Verb::Start, &unit) => result?,
         () = gone(host, &unit) => UNTOLD.to_owned(),
@@ -96,7 +96,7 @@ pub(super) async fn stage(
     let after = status(host).await;
     let found = after.as_ref().ok().and_then(|after| after.iter().find(|d| d.staged && is_it(d)));
     let staged = found.is_some_and(|found| !found.locked);
-    // To bootc the image is already what is to run, and a switch changes nothing.
+    // A switch does not unlock a download-only deployment of the same image.
     if found.is_some_and(|found| found.locked) {
         let why = "the image was staged for download only and stays out of the next boot; `bootc upgrade \
                    --from-downloaded` unlocks it"
@@ -116,13 +116,13 @@ pub(super) async fn stage(
             if !staged {
                 return Err(error);
             }
-            tracing::warn!("{error}; the image is staged all the same");
+            tracing::warn!("{error}; the image is staged nevertheless");
             Ok(())
         }
     }
 }
 
-/// Stops a unit of ours that an earlier run of the agent started.
+/// Stops the switch that an earlier run of the agent started.
 pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
     match transaction(host).await? {
         Some(active) if active.ours.is_some() => stop(host, &active.client).await,
@@ -130,7 +130,7 @@ pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
     }
 }
 
-/// bootc has no command for it: arguments come with the image.
+/// The error for a change of kernel arguments: bootc has no command for it, the image brings them.
 pub(super) fn set_kernel_arguments(append: &[String], delete: &[String]) -> HostError {
     let list = |arguments: &[String]| printable(&arguments.join(" "), 200);
     let parts = [("bring", append), ("drop", delete)].into_iter().filter(|(_, arguments)| !arguments.is_empty());
@@ -138,15 +138,15 @@ pub(super) fn set_kernel_arguments(append: &[String], delete: &[String]) -> Host
     HostError::KernelArguments(parts.join(" and "))
 }
 
-/// Ends when a unit that was started does not run any more. The signal that says so may be lost: a systemd that
-/// executes itself anew, as for its own update, may send none.
+/// Returns when a started unit has ended. The signal of its end may be lost while systemd re-executes itself, as for
+/// its own update.
 async fn gone(host: &Host, unit: &str) {
     loop {
         tokio::time::sleep(host.deadlines.look).await;
         match systemd::matching(host, &unit::PATTERNS).await {
             Ok(units) if units.iter().any(|(name, state)| name == unit && is_running(*state)) => {}
             Ok(_) => return,
-            Err(error) => tracing::debug!("whether {unit} still runs is not known: {error}"),
+            Err(error) => tracing::debug!("cannot read whether {unit} still runs: {error}"),
         }
     }
 }
@@ -155,7 +155,7 @@ fn is_running(state: UnitState) -> bool {
     matches!(state, UnitState::Active | UnitState::Activating)
 }
 
-/// What the sysroot is locked for: our own unit, or something unknown that status would wait for.
+/// The holder of the sysroot lock: our own unit, or an unknown program, for which `bootc status` would wait.
 async fn transaction(host: &Host) -> Result<Option<Transaction>, HostError> {
     let units = systemd::matching(host, &unit::PATTERNS).await?;
     let running = units.into_iter().find(|(_, state)| is_running(*state));
@@ -173,7 +173,7 @@ async fn transaction(host: &Host) -> Result<Option<Transaction>, HostError> {
     })
 }
 
-/// Whether the sysroot stays locked: what only looks at it has it for a moment, our own status as well.
+/// Whether the sysroot stays locked. A command that only reads, also our own `bootc status`, holds the lock for a moment.
 async fn is_locked(host: &Host) -> bool {
     let until = Instant::now() + host.deadlines.lock;
     while host.root.is_sysroot_locked() {
@@ -186,8 +186,11 @@ async fn is_locked(host: &Host) -> bool {
 }
 
 fn busy(active: &Transaction) -> HostError {
-    let how = Backend::Bootc.end_transaction();
-    HostError::Busy(format!("`{}` of {} is active; if it does not end, {how}", active.title, active.client))
+    let (title, client) = (&active.title, &active.client);
+    HostError::Busy(format!(
+        "`{title}` of {client} is active; if it does not end, see `lslocks` and `systemctl list-units '*bootc*'`, and \
+         end the program that holds the lock"
+    ))
 }
 
 async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
@@ -207,13 +210,15 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
     };
     match u64::try_from(json.len()) {
         Ok(1..=MAX_STATUS) => {}
-        Ok(0) => return Err(HostError::confused(STATUS, "nothing; see `journalctl -u 'rebase-agent-bootc-status@*'`")),
-        _ => return Err(HostError::confused(STATUS, format!("more than {MAX_STATUS} bytes"))),
+        Ok(0) => {
+            return Err(HostError::confused(STATUS, "it is empty; see `journalctl -u 'rebase-agent-bootc-status@*'`"));
+        }
+        _ => return Err(HostError::confused(STATUS, format!("it has more than {MAX_STATUS} bytes"))),
     }
     let mut deployments = status::parse(&json)?;
     for deployment in deployments.iter_mut().filter(|deployment| deployment.booted || deployment.staged) {
         let directory = deployment.id.strip_prefix(&format!("{}-", deployment.osname)).unwrap_or_default();
-        // Status tells no labels; the config that the image carries has the same name.
+        // The status has no labels; the rendered config inside the image has the same name.
         match host.root.rendered_config(&deployment.osname, directory) {
             Ok(Some(config)) => {
                 deployment.rendered_config = config.name;
@@ -236,21 +241,21 @@ async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
     let limit = host.deadlines.cancel;
     match tokio::time::timeout(limit, systemd::job(host, systemd::Verb::Stop, unit)).await {
         Ok(Ok(_)) => Ok(()),
-        // Not loaded any more: it has ended.
+        // A unit that is no longer loaded has ended.
         Ok(Err(HostError::Unit { result, .. })) if result == "NoSuchUnit" => Ok(()),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(HostError::deadline("stopping `bootc switch`", limit)),
     }
 }
 
-/// Why the unit failed, as far as systemd knows; bootc's own words are in its journal. It does not linger as failed:
-/// the agent's own reports tell of it.
+/// Why the unit failed, as far as systemd knows; bootc's own message is in its journal. The unit's failed state is
+/// reset, because the agent reports the failure.
 async fn failure(host: &Host, unit: String, result: &str) -> HostError {
     let ended = match systemd::take_failure(host, &unit).await {
         Ok(Some((result, status))) => format!("{result} {status}"),
         Ok(None) => result.to_owned(),
         Err(error) => {
-            tracing::debug!("why {unit} failed is not known: {error}");
+            tracing::debug!("cannot read why {unit} failed: {error}");
             result.to_owned()
         }
     };

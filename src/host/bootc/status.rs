@@ -1,5 +1,5 @@
-//! `bootc status --format=json --format-version=1`, read tolerantly: unknown fields are passed over, missing and
-//! mistyped ones count as absent, enumerations are open strings. Pure.
+//! Parses `bootc status --format=json --format-version=1`. Unknown fields are ignored, missing and mistyped ones count as
+//! absent, enumerations are open strings. Pure.
 
 use serde_json::Value;
 
@@ -7,17 +7,17 @@ use super::super::HostError;
 use crate::model::{Deployment, Digest, printable};
 
 const WHAT: &str = "`bootc status`";
-/// The API whose fields are read here; bootc adds to it and takes nothing away.
+/// The API version whose fields are read; bootc adds fields to it and removes none.
 const API: &str = "org.containers.bootc/v1";
-/// What an image that does not come from a registry, or is pulled in another way, is not.
+/// The transport of an image that was pulled from a registry.
 const REGISTRY: &str = "registry";
-/// bootc's own default, for versions that do not tell it.
+/// bootc's default stateroot, for versions that do not report it.
 const STATEROOT: &str = "default";
 
 /// The deployments in boot order: staged, then the next boot's default.
 ///
 /// # Errors
-/// [`HostError::NotBootc`], [`HostError::Composefs`], and [`HostError::Confused`] for what is no such document.
+/// [`HostError::NotBootc`], [`HostError::Composefs`], and [`HostError::Confused`] for any other document.
 pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError> {
     let host: Value = serde_json::from_slice(json).map_err(|error| HostError::confused(WHAT, error))?;
     let api = text(&host, "/apiVersion").unwrap_or_default();
@@ -34,9 +34,10 @@ pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError>
     let booted =
         deployment(booted).ok_or_else(|| HostError::confused(WHAT, "the booted deployment has no ostree checksum"))?;
     let staged = match entry("/status/staged") {
-        Some(staged) => {
-            Some(deployment(staged).ok_or_else(|| HostError::confused(WHAT, "what is staged has no ostree checksum"))?)
-        }
+        Some(staged) => Some(
+            deployment(staged)
+                .ok_or_else(|| HostError::confused(WHAT, "the staged deployment has no ostree checksum"))?,
+        ),
         None => None,
     };
     let staged = staged.map(|staged| Deployment { staged: true, ..staged });
@@ -51,7 +52,7 @@ pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError>
     Ok(staged.into_iter().chain(first).chain(second).chain(others).collect())
 }
 
-/// One entry; `None` for one that is not of ostree.
+/// Parses one entry; `None` if it is not an ostree deployment.
 fn deployment(entry: &Value) -> Option<Deployment> {
     let checksum = text(entry, "/ostree/checksum")?;
     let serial = entry.pointer("/ostree/deploySerial").and_then(Value::as_u64).unwrap_or_default();
@@ -66,7 +67,7 @@ fn deployment(entry: &Value) -> Option<Deployment> {
         version: text(entry, "/image/version").map(|version| printable(version, 100)),
         reference: text(entry, "/image/image/image").filter(|_| from_registry).map(str::to_owned),
         digest: text(entry, "/image/imageDigest").and_then(Digest::parse),
-        // Packages or overrides of rpm-ostree, which bootc would drop without a word.
+        // Packages or overrides of rpm-ostree, which bootc would silently drop.
         layered: flag(entry, "/incompatible"),
         ..Deployment::default()
     })
@@ -86,13 +87,13 @@ mod tests {
 
     const BOOTED: &str = "1111111111111111111111111111111111111111111111111111111111111111";
 
-    /// One for each shape, written after the documented schema of the release in its name; none is a recording.
+    /// One file for each shape, written after the documented schema of the release in its name; none is a recording.
     fn fixture(name: &str) -> Result<Vec<Deployment>, HostError> {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/bootc-status");
         parse(&std::fs::read(format!("{directory}/{name}.json")).unwrap())
     }
 
-    /// Which are listed, and as what.
+    /// The version and the flags of each deployment.
     fn shape(deployments: &[Deployment]) -> Vec<String> {
         let words = |d: &Deployment| {
             let flags = [
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn every_shape_of_a_host_is_told() {
+    fn every_shape_of_a_host_is_parsed() {
         for (name, expected) in [
             ("1.1-booted", &["9.6.1 booted"][..]),
             ("1.16-booted", &["9.6.1 booted", "9.6.0"]),
@@ -141,14 +142,14 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_says_what_the_rules_need() {
+    fn an_entry_has_the_fields_that_the_rules_need() {
         let booted = fixture("1.16-booted").unwrap().remove(0);
         assert_eq!(booted.id, format!("default-{BOOTED}.0"));
         assert_eq!((booted.osname.as_str(), booted.checksum.as_str()), ("default", BOOTED));
         let digest = format!("sha256:{}", "a1".repeat(32));
         assert_eq!(booted.digest.as_ref().map(Digest::as_str), Some(digest.as_str()));
         assert_eq!(booted.reference, Some(format!("quay.io/example/os@{digest}")));
-        // What is not pulled from a registry is no image that the cluster could want, whatever its name looks like.
+        // Only an image from a registry can be the desired one; the names of other transports are ignored.
         assert_eq!(fixture("1.16-oci-transport").unwrap().remove(0).reference, None);
         let layered = fixture("1.16-incompatible").unwrap().remove(0);
         assert_eq!((layered.reference, layered.digest), (None, None));

@@ -1,8 +1,8 @@
-//! The names of the units that run `bootc switch`: the image reference is the instance name, escaped as
-//! systemd-escape(1) does and nothing else. Pure.
+//! The names of the units that run `bootc switch`. The instance name is the image reference, escaped as
+//! systemd-escape(1) does. Pure.
 //!
-//! Two templates, because a template cannot vary an option by its instance and an agent that writes nothing has no
-//! other place to say it: which one ran is plain in the journal, and each can be read as a whole.
+//! There are two templates because the instance name cannot switch an option on, and the agent writes no drop-in that
+//! could. The journal shows which one ran.
 
 use std::fmt::Write as _;
 
@@ -10,14 +10,14 @@ use super::super::HostError;
 use crate::model::PinnedImage;
 use crate::trust::{VerifiedImage, reference};
 
-/// `bootc switch`, for policies whose global default accepts anything: bootc refuses the other one there.
+/// `bootc switch`, for policies whose default accepts any image: bootc refuses `--enforce-container-sigpolicy` there.
 const PLAIN: &str = "rebase-agent-bootc@";
-/// `bootc switch --enforce-container-sigpolicy`: the new deployment's origin is a signed one.
+/// `bootc switch --enforce-container-sigpolicy`: the origin of the new deployment requires a signature.
 const SIGNED: &str = "rebase-agent-bootc-signed@";
 const SUFFIX: &str = ".service";
-/// Matches every instance of both.
+/// Match every instance of both templates.
 pub(super) const PATTERNS: [&str; 2] = ["rebase-agent-bootc@*.service", "rebase-agent-bootc-signed@*.service"];
-/// systemd's `UNIT_NAME_MAX` less the terminating zero.
+/// Longest unit name: systemd's `UNIT_NAME_MAX` without the terminating zero.
 const LONGEST: usize = 255;
 
 /// The unit that switches to `image`.
@@ -36,14 +36,15 @@ fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
     }
 }
 
-/// The image that a unit of ours switches to; `None` for anything else, also for an instance that somebody made up.
+/// The image that one of our units switches to; `None` for any other unit, and for an instance that names no image.
 pub(in super::super) fn image(unit: &str) -> Option<PinnedImage> {
     let instance = [PLAIN, SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
     reference::parse(&unescape(instance)?).ok()
 }
 
-/// What is not a letter, a digit, `:`, `_` or an inner dot becomes `\xNN`, and `/` becomes `-`: neither white space,
-/// quote, `$` nor `%` is ever left, and the first character is never a dash.
+/// Escapes as systemd-escape(1): `/` becomes `-`; letters, digits, `:`, `_` and inner dots stay; all else becomes `\xNN`.
+/// The result has no white space, quote, `$` or `%`. An image reference does not begin with `/`, so its result does not
+/// begin with a dash.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for (index, byte) in text.bytes().enumerate() {
@@ -51,7 +52,7 @@ fn escape(text: &str) -> String {
             b'/' => out.push('-'),
             b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' => out.push(char::from(byte)),
             b'.' if index > 0 => out.push('.'),
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             byte => drop(write!(out, "\\x{byte:02x}")),
         }
     }
@@ -114,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_name_over_the_limit_is_refused_with_its_length() {
-        // The digest takes 75 characters of it.
+        // `@sha256:` and the digest take 75 characters.
         let room = LONGEST - PLAIN.len() - SUFFIX.len() - "quay.io/".len() - 75;
         assert_eq!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), false).unwrap().len(), LONGEST);
         let error = name(&pinned(&format!("quay.io/{}", "a".repeat(room + 1))), false).unwrap_err();
@@ -154,7 +155,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_may_be_followed_is_a_name(host in "[a-z0-9.-]{1,20}(:[0-9]{1,5})?", path in "[a-z0-9/._-]{1,80}") {
+        fn every_accepted_reference_gives_a_unit_name(host in "[a-z0-9.-]{1,20}(:[0-9]{1,5})?", path in "[a-z0-9/._-]{1,80}") {
             if let Ok(image) = reference::parse(&format!("{host}/{path}@sha256:{HEX}")) {
                 let Ok(name) = name(&image, false) else { return Ok(()) };
                 let instance = name.strip_prefix(PLAIN).unwrap();

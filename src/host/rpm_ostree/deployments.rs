@@ -1,4 +1,4 @@
-//! What rpm-ostreed says of the deployments and of its transaction.
+//! Reads the deployments and the active transaction from rpm-ostreed.
 
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
@@ -8,13 +8,13 @@ use crate::host::{HostError, digest_in_title, staged};
 use crate::model::{Backend, Deployment, Digest, HostFacts, Transaction, printable};
 use crate::trust::{reference, rendered_config_label};
 
-/// What was listed may be gone by the time it is asked for.
+/// Most reads: a transaction or staged deployment that was listed may be gone before its details are read.
 const LOOKS: u32 = 3;
 
 /// Largest JSON document taken out of commit metadata, in bytes.
 const MAX_METADATA: usize = 4 << 20;
 
-/// What the daemon says, with what the operations need besides.
+/// The daemon's answer, with the paths that the operations need.
 pub(super) struct Snapshot {
     pub(super) facts: HostFacts,
     pub(super) os: OwnedObjectPath,
@@ -33,9 +33,9 @@ impl Client<'_> {
         }
     }
 
-    /// The `last` look takes a staged deployment without a note as it is.
+    /// Reads once. The `last` read accepts a staged deployment without libostree's record.
     async fn look(&self, last: bool) -> Result<Snapshot, HostError> {
-        // Mandatory after bootc or `ostree admin` acted; properties do not follow by themselves.
+        // The daemon does not notice changes by bootc or `ostree admin` by itself.
         self.sysroot.reload().await.map_err(|error| self.failed("rpm-ostree's Reload", &error))?;
         let properties = async {
             let path = self.sysroot.inner().path().to_string();
@@ -62,10 +62,10 @@ impl Client<'_> {
                 }
             }
             if parsed.staged {
-                // Not from the daemon: its GetDeploymentBootConfig aborts it where there are no arguments, and its
-                // `finalization-locked` only knows the lock of an older libostree.
+                // Read from libostree's record: the daemon's GetDeploymentBootConfig crashes the daemon if there are no
+                // arguments, and its `finalization-locked` only shows the lock of an older libostree.
                 let note = match staged::read(&self.host.root, &parsed.id) {
-                    // Staged, dropped or finalized since the daemon was asked.
+                    // The deployment was staged, dropped or finalized since the daemon answered.
                     None if !last => return Err(HostError::Vanished("reading the deployments")),
                     note => note.unwrap_or_default(),
                 };
@@ -91,7 +91,7 @@ pub(in crate::host) fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str
     T::try_from(dict.get(key)?.try_clone().ok()?).ok()
 }
 
-/// One dictionary of `Deployments`; keys that are missing or of another type count as absent. Pure.
+/// Parses one dictionary of `Deployments`. Keys that are missing or of another type count as absent. Pure.
 pub(in crate::host) fn deployment(dict: &Dict) -> Option<Deployment> {
     let flag = |key: &str| property::<bool>(dict, key).unwrap_or(false);
     let text = |key: &str| property::<String>(dict, key);

@@ -1,6 +1,6 @@
-//! rpm-ostree over D-Bus: deployments, and transactions on their private peer socket.
+//! rpm-ostree over D-Bus: deployments, and transactions on their private sockets.
 //!
-//! What ends a transaction well is the deployments read afterwards, never the transaction's own word: it also says
+//! A transaction succeeded if the deployments that are read after it show so. Its own report is not enough: it is also
 //! success when nothing changed.
 
 mod deployments;
@@ -20,18 +20,19 @@ pub(super) use transaction::heard;
 
 pub(super) const UNIT: &str = "rpm-ostreed.service";
 
-/// A first call may meet the daemon's idle exit and be dropped, or be given up by the bus while the daemon still loads.
+/// Most tries of the first call. The daemon may exit as idle and drop the call, or the bus may time out while the daemon
+/// still loads.
 const FIRST_CALLS: u32 = 4;
 
-/// A client of the daemon for the length of one operation. Being registered holds off the daemon's idle exit; leaving
-/// the bus takes back a transaction that was not started.
+/// A registered client of the daemon for one operation. The registration prevents the daemon's idle exit; closing the
+/// connection discards a transaction that was not started.
 struct Client<'h> {
     host: &'h Host,
     bus: Connection,
     sysroot: SysrootProxy<'static>,
 }
 
-/// Reads deployments and transaction.
+/// Reads the deployments and the active transaction.
 pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
     let client = Client::connect(host).await?;
     let snapshot = client.snapshot().await;
@@ -52,7 +53,7 @@ pub(super) async fn stage(
     outcome
 }
 
-/// Removes what is before the booted deployment in boot order if the first of it still is `checksum`.
+/// Removes the deployments before the booted one in boot order, if the first of them still is `checksum`.
 pub(super) async fn drop_pending(host: &Host, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
     let client = Client::connect(host).await?;
     let outcome = client.drop_pending(checksum, cancel).await;
@@ -74,7 +75,7 @@ pub(super) async fn set_kernel_arguments(
     outcome
 }
 
-/// Cancels a transaction of ours that an earlier run of the agent started.
+/// Cancels the transaction that an earlier run of the agent started.
 pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
     let client = Client::connect(host).await?;
     let outcome = client.cancel_ours().await;
@@ -94,13 +95,13 @@ impl<'h> Client<'h> {
             match sysroot.register_client(&options).await {
                 Ok(()) => break,
                 Err(error) if is_lost(&error) && tries < FIRST_CALLS => tries += 1,
-                // A bus that gave up waiting says nothing of the daemon's end.
+                // A timeout of the bus is no sign that the daemon exited.
                 Err(error) if is_lost(&error) && !is_timeout(&error) => {
                     let why = printable(&error.to_string(), 300);
                     return Err(HostError::Dies { unit: UNIT, tries, why });
                 }
                 Err(error) => match failed(&error) {
-                    // Transactions work unregistered, too.
+                    // Transactions also work without registration.
                     HostError::Denied { .. } => break,
                     error => return Err(error),
                 },
@@ -134,10 +135,10 @@ impl<'h> Client<'h> {
             (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
             (None, _) => {}
         }
-        // Sending the reference that is first in boot order already is an error: "Old and new refs are equal".
+        // The daemon refuses a rebase to the reference that is first in boot order: "Old and new refs are equal".
         match boots_next(&before.facts) {
             Some(first) if first.booted || is_ready(&before.facts) => return Ok(()),
-            // Locked, with packages layered, or finalized and fallen back from: it is dropped and staged again.
+            // It is locked, has packages layered, or the host went back from it: drop it and stage it again.
             Some(_) => {
                 self.clean_up(WHAT, &before.os, cancel).await?;
                 before = self.snapshot().await?;
@@ -147,7 +148,7 @@ impl<'h> Client<'h> {
         let title = format!("{TITLE}{}", image.image().digest());
         let options: Options<'_> = Options::from([
             ("initiating-command-line", Variant::from(title.as_str())),
-            // Going back to an older image is refused otherwise.
+            // Without this the daemon refuses an older image.
             ("allow-downgrade", Variant::from(true)),
         ]);
         let reference = image.to_pull();
@@ -172,8 +173,8 @@ impl<'h> Client<'h> {
         self.transact(what, os.cleanup(&["pending-deploy"]), cancel, &|_| {}).await
     }
 
-    /// The whole list is given, not what to delete and append: of equal arguments the daemon deletes the first, which is
-    /// the platform's, and `quiet` deletes a lone `quiet=1`.
+    /// Sends the whole final list instead of changes. Given changes, the daemon deletes the first of two equal arguments,
+    /// which is the platform's, and a deletion of `quiet` also deletes `quiet=1`.
     async fn set_kernel_arguments(
         &self,
         image: &VerifiedImage,
@@ -187,14 +188,16 @@ impl<'h> Client<'h> {
         let staged = before.facts.staged().filter(|staged| is_image(staged, image.image(), Some(image.facts())));
         let staged = staged.ok_or_else(|| no_effect("the image is not staged any more"))?;
         let Some(existing) = staged.arguments.clone() else {
-            // What the daemon would edit is not there; an image that it stages has arguments.
+            // The daemon cannot edit a list that does not exist. A deployment that it stages itself has arguments.
             self.clean_up(WHAT, &before.os, cancel).await?;
-            return Err(no_effect("the deployment was staged without any; it was dropped, to be staged again"));
+            return Err(no_effect(
+                "the deployment was staged without kernel arguments, so it was dropped and will be staged again",
+            ));
         };
         let existing = without_target(existing);
         let wanted = apply(&existing, append, delete);
         let lines = join(&existing).zip(join(&wanted));
-        let (line, last) = lines.ok_or_else(|| no_effect("an argument has a quote that is never closed"))?;
+        let (line, last) = lines.ok_or_else(|| no_effect("a kernel argument has an unclosed quote"))?;
         let options: Options<'_> = Options::from([
             ("initiating-command-line", Variant::from("rebase-agent kernel arguments")),
             ("final-kernel-args", Variant::from(last.as_str())),
@@ -206,7 +209,7 @@ impl<'h> Client<'h> {
             let arguments = facts.staged().and_then(|staged| staged.arguments.clone());
             arguments.is_some_and(|arguments| without_target(arguments) == wanted)
         };
-        self.judge(WHAT, outcome, has_them, "the staged deployment does not have them").await
+        self.judge(WHAT, outcome, has_them, "the staged deployment does not have the new kernel arguments").await
     }
 
     async fn cancel_ours(&self) -> Result<(), HostError> {
@@ -216,7 +219,7 @@ impl<'h> Client<'h> {
         let Some(address) = before.address.filter(|_| ours) else { return Ok(()) };
         let (_sender, mut cancel) = tokio::sync::watch::channel(true);
         match self.follow(WHAT, &address, &mut cancel, &|_| {}).await {
-            // Whatever it came to, it has ended, and the deployments are read next.
+            // The transaction has ended with some outcome; the deployments are read next.
             Ok(()) | Err(HostError::Cancelled(_) | HostError::Vanished(_) | HostError::Transaction { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -226,7 +229,7 @@ impl<'h> Client<'h> {
         proxy_at(&self.bus, path.as_str()).await.map_err(|error| self.failed("rpm-ostree", &error))
     }
 
-    /// Makes a transaction with `call`, a method of the OS object, and sees it through.
+    /// Creates a transaction with `call`, a method of the OS object, and waits until it ends.
     async fn transact(
         &self,
         what: &'static str,
@@ -241,7 +244,7 @@ impl<'h> Client<'h> {
         self.follow(what, &address, cancel, progress).await
     }
 
-    /// What a transaction came to is what the deployments say after it, where it may have come to anything.
+    /// Decides by the deployments whether a transaction succeeded, if it reported success or its outcome is unknown.
     async fn judge(
         &self,
         what: &'static str,
@@ -261,13 +264,13 @@ impl<'h> Client<'h> {
     }
 }
 
-/// Without the argument that names the deployment itself: libostree sets it when it writes the boot entry.
+/// Removes the `ostree=` argument, which names the deployment: libostree sets it when it writes the boot entry.
 fn without_target(mut arguments: Vec<String>) -> Vec<String> {
     arguments.retain(|argument| !argument.starts_with("ostree="));
     arguments
 }
 
-/// The daemon let go of its name while our call was on its way, or does not have it yet.
+/// Whether the call was lost because the daemon exited or has not claimed its name yet.
 fn is_lost(error: &zbus::Error) -> bool {
     use zbus::fdo::Error as Fdo;
     matches!(error, zbus::Error::FDO(fdo)

@@ -1,4 +1,4 @@
-//! A transaction of rpm-ostreed, on its own socket: followed to its end, which is classified by the daemon's own words.
+//! Follows a transaction of rpm-ostreed on its own socket until it ends, and classifies a failure by its message.
 
 use std::pin::pin;
 
@@ -14,8 +14,8 @@ use crate::model::{Reason, printable};
 use crate::trust::without_queries;
 
 impl Client<'_> {
-    /// Starts or joins the transaction at `address` and waits for its end. The peer connection is closed at once then:
-    /// a kept one keeps the daemon busy for everybody.
+    /// Starts or joins the transaction at `address` and waits until it ends. Then the connection is closed at once,
+    /// because the daemon stays busy while it is open.
     pub(super) async fn follow(
         &self,
         what: &'static str,
@@ -24,7 +24,7 @@ impl Client<'_> {
         progress: &Progress,
     ) -> Result<(), HostError> {
         let peer = self.peer(address).await.map_err(|error| match error {
-            // The daemon died between its reply and now.
+            // The daemon exited after its reply.
             HostError::Call { .. } => HostError::Vanished(what),
             error => error,
         })?;
@@ -41,7 +41,7 @@ impl Client<'_> {
         progress: &Progress,
     ) -> Result<(), HostError> {
         let deadlines = &self.host.deadlines;
-        // Before Start: a transaction that has ended already tells so once more, in answer to it.
+        // Listen before Start: in answer to it, a transaction that has already ended repeats its last signal.
         let mut messages = MessageStream::from(peer);
         let transaction = self.transaction(peer).await?;
         let ask_to_end =
@@ -50,7 +50,7 @@ impl Client<'_> {
         if asked {
             ask_to_end().await?;
         }
-        // Either answer will do: false only means that this call did not start it.
+        // Both answers are fine: false means that the transaction had been started before.
         let mut start = pin!(transaction.start());
         let mut started = false;
         let whole = Instant::now() + deadlines.whole;
@@ -67,7 +67,7 @@ impl Client<'_> {
                     started = true;
                     match answer {
                         Ok(_) => {}
-                        // The end of the stream tells more.
+                        // The message stream reports the end of the connection.
                         Err(zbus::Error::InputOutput(io)) if io.kind() != std::io::ErrorKind::TimedOut => {}
                         Err(error) => return Err(call_failed(what, UNIT, deadlines.call, &error)),
                     }
@@ -78,7 +78,7 @@ impl Client<'_> {
                         (until, limit) = (Instant::now() + deadlines.stall, deadlines.stall);
                     }
                     match heard(what, &message, progress) {
-                        // The daemon's word for it depends on its locale, and on what was interrupted.
+                        // The daemon's message for this depends on its locale and on the interrupted step.
                         Some(Err(HostError::Transaction { .. })) if asked => return Err(HostError::Cancelled(what)),
                         Some(outcome) => return outcome,
                         None => {}
@@ -115,16 +115,16 @@ impl Client<'_> {
 
     async fn peer(&self, address: &str) -> Result<Connection, HostError> {
         const WHAT: &str = "rpm-ostree's transaction socket";
-        // Other kinds of address start programs or leave the machine.
+        // Other kinds of address start programs or connect to other machines.
         if !address.starts_with("unix:") {
-            return Err(HostError::confused(WHAT, format!("`{address}` is no local socket")));
+            return Err(HostError::confused(WHAT, format!("`{address}` is not a local socket")));
         }
         let builder = zbus::connection::Builder::address(address).p2p().method_timeout(self.host.deadlines.call);
         self.host.connect(builder, WHAT, UNIT).await
     }
 }
 
-/// What a message of a transaction says: progress, or how it ended.
+/// Handles a message of a transaction: passes on progress, and returns the outcome when it has ended.
 pub(in crate::host) fn heard(
     what: &'static str,
     message: &zbus::Message,
@@ -150,20 +150,20 @@ pub(in crate::host) fn heard(
     }
 }
 
-/// The end of a transaction. Its text is English prose and only a hint at the class. The daemon's own words come first;
-/// what follows [`PROXY`] is skopeo's, and behind its first words a registry's, which may say anything. Pure.
+/// Classifies the end of a transaction by its text, for which there are no error codes. The text begins with the daemon's
+/// own message. The part after [`PROXY`] is skopeo's, and its later words are a registry's and not trusted. Pure.
 fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostError> {
     if success {
         return Ok(());
     }
     let proxy = PROXY.iter().filter_map(|word| text.find(word)).min();
     let (own, theirs) = text.split_at(proxy.unwrap_or(text.len()));
-    // GIO's word, which the daemon also uses itself, and libdnf's where packages are layered.
+    // The text of GIO and the daemon, and that of libdnf where packages are layered.
     const CANCELLED: [&str; 2] = ["Operation was cancelled", "cancelled by user action"];
     if theirs.is_empty() && CANCELLED.iter().any(|end| own.ends_with(end)) {
         return Err(HostError::Cancelled(what));
     }
-    // Where both ends of a layer failed, the importer's own words follow skopeo's.
+    // If both skopeo and the importer failed on a layer, the importer's message follows skopeo's.
     let both = theirs.strip_prefix(BOTH_FAILED).and_then(|both| both.rsplit_once(" and client error: "));
     let client = both.map_or("", |(_, client)| client);
     let own_has = |parts: &[&str]| parts.iter().any(|part| own.contains(part) || client.contains(part));
@@ -182,7 +182,7 @@ fn finished(what: &'static str, success: bool, text: &str) -> Result<(), HostErr
     Err(HostError::Transaction { what, reason, why: printable(&without_queries(text), 500) })
 }
 
-/// Where the daemon's own words end.
+/// The end of the daemon's own message: skopeo's begins with one of these.
 const PROXY: [&str; 5] = [
     BOTH_FAILED,
     "failed to invoke method ",
@@ -191,14 +191,14 @@ const PROXY: [&str; 5] = [
     "proxy request returned error: ",
 ];
 
-/// What begins the words of skopeo that the importer's own follow.
+/// The prefix of skopeo's message if the importer's own message follows it.
 const BOTH_FAILED: &str = "proxy failure: ";
 
-/// The class of what skopeo says, by its first words. Pure.
+/// Classifies skopeo's message by its first words. Pure.
 fn of_proxy(text: &str) -> Reason {
     let mut rest = text;
     while let Some(stripped) = PROXY.iter().find_map(|word| rest.strip_prefix(word)) {
-        // A method's name is one word.
+        // Skip the name of the method.
         rest =
             stripped.split_once(": ").filter(|(method, _)| METHODS.contains(method)).map_or(stripped, |(_, rest)| rest);
     }
@@ -226,11 +226,11 @@ fn of_proxy(text: &str) -> Reason {
     }
 }
 
-/// The proxy's methods that a pull calls.
+/// The methods of skopeo's proxy that a pull calls.
 const METHODS: [&str; 7] =
     ["OpenImage", "OpenImageOptional", "GetManifest", "GetFullConfig", "GetBlob", "GetRawBlob", "FinishPipe"];
 
-/// How skopeo begins when the registry does not answer, or stops in the middle of a layer.
+/// Prefixes of skopeo's message when the registry does not answer, or stops in the middle of a layer.
 const UNREACHABLE: [&str; 9] = [
     "pinging container registry ",
     "unexpected EOF",
@@ -268,7 +268,7 @@ mod tests {
             ),
             (format!("{twice}reading manifest sha256:ab in q.io:5000/o: manifest unknown"), Reason::ManifestMissing),
             (format!("{twice}reading manifest sha256:ab in q.io:5000/o: denied: no"), Reason::RegistryDenied),
-            // A registry's words are no class.
+            // A registry's own words do not decide the class.
             (
                 format!("{twice}reading manifest sha256:ab in q.io/o: x: No space left on device"),
                 Reason::RegistryUnreachable,
@@ -277,7 +277,7 @@ mod tests {
             (format!("{twice}x: Operation was refused: unauthorized"), Reason::StageFailed),
             ("Importing: Unhandled layer type: application/x".to_owned(), Reason::ImageInvalid),
             ("Preparing import: No ostree.final-diffid label found".to_owned(), Reason::ImageInvalid),
-            // The importer's own half comes last, after skopeo's.
+            // The importer's message comes last, after skopeo's.
             (
                 format!("{layer} unexpected EOF and client error: Processing tar: Copying: No space left on device"),
                 Reason::DiskFull,
@@ -291,7 +291,7 @@ mod tests {
                 Reason::StageFailed,
             ),
             (format!("{twice}x and client error: No space left on device"), Reason::StageFailed),
-            // skopeo's own end, with what it wrote to its standard error.
+            // skopeo exited; the text has its standard error.
             (
                 "Importing: proxy request returned error: proxy failed: exit status: 1\nNo space left on device"
                     .to_owned(),

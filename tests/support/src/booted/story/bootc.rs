@@ -166,7 +166,7 @@ impl Node<'_> {
         self.is_held(&late).await?;
         self.nothing_failed().await?;
         let log = self.container.ok(&["journalctl", "--quiet", "--output=cat", "--boot", "--unit", AGENT]).await?;
-        ensure!(log.contains("the image is staged all the same"), "the agent does not report the failed switch");
+        ensure!(log.contains("the image is staged nevertheless"), "the agent does not report the failed switch");
         Ok(reason.to_owned())
     }
 
