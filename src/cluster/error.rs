@@ -1,4 +1,4 @@
-//! Why the API server could not be asked, or did not answer.
+//! Errors of requests to the API server.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,73 +6,52 @@ use std::time::Duration;
 use super::MAX_BODY;
 use crate::model::{Fault, Reason, printable};
 
-/// Why the API server could not be asked, or refused.
+/// An error of a request to the API server.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 pub enum ClusterError {
-    /// The kubeconfig, or a file it names.
     #[error("{path} cannot be used: {why}")]
-    Kubeconfig {
-        /// The kubeconfig.
-        path: PathBuf,
-        /// What is wrong.
-        why: String,
-    },
-    /// No connection, or it broke.
+    Kubeconfig { path: PathBuf, why: String },
     #[error("the API server cannot be reached: {0}")]
     Connection(String),
-    /// It was reached, and its certificate is not accepted.
     #[error("the API server was reached and its certificate is not trusted: {0}")]
     Untrusted(String),
-    /// 401, and our certificate has expired.
+    /// Status 401, and our certificate has expired.
     #[error(
         "the API server refuses the kubelet's certificate: {0}; the kubelet renews it, so see `oc get csr`, the \
          kubelet's log and this node's clock"
     )]
     CertificateExpired(String),
-    /// 401, also after the credentials were read anew.
+    /// Status 401, also after the credentials were read again.
     #[error("the API server refuses the kubelet's certificate; see `oc get csr` and the kubelet's log")]
     Unauthorized,
-    /// 403.
+    /// Status 403.
     #[error("the API server forbids the request: {0}")]
     Forbidden(String),
-    /// 404.
+    /// Status 404.
     #[error("the Node {0} does not exist; the kubelet creates it when it registers")]
     NotFound(String),
-    /// 409 or 422: the Node is not the one we read.
+    /// Status 409 or 422: the Node is not the one that was read.
     #[error("the API server refused the change: {0}")]
     Refused(String),
-    /// 410, or its like inside a watch.
+    /// Status 410, also as an event of a watch.
     #[error("the watch expired")]
     Expired,
-    /// 429 and 5xx.
-    #[error("the API server is not well: status {status} {message}")]
-    Busy {
-        /// HTTP status.
-        status: u16,
-        /// Its words.
-        message: String,
-        /// How long it asks us to wait.
-        retry_after: Option<Duration>,
-    },
-    /// An answer larger than the agent takes.
+    /// Status 429 or 5xx. `retry_after` is the wait that the server requests.
+    #[error("the API server returned {status}: {message}")]
+    Busy { status: u16, message: String, retry_after: Option<Duration> },
     #[error(
         "the whole Node has more than {} MiB, so it is not read and the node does not reboot; lower nodeStatusMaxImages \
          in the pool's KubeletConfig, which bounds the list of images in the Node's status",
         MAX_BODY >> 20
     )]
     TooLarge,
-    /// An answer that makes no sense.
-    #[error("the API server's answer for {what} makes no sense: {why}")]
-    Confused {
-        /// What was asked.
-        what: &'static str,
-        /// What is wrong.
-        why: String,
-    },
+    #[error("the API server's answer for {what} cannot be understood: {why}")]
+    Confused { what: &'static str, why: String },
 }
 
 impl ClusterError {
-    /// The stable word.
+    /// The reason word of this error.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
@@ -87,7 +66,7 @@ impl ClusterError {
         }
     }
 
-    /// How long the server asks us to stay away.
+    /// The wait that the server requests before the next request.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -121,17 +100,18 @@ pub(super) fn connection(error: &reqwest::Error) -> ClusterError {
     }
 }
 
-/// What is wrong with the server's certificate, by OpenSSL's words for it, of which the server chooses none.
+/// What is wrong with the server's certificate, by OpenSSL's message, which has no text of the server.
 fn distrust(why: &str) -> Option<&'static str> {
     let (_, reason) = why.split_once("certificate verify failed")?;
     let has = |words: &str| reason.contains(words);
     Some(if has("not yet valid") {
-        "it is not valid yet, so this node's clock is behind, or the server's was ahead"
+        "it is not valid yet, so this node's clock is behind, or the clock that dated the certificate was ahead"
     } else if has("expired") {
         "it has expired, or this node's clock is ahead; renew the API server's certificate"
     } else if has("mismatch") {
-        "it is for another name than the kubeconfig's server; correct server or tls-server-name there"
+        "it is for another name than the kubeconfig's server; correct server or tls-server-name in the kubeconfig"
     } else {
-        "it is by another CA than the kubeconfig's certificate-authority; right after a rotation the kubelet's file follows"
+        "it is signed by another CA than the kubeconfig's certificate-authority; right after a rotation, wait until the \
+         kubelet updates its file"
     })
 }

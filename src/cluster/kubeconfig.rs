@@ -1,4 +1,5 @@
-//! The kubelet's kubeconfig and certificate: where the API server is, and who we are. Pure but for the readers.
+//! Reads the kubelet's kubeconfig and certificate: the address of the API server, and the agent's credentials. Only the
+//! functions that read files are not pure.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -16,27 +17,28 @@ use super::ClusterError;
 use crate::files::read_bounded;
 use crate::model::printable;
 
-/// Largest kubeconfig or PEM file, in bytes; the CA bundle in it may hold dozens of certificates.
+/// Largest kubeconfig or PEM file, in bytes; its CA bundle may have dozens of certificates.
 const MAX_FILE: u64 = 1 << 20;
-/// A kubelet's user name is this and the node's name.
+/// Prefix of a kubelet's user name, followed by the node's name.
 const NODE_USER: &str = "system:node:";
 
-/// What a connection needs, read anew whenever one is made: the kubelet rotates its certificate, and the CA changes.
+/// The parameters of a connection. Read again for each connection, because the kubelet rotates its certificate and the
+/// CA changes.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Access {
-    /// `https://host:port`; the host is the name that the server's certificate must have.
+    /// `https://host:port`; the server's certificate must be for this host.
     pub server: String,
-    /// The host to connect to, where `tls-server-name` makes it another one.
+    /// The host to connect to, if `tls-server-name` differs from it.
     pub host: Option<String>,
-    /// `http://host:port`, maybe with user and password.
+    /// `http://host:port`, optionally with user and password.
     pub proxy: Option<Url>,
-    /// PEM bundle that the server's certificate must chain to.
+    /// PEM bundle of the CAs that may sign the server's certificate.
     pub ca: Vec<u8>,
-    /// Who we are.
+    /// The agent's own credentials.
     pub credentials: Credentials,
-    /// Where our certificate is: the field, and the file it names if it does not hold the certificate itself.
+    /// The field of our certificate, and the file that it names, if any. For messages.
     pub certificate: Option<String>,
-    /// From the certificate's CN where that is a node's: hostname and node name differ on some platforms.
+    /// The node's name, from the certificate's CN: on some platforms the hostname differs from it.
     pub node: String,
 }
 
@@ -108,7 +110,7 @@ struct User {
     r#as: Option<IgnoredAny>,
 }
 
-/// Reads the kubeconfig and everything that it names. `node` is the node's name where the credentials do not tell it.
+/// Reads the kubeconfig and the files that it names. `node` is the node's name, for credentials that do not contain it.
 ///
 /// # Errors
 /// [`ClusterError::Kubeconfig`]: the file, the field, what is wrong with it and what to do.
@@ -123,9 +125,9 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     })?;
     let text = String::from_utf8(text).map_err(|_| "it is not UTF-8")?;
     let options = serde_saphyr::options! {
-        // The lines around an error may hold a key or a token.
+        // The lines around an error may contain a key or a token.
         with_snippet: false,
-        // A kubeconfig has no aliases; the library's own limit takes seconds to reach.
+        // A kubeconfig has no aliases, and the library's default limit takes seconds to reach.
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 1_000 },
     };
     let config: Config = serde_saphyr::from_str_with_options(&text, options).map_err(|e| e.to_string())?;
@@ -140,8 +142,8 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     {
         if used {
             return Err(format!(
-                "{field}: not supported, the agent starts no plugin and impersonates nobody; give \
-                                client-certificate and client-key"
+                "{field}: not supported, because the agent starts no plugin and impersonates no user; set \
+                 client-certificate and client-key"
             ));
         }
     }
@@ -154,9 +156,10 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
             .to_owned());
     }
     let ca = files.either("certificate-authority", &cluster.certificate_authority_data, &cluster.certificate_authority);
-    let (ca, label) = ca?.ok_or("certificate-authority: missing; give the cluster's certificate-authority-data")?;
+    let (ca, label) =
+        ca?.ok_or("certificate-authority: it is missing; set certificate-authority-data to the cluster's CA bundle")?;
     if X509::stack_from_pem(&ca).map_err(|e| format!("{label}: {e}"))?.is_empty() {
-        return Err(format!("{label}: holds no certificate; give the cluster's CA bundle in PEM"));
+        return Err(format!("{label}: it has no certificate; set it to the cluster's CA bundle in PEM"));
     }
 
     let certificate = files.either("client-certificate", &user.client_certificate_data, &user.client_certificate)?;
@@ -165,16 +168,16 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
         Some((pem, label)) => {
             let (chain, public, name) = identity(&pem).map_err(|why| format!("{label}: {why}"))?;
             let key = files.either("client-key", &user.client_key_data, &user.client_key)?;
-            let (key, label) = key.ok_or("client-key: missing; give the key of client-certificate")?;
+            let (key, label) = key.ok_or("client-key: it is missing; set it to the key of client-certificate")?;
             let key = pkcs8(&key, &public).map_err(|why| format!("{label}: {why}"))?;
             (Credentials::Certificate { chain, key }, name)
         }
-        // A certificate comes first at the API server, too.
+        // The API server also prefers a certificate over a token.
         None => (Credentials::Token(token(user, &mut files)?), "a token".to_owned()),
     };
     let node = match (own.strip_prefix(NODE_USER), node) {
         (Some(own), Some(node)) if own != node => {
-            return Err(format!("client-certificate: is the node {own}'s, and --node-name says {node}"));
+            return Err(format!("client-certificate: it belongs to the node {own}, and --node-name is {node}"));
         }
         (Some(node), _) | (None, Some(node)) => node,
         (None, None) => {
@@ -185,66 +188,68 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
         }
     };
     if !is_dns_name(node) {
-        return Err(format!("`{}` is no name of a node", printable(node, 100)));
+        return Err(format!("`{}` is not a valid node name", printable(node, 100)));
     }
     Ok(Access { server, host, proxy, ca, credentials, certificate: place, node: node.to_owned() })
 }
 
 impl Access {
-    /// That our certificate has expired, and since when, if this node's clock says so.
+    /// A sentence with the time of expiry, if our certificate has expired by this node's clock.
     pub(super) fn expired(&self) -> Option<String> {
         let Credentials::Certificate { chain, .. } = &self.credentials else { return None };
         let certificate = X509::from_pem(chain).ok()?;
         let now = Asn1Time::days_from_now(0).ok()?;
         let expired = certificate.not_after().compare(&now).ok()? == Ordering::Less;
         let place = self.certificate.as_deref().unwrap_or_default();
-        expired.then(|| format!("{place} has been expired since {}", certificate.not_after()))
+        expired.then(|| format!("{place} expired at {}", certificate.not_after()))
     }
 }
 
-/// An empty value stands for none, as for every client.
+/// The value, if it is not empty: every Kubernetes client treats an empty value as absent.
 fn given(value: &Option<String>) -> Option<&str> {
     value.as_deref().filter(|value| !value.is_empty())
 }
 
-/// The URL to ask for, and the host to connect to if that is another one.
+/// The URL of the server, and the host to connect to if it differs.
 fn server(cluster: &Cluster) -> Result<(String, Option<String>), String> {
     if cluster.insecure_skip_tls_verify {
-        return Err("insecure-skip-tls-verify: not supported; give the cluster's certificate-authority-data".to_owned());
+        return Err("insecure-skip-tls-verify: it is not supported; set certificate-authority-data".to_owned());
     }
     let mut url = Url::parse(&cluster.server).map_err(|e| format!("server: {e}; it must be https://host:port"))?;
     let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
     if url.scheme() != "https" || !bare || url.password().is_some() {
-        return Err("server: is not plainly https://host:port".to_owned());
+        return Err("server: it must be https://host:port and nothing else".to_owned());
     }
     let mut host = None;
     if let Some(name) = given(&cluster.tls_server_name) {
         host = url.host_str().map(|host| host.trim_matches(['[', ']']).to_owned());
         if !is_dns_name(name) || url.set_host(Some(name)).is_err() || url.domain().is_none() {
-            return Err("tls-server-name: is no host name; give a name that the server's certificate has".to_owned());
+            return Err(
+                "tls-server-name: it is not a host name; set a name that the server's certificate has".to_owned()
+            );
         }
     }
     Ok((url.as_str().trim_end_matches('/').to_owned(), host))
 }
 
-/// The proxy itself is spoken to in the clear: what goes through it is TLS from end to end.
+/// Parses the proxy's URL. Only plain HTTP to the proxy is supported; the connection through it is TLS from end to end.
 fn proxy(text: &str) -> Result<Url, String> {
     const ESCAPE: &str = "write `%` as %25, `#` as %23, `/` as %2F and `?` as %3F in user and password";
     let url = Url::parse(text).map_err(|e| format!("proxy-url: {e}; it must be http://host:port, and {ESCAPE}"))?;
     if url.scheme() != "http" || url.host_str().is_none() {
-        return Err("proxy-url: only http://host:port is supported, with or without user:password@".to_owned());
+        return Err("proxy-url: it must be http://host:port, with or without user:password@".to_owned());
     }
-    // What follows one of these would be lost in silence, or be sent as another password.
+    // An unescaped one of these would silently cut off or change the password.
     let is_escaped = |part: &str| part.get(..2).is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
     let raw = text.split('%').skip(1).any(|part| !is_escaped(part));
     if raw || url.fragment().is_some() || url.query().is_some() || !matches!(url.path(), "" | "/") {
-        return Err(format!("proxy-url: is more or less than http://user:password@host:port; {ESCAPE}"));
+        return Err(format!("proxy-url: it must be http://user:password@host:port; {ESCAPE}"));
     }
     Ok(url)
 }
 
 fn token(user: &User, files: &mut Files<'_>) -> Result<String, String> {
-    // The file is the one that is renewed.
+    // The file takes precedence, because it is renewed.
     let (token, label) = match (given(&user.token_file), given(&user.token)) {
         (Some(file), _) => {
             let label = format!("tokenFile {file}");
@@ -253,25 +258,25 @@ fn token(user: &User, files: &mut Files<'_>) -> Result<String, String> {
         }
         (None, Some(token)) => (token.to_owned(), "token".to_owned()),
         (None, None) => {
-            let why = "client-certificate: missing, and so is token; use the kubelet's kubeconfig";
+            let why = "client-certificate and token: both are missing; use the kubelet's kubeconfig";
             return Err(why.to_owned());
         }
     };
     let token = token.trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(format!("{label}: holds no bearer token"));
+        return Err(format!("{label}: it has no bearer token"));
     }
     Ok(token.to_owned())
 }
 
-/// Every file is read once: the kubelet's certificate and key are one file, which may be replaced at any time.
+/// Reads every file once: the kubelet's certificate and key are in one file, which may be replaced at any time.
 struct Files<'a> {
     base: &'a Path,
     read: BTreeMap<PathBuf, Vec<u8>>,
 }
 
 impl Files<'_> {
-    /// Relative paths are relative to the kubeconfig, as for every client.
+    /// Reads a file. Relative paths are relative to the kubeconfig, as in every Kubernetes client.
     fn read(&mut self, file: &str) -> std::io::Result<Vec<u8>> {
         let path = self.base.join(file);
         if let Some(bytes) = self.read.get(&path) {
@@ -282,7 +287,7 @@ impl Files<'_> {
         Ok(bytes)
     }
 
-    /// What `<field>-data` holds or `<field>` names, and which of them for an error.
+    /// The content of `<field>-data`, or of the file that `<field>` names, and a label for errors.
     fn either(
         &mut self,
         field: &str,
@@ -292,7 +297,8 @@ impl Files<'_> {
         match (given(data), given(file)) {
             (Some(data), _) => {
                 let data: String = data.split_whitespace().collect();
-                let bytes = openssl::base64::decode_block(&data).map_err(|_| format!("{field}-data: is not base64"))?;
+                let bytes =
+                    openssl::base64::decode_block(&data).map_err(|_| format!("{field}-data: it is not base64"))?;
                 Ok(Some((bytes, format!("{field}-data"))))
             }
             (None, Some(file)) => {
@@ -305,10 +311,10 @@ impl Files<'_> {
     }
 }
 
-/// The certificates of a PEM file that may hold the key as well, the key they are for, and the user.
+/// The certificates of a PEM file, which may also contain the key; the first of them; and its user.
 fn identity(pem: &[u8]) -> Result<(Vec<u8>, X509, String), String> {
-    let chain = X509::stack_from_pem(pem).map_err(|e| format!("does not parse: {e}"))?;
-    let leaf = chain.first().ok_or("holds no certificate")?;
+    let chain = X509::stack_from_pem(pem).map_err(|e| format!("it cannot be parsed: {e}"))?;
+    let leaf = chain.first().ok_or("it has no certificate")?;
     let name = leaf.subject_name().entries_by_nid(Nid::COMMONNAME).next().and_then(|cn| cn.data().to_string().ok());
     let name = printable(&name.unwrap_or_default(), 300);
     let mut certificates = Vec::new();
@@ -318,7 +324,7 @@ fn identity(pem: &[u8]) -> Result<(Vec<u8>, X509, String), String> {
     Ok((certificates, leaf.clone(), name))
 }
 
-/// RFC 1123 subdomain, the grammar of node names: nothing of it can leave the path of a URL.
+/// Whether `name` is an RFC 1123 subdomain, as node names are. Such a name is safe in the path of a URL.
 fn is_dns_name(name: &str) -> bool {
     let label = |label: &str| {
         !label.is_empty()
@@ -329,16 +335,17 @@ fn is_dns_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-/// The kubelet writes its key as SEC1 (`EC PRIVATE KEY`), and reqwest's OpenSSL side takes PKCS#8 only.
+/// Converts the key to PKCS#8, the only form that reqwest accepts with OpenSSL. The kubelet writes SEC1 (`EC PRIVATE
+/// KEY`).
 fn pkcs8(pem: &[u8], certificate: &X509Ref) -> Result<Vec<u8>, String> {
-    // The callback stands in for a question on the terminal: an encrypted key is refused.
+    // The callback prevents a prompt for a passphrase on the terminal, so an encrypted key is refused.
     let key = PKey::private_key_from_pem_callback(pem, |_| Ok(0))
-        .map_err(|_| "holds no key that can be read; it must be PEM and not encrypted")?;
+        .map_err(|_| "it has no readable key; the key must be PEM and not encrypted")?;
     let public = certificate.public_key().map_err(|e| e.to_string())?;
     if !public.public_eq(&key) {
-        return Err("is not the key of client-certificate; right after a rotation this passes by itself".to_owned());
+        return Err("it is not the key of client-certificate; right after a rotation this corrects itself".to_owned());
     }
-    key.private_key_to_pem_pkcs8().map_err(|e| format!("cannot be converted: {e}"))
+    key.private_key_to_pem_pkcs8().map_err(|e| format!("the key cannot be converted: {e}"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Neighbour 1, the API server: our own Node, through the kubelet's own credentials. The only place that speaks HTTP.
+//! The API server: reads and patches our own Node with the kubelet's credentials. Only this module speaks HTTP.
 
 mod error;
 mod kubeconfig;
@@ -24,35 +24,35 @@ use kubeconfig::{Access, Credentials};
 use node::{Heard, NodeObject, VERDICT};
 pub use watch::{Told, follow};
 
-/// Our field manager, by which the API server keeps our writes apart from the MCD's.
+/// Our field manager, which distinguishes our writes from the MCD's.
 pub const MANAGER: &str = "rebase-agent";
 
-/// A connection that is idle for so long is probed. With the two below, a peer that is gone is noticed in 60 s, however
-/// long its watch may be silent.
+/// Idle time of a connection before it is probed. With the next two, a dead peer is noticed within 60 s, also on a silent
+/// watch.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Time between two probes that are not answered.
+/// Interval of unanswered probes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// Probes without an answer after which the connection is closed.
+/// Number of unanswered probes after which the connection is closed.
 const KEEPALIVE_RETRIES: u32 = 3;
-/// Most that a server's `Retry-After` is believed: a nonsensical one must not silence the node for ever.
+/// Longest `Retry-After` that is accepted, so that a wrong one cannot silence the node for ever.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
-/// Largest answer, in bytes; a whole Node lists every image on it.
+/// Largest answer, in bytes; a whole Node lists every image on the node.
 const MAX_BODY: usize = 4 << 20;
 const METADATA: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
 const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io";
 const FULL: &str = "application/json";
 const MERGE_PATCH: &str = "application/merge-patch+json";
 
-/// How long things may take. The defaults are the service's.
+/// Time limits of the requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Most that the very first request waits: enough to spread a rack that was switched on together.
+    /// Longest random wait before the first request, which spreads the load of machines that were switched on together.
     pub first: Duration,
     /// Making a connection.
     pub connect: Duration,
     /// Reading or patching one object.
     pub request: Duration,
-    /// How long past its announced end a watch may stay open. Until then it may be silent: API servers on etcd 3.4 send
+    /// How long a watch may stay open after its announced end. Until then it may be silent: API servers on etcd 3.4 send
     /// bookmarks only about 2 s before the end.
     pub grace: Duration,
 }
@@ -64,14 +64,14 @@ impl Default for Timing {
     }
 }
 
-/// The API server, seen by one node.
+/// A client of the API server for one node.
 pub struct Api {
     kubeconfig: PathBuf,
     node: Option<String>,
     timing: Timing,
     /// See [`Heard::wrote`].
     wrote: AtomicU64,
-    /// The latest `Date` of a response, in milliseconds since the epoch, and when it came.
+    /// The latest `Date` of a response, in milliseconds since the epoch, and when it was received.
     clock: Mutex<Option<(u64, Instant)>>,
     session: Mutex<Option<Session>>,
 }
@@ -93,20 +93,20 @@ impl Session {
         format!("{}/api/v1/nodes/{}", self.access.server, self.access.node)
     }
 
-    /// The collection that holds our Node alone.
+    /// The URL of the list that contains only our Node.
     fn list_url(&self) -> String {
         format!("{}/api/v1/nodes?fieldSelector=metadata.name%3D{}", self.access.server, self.access.node)
     }
 }
 
 impl Api {
-    /// Reads nothing yet. `node` is the node's name where the credentials are not the kubelet's and do not tell it.
+    /// Creates a client and reads nothing yet. `node` is the node's name, for credentials that do not contain it.
     #[must_use]
     pub fn new(kubeconfig: PathBuf, node: Option<String>, timing: Timing) -> Self {
         Self { kubeconfig, node, timing, wrote: AtomicU64::new(0), clock: Mutex::new(None), session: Mutex::new(None) }
     }
 
-    /// Reads the credentials anew; the connections are kept only while nothing in them changed.
+    /// Reads the credentials again, and keeps the connections if they did not change.
     fn session(&self) -> Result<Session, ClusterError> {
         let access = kubeconfig::load(&self.kubeconfig, self.node.as_deref())?;
         let mut kept = self.session.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -122,13 +122,13 @@ impl Api {
         }
     }
 
-    /// Drops the connections: another one may lead to another, healthier server.
+    /// Drops the connections: a new one may reach another, healthy API server.
     fn forget(&self) {
         *self.session.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
     }
 
-    /// Our Node's metadata, and the version to watch from. It is listed, not read: API servers keep a few minutes of
-    /// history, and the version of an idle Node is often older, while that of a list is the database's own.
+    /// Our Node's metadata, and the version to watch from. This is a list request because the version of a list is
+    /// current. The version of an idle Node is often older than the few minutes of history that API servers keep.
     ///
     /// # Errors
     /// See [`ClusterError`].
@@ -138,7 +138,7 @@ impl Api {
         Ok((self.own(object, Some(asked), &node)?, version))
     }
 
-    /// Our whole Node, which alone tells whether it is schedulable.
+    /// Our whole Node. Only its spec shows whether the node is schedulable.
     ///
     /// # Errors
     /// See [`ClusterError`].
@@ -147,8 +147,8 @@ impl Api {
         self.own(&json, Some(asked), &node)
     }
 
-    /// The API server's time in milliseconds since the epoch: its latest `Date` and what has passed since. `None` before
-    /// its first answer. What it stamps is compared with this, never with the node's clock, which may be wrong.
+    /// The API server's time in milliseconds since the epoch: its latest `Date` plus the time since. `None` before its
+    /// first answer. Its timestamps are compared with this, never with the node's clock, which may be wrong.
     #[must_use]
     pub fn time(&self) -> Option<u64> {
         let (date, at) = (*self.clock.lock().unwrap_or_else(std::sync::PoisonError::into_inner))?;
@@ -161,7 +161,7 @@ impl Api {
         }
     }
 
-    /// Applies `patch` to the annotations of the Node that has `uid`, and returns it as it is then.
+    /// Applies `patch` to the annotations of the Node with `uid`, and returns the changed Node.
     ///
     /// # Errors
     /// See [`ClusterError`].
@@ -176,17 +176,17 @@ impl Api {
         Ok(node)
     }
 
-    /// `json`, heard now, if it is our Node.
+    /// Parses `json`, received now, and checks that it is our Node.
     fn own(&self, json: &[u8], asked: Option<Instant>, node: &str) -> Result<NodeObject, ClusterError> {
         let parsed = NodeObject::parse(json, Heard { asked, at: Instant::now(), wrote: self.wrote.load(Relaxed) })?;
         if parsed.facts.name == node {
             return Ok(parsed);
         }
-        let why = format!("it tells of the Node {}", printable(&parsed.facts.name, 253));
+        let why = format!("it is about the Node {}", printable(&parsed.facts.name, 253));
         Err(ClusterError::Confused { what: "the Node", why })
     }
 
-    /// The body of a good answer, when it was asked for, and the name of our Node.
+    /// Sends a request. Returns the body of a successful answer, the time of the request, and the name of our Node.
     async fn ask(
         &self,
         method: Method,
@@ -208,7 +208,7 @@ impl Api {
             Ok((json, asked, session.access.node))
         };
         let mut answer = once().await;
-        // The certificate may have been rotated between our reading it and its use.
+        // The certificate may have been rotated after it was read.
         if matches!(answer, Err(ClusterError::Unauthorized)) {
             self.forget();
             answer = once().await;
@@ -225,7 +225,8 @@ impl Api {
     }
 }
 
-/// Resolves every name to the addresses of one host: `tls-server-name` is what the certificate says, not where it is.
+/// Resolves every name to the addresses of one host: `tls-server-name` is the name in the certificate, not the server's
+/// address.
 struct Elsewhere(String);
 
 impl reqwest::dns::Resolve for Elsewhere {
@@ -270,7 +271,7 @@ fn client(access: &Access, connect: Duration) -> Result<Client, String> {
     builder.build().map_err(explain)
 }
 
-/// The body of a good answer; an error for every other.
+/// The body of a successful answer; an error for every other answer.
 async fn checked(mut response: Response, node: &str) -> Result<Vec<u8>, ClusterError> {
     let status = response.status();
     let retry_after = retry_after(response.headers());
@@ -290,20 +291,20 @@ async fn checked(mut response: Response, node: &str) -> Result<Vec<u8>, ClusterE
     Err(refusal(status, retry_after, &body, node))
 }
 
-/// `Retry-After` in seconds; the date form is not used by API servers.
+/// `Retry-After` in seconds; API servers do not use the form with a date.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
     Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
 }
 
-/// What a status other than 200 means. Pure.
+/// The error for a status other than 200. Pure.
 fn refusal(status: StatusCode, retry_after: Option<Duration>, body: &[u8], node: &str) -> ClusterError {
     #[derive(Deserialize)]
     struct Status {
         message: String,
     }
     let message = serde_json::from_slice::<Status>(body).map(|status| printable(&status.message, 300));
-    let message = message.unwrap_or_default();
+    let message = message.unwrap_or_else(|_| "the answer has no message".to_owned());
     match status.as_u16() {
         401 => ClusterError::Unauthorized,
         403 => ClusterError::Forbidden(message),
@@ -311,12 +312,12 @@ fn refusal(status: StatusCode, retry_after: Option<Duration>, body: &[u8], node:
         409 | 422 => ClusterError::Refused(message),
         410 => ClusterError::Expired,
         429 | 500..=599 => ClusterError::Busy { status: status.as_u16(), message, retry_after },
-        other => ClusterError::Confused { what: "the Node", why: format!("status {other} {message}") },
+        other => ClusterError::Confused { what: "the Node", why: format!("status {other}: {message}") },
     }
 }
 
-/// Our Node in a list of it alone, and the list's version. Pure. A watch without a version, or from 0, begins anywhere;
-/// so a list without a proper one is an error.
+/// Our Node in a list that contains only it, and the list's version. Pure. A list without a version is an error, because
+/// a watch from no version, or from 0, may begin at any old state.
 fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterError> {
     #[derive(Deserialize)]
     struct List<'a> {
@@ -338,11 +339,11 @@ fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterE
     match list.items.unwrap_or_default().as_slice() {
         [] => Err(ClusterError::NotFound(node.to_owned())),
         [item] => Ok((item.get().as_bytes(), version)),
-        more => Err(confused(&format!("it holds {} Nodes", more.len()))),
+        more => Err(confused(&format!("it has {} Nodes", more.len()))),
     }
 }
 
-/// What tests/fuzz reaches of the private parsers: the server and the node in a kubeconfig, and the watch.
+/// The private parsers, for tests/fuzz: the server and the node in a kubeconfig, and the watch.
 #[cfg(fuzzing)]
 #[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {
@@ -365,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_hold_our_node_and_a_version() {
+    fn lists_have_our_node_and_a_version() {
         let object = r#"{"metadata":{"name":"n","uid":"u","resourceVersion":"1"}}"#;
         let list = |version: &str, items: &str| {
             let json = format!(r#"{{"metadata":{{"resourceVersion":{version}}},"items":{items}}}"#);

@@ -1,4 +1,4 @@
-//! The Node object: what of it the protocol needs. Pure.
+//! Parses the parts of the Node object that the protocol needs. Pure.
 
 use std::collections::BTreeMap;
 
@@ -9,35 +9,35 @@ use super::{ClusterError, MANAGER};
 use crate::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
 use crate::model::{Attempt, NodeFacts, OtherWriter, Pullspec, printable};
 
-/// Longest annotation that is taken over, in bytes; the longest of the protocol is a reason of 2000 characters.
+/// Longest annotation that is read, in bytes; the protocol's longest is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
 
-/// The annotations that say how the node is; whoever writes them takes itself for its daemon.
+/// The annotations that report the node's state. Only the daemon in charge of the node writes them.
 pub(super) const VERDICT: [&str; 2] = ["state", "currentConfig"];
 
-/// A Node as one answer of the API server showed it.
+/// A Node as one answer of the API server shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeObject {
-    /// What the rules look at.
+    /// The facts that the rules use.
     pub facts: NodeFacts,
-    /// Tells a Node from its namesake that was created after it was deleted.
+    /// Distinguishes a Node from one of the same name that was created after it was deleted.
     pub uid: String,
-    /// Opaque, except that a larger number is a later state (KEP-5504 makes official what has always been so).
+    /// Opaque, except that a larger number is a later state (KEP-5504).
     pub resource_version: String,
-    /// When our last write was stamped, as far as this answer tells; 0 if it does not.
+    /// The API server's time of our last write, in milliseconds since the epoch; 0 if this answer does not have it.
     pub(super) wrote: u64,
     heard: Heard,
 }
 
-/// What is known of an answer besides its text.
+/// The times of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heard {
-    /// When it was asked for; `None` if a watch told it in its own time.
+    /// When it was requested; `None` for an event of a watch.
     pub asked: Option<Instant>,
-    /// When it was there.
+    /// When it was received.
     pub at: Instant,
-    /// When the last write of `state` or `currentConfig` by this process was stamped, in milliseconds since the epoch;
-    /// 0 before there was one.
+    /// The API server's time of this process's last write of `state` or `currentConfig`, in milliseconds since the
+    /// epoch; 0 before the first write.
     pub wrote: u64,
 }
 
@@ -76,7 +76,7 @@ struct ManagedFields {
 }
 
 impl NodeObject {
-    /// Parses a Node or its metadata alone.
+    /// Parses a Node, or only its metadata.
     ///
     /// # Errors
     /// [`ClusterError::Confused`].
@@ -91,7 +91,7 @@ impl NodeObject {
         let since = if heard.wrote > 0 { heard.wrote } else { wrote };
         let facts = NodeFacts {
             name: metadata.name.clone(),
-            // MCC takes an empty config for none.
+            // MCC treats an empty config as none.
             desired_config: filled("desiredConfig"),
             current_config: filled("currentConfig"),
             desired_image: mco("desiredImage").map(Pullspec::from),
@@ -111,15 +111,15 @@ impl NodeObject {
         Ok(Self { facts, uid: metadata.uid, resource_version: metadata.resource_version, wrote, heard })
     }
 
-    /// When this was asked for; `None` if a watch told it.
+    /// When this was requested; `None` for an event of a watch.
     #[must_use]
     pub fn asked(&self) -> Option<Instant> {
         self.heard.asked
     }
 
-    /// Whether `self` is an older state of the same Node than `other`: a watch may tell late what a reply told before.
-    /// What was asked for after the other was there is never older, whatever its version: a database that is restored
-    /// from a backup counts from there again.
+    /// Whether `self` is an older state of the same Node than `other`: a watch may deliver a state after the reply that
+    /// had it. An answer that was requested after `other` was received is never older, even if its version is smaller:
+    /// versions go back when the database is restored from a backup.
     #[must_use]
     pub fn is_older_than(&self, other: &Self) -> bool {
         let number = |version: &str| version.parse::<u64>().ok();
@@ -129,8 +129,8 @@ impl NodeObject {
     }
 }
 
-/// A value that may be printed and is not too long. One that is not gets a form that is neither an image nor a name:
-/// shortened or cleaned to something valid, it would be followed.
+/// The value, printable and of bounded length. A value that is changed becomes invalid as an image or name, so that the
+/// agent does not follow a shortened one.
 fn bounded(value: &str) -> String {
     let mut out = String::new();
     for c in value.chars() {
@@ -147,7 +147,7 @@ fn bounded(value: &str) -> String {
     out
 }
 
-/// A malformed attempt counts as none: the agent never half-acts on it, and overwrites it with the next one.
+/// Parses an attempt. A malformed one counts as none, and the next attempt overwrites it.
 fn attempt(text: &str) -> Option<Attempt> {
     if text.len() > MAX_VALUE {
         return None;
@@ -155,13 +155,16 @@ fn attempt(text: &str) -> Option<Attempt> {
     match serde_json::from_str(text) {
         Ok(attempt) => Some(attempt),
         Err(error) => {
-            tracing::debug!("the attempt annotation is ignored: {}", printable(&error.to_string(), 200));
+            tracing::debug!(
+                "ignoring the attempt annotation, which cannot be parsed: {}",
+                printable(&error.to_string(), 200)
+            );
             None
         }
     }
 }
 
-/// When the API server last stamped a write of ours. Once others have changed all that we wrote, it forgets us.
+/// The API server's time of our last write; 0 once other managers have changed all fields that we wrote.
 fn last_write(fields: &[ManagedFields]) -> u64 {
     fields.iter().filter(|entry| entry.manager == MANAGER).filter_map(stamp).max().unwrap_or_default()
 }
@@ -170,10 +173,10 @@ fn stamp(entry: &ManagedFields) -> Option<u64> {
     entry.time.as_deref().and_then(crate::time::unix)
 }
 
-/// Whoever took `state` or `currentConfig` over `since` we wrote them, so that a drained node can be given back without
-/// forgetting why. After a restart any write of ours must do for that. The API server moves a field's ownership to the
-/// writer that changes its value, and stamps all that a manager owns with its last change. A person who once set one of
-/// the two with `oc` and now annotates something else is no daemon.
+/// The manager that took over `state` or `currentConfig` after our last write of them at `since`. After a restart,
+/// `since` is our last write of any field. The API server moves a field's ownership to the manager that changes its
+/// value, and stamps all fields of a manager with its last change. `kubectl` and `oc` are ignored: a person who once set
+/// one of the two and now annotates something else is not a daemon.
 fn other_writer(fields: &[ManagedFields], since: u64) -> Option<OtherWriter> {
     let owns = |entry: &ManagedFields| {
         let annotations = entry.fields_v1.get("f:metadata").and_then(|metadata| metadata.get("f:annotations"));
@@ -186,7 +189,7 @@ fn other_writer(fields: &[ManagedFields], since: u64) -> Option<OtherWriter> {
     (since > 0 && latest.0 > since).then(|| OtherWriter { manager: printable(&latest.1.manager, 100), unix: latest.0 })
 }
 
-/// An HTTP `Date` in its one form that is sent, `Sun, 06 Nov 1994 08:49:37 GMT`, in milliseconds since the epoch.
+/// Parses an HTTP `Date`, `Sun, 06 Nov 1994 08:49:37 GMT`, to milliseconds since the epoch.
 pub(super) fn http_date(text: &str) -> Option<u64> {
     const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let parts: Vec<&str> = text.split(' ').collect();

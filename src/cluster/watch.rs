@@ -1,4 +1,4 @@
-//! Following our Node: read, watch, read again.
+//! Follows our Node: read, watch, read again.
 
 use std::time::Duration;
 
@@ -13,16 +13,16 @@ use super::{Api, ClusterError, METADATA, NodeObject, checked, refusal};
 use crate::backoff::{Backoff, full_jitter, jittered, random};
 use crate::model::printable;
 
-/// Largest watch line, in bytes: 256 KiB of annotations and what the API server adds.
+/// Largest line of a watch, in bytes: 256 KiB of annotations and the fields that the API server adds.
 const MAX_LINE: usize = 2 << 20;
 
-/// A state of our Node, or why there is none.
+/// A state of our Node, or the error of reading it.
 pub type Told = Result<NodeObject, ClusterError>;
 
-/// Follows our Node for ever: read, watch until the watch ends, read again. The watch only makes it quicker; where it
-/// is not allowed or does not work, the reads alone keep us informed. `poll` is the length of a watch, and with it the
-/// time between two reads. A watch is never resumed without a read: the read is what finds out that a watch told
-/// nothing, or that the database was restored, and it is one request in a `poll`.
+/// Follows our Node for ever: read, watch until the watch ends, read again. Where watching is forbidden or does not work,
+/// the reads alone are enough, only slower. `poll` is the length of a watch, and with it the time between two reads. A
+/// watch is never resumed without a read, at the cost of one request per `poll`: the read notices a watch that sends
+/// nothing, and a restored database.
 pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender<Told>) {
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let spread = |duration: Duration| Duration::from_millis(jittered(milliseconds(duration), random()));
@@ -44,10 +44,10 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
         early = if left < length / 2 { 0 } else { early.saturating_add(1) };
         let backoff = Backoff::CLUSTER.delay(early.max(1));
         let pause = match &ended {
-            // A server that ends every watch when it restarts would be asked by every node at once; one that ends them
-            // as soon as they begin, without end.
+            // A restarting server ends every watch, and without a pause all nodes would ask again at once. A server that
+            // ends each watch at its beginning would be asked without end.
             Ok(()) => Duration::from_millis(full_jitter(backoff, random())),
-            // It may be read and not be watched: then the reads must suffice.
+            // The Node may be read but not watched, so wait for the next read.
             Err(ClusterError::Forbidden(_)) if read => left,
             Err(_) => Duration::from_millis(jittered(backoff, random())),
         };
@@ -56,7 +56,7 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
         if let Err(error) = ended {
             tracing::debug!("following the Node: {error}");
             api.forget();
-            // A watch that breaks says nothing about the Node, except that it is gone; the next read will.
+            // A broken watch says nothing about the Node, unless the Node was deleted. The next read reports its state.
             let telling = !read || matches!(error, ClusterError::NotFound(_));
             if telling && told.send(Err(error)).await.is_err() {
                 return;
@@ -67,7 +67,7 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
 }
 
 impl Api {
-    /// Watches our Node from `since` until the server ends the watch after `length`; tells every state it sees.
+    /// Watches our Node from version `since` until the server ends the watch after `length`. Sends every state to `told`.
     async fn watch(&self, since: &str, length: Duration, told: &mpsc::Sender<Told>) -> Result<(), ClusterError> {
         let session = self.session()?;
         let url = format!(
@@ -77,7 +77,7 @@ impl Api {
         );
         let request =
             session.client.get(url).header(ACCEPT, METADATA).timeout(length.saturating_add(self.timing.grace));
-        let silent = |_| ClusterError::Connection("the API server accepted a watch and fell silent".to_owned());
+        let silent = |_| ClusterError::Connection("the API server did not answer the request for a watch".to_owned());
         let response = timeout(self.timing.request, request.send()).await.map_err(silent)?;
         let mut response = response.map_err(|e| connection(&e))?;
         if response.status() != StatusCode::OK {
@@ -122,11 +122,11 @@ pub(super) fn event<'a>(line: &'a [u8], node: &str) -> Result<Option<&'a [u8]>, 
             let status = StatusCode::from_u16(status.code).map_err(|e| confused(e.to_string()))?;
             Err(refusal(status, None, object, node))
         }
-        other => Err(confused(format!("an event of type {other}"))),
+        other => Err(confused(format!("it has an event of the unknown type {other}"))),
     }
 }
 
-/// Cuts a byte stream into lines of bounded length. Pure.
+/// Splits a byte stream into lines of bounded length. Pure.
 #[derive(Default)]
 pub(super) struct Lines {
     rest: Vec<u8>,
@@ -145,7 +145,7 @@ impl Lines {
             }
         }
         if self.rest.len() > MAX_LINE {
-            let why = format!("a line of more than {MAX_LINE} bytes");
+            let why = format!("it has a line of more than {MAX_LINE} bytes");
             return Err(ClusterError::Confused { what: "the watch", why });
         }
         Ok(lines)
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_take_what_they_are_long() {
+    fn lines_allocate_only_their_length() {
         let lines = Lines::default().push(&b"{}\n".repeat(10_000)).unwrap();
         assert_eq!(lines.len(), 10_000);
         assert!(lines.iter().map(Vec::capacity).sum::<usize>() < 1 << 20);

@@ -108,13 +108,13 @@ async fn authorities_work_inline_in_relative_files_and_as_bundles() {
     }
     stage.put("other.crt", Pki::new().ca_pem());
     let error = stage.read(&with("certificate-authority: other.crt"), None).await.unwrap_err();
-    assert!(matches!(&error, ClusterError::Untrusted(why) if why.contains("by another CA")), "{error}");
+    assert!(matches!(&error, ClusterError::Untrusted(why) if why.contains("signed by another CA")), "{error}");
     stage.put("empty.crt", "");
     for (bad, why) in [
-        ("certificate-authority: empty.crt", "certificate-authority empty.crt: holds no certificate"),
+        ("certificate-authority: empty.crt", "certificate-authority empty.crt: it has no certificate"),
         ("certificate-authority: gone.crt", "certificate-authority gone.crt: No such file"),
-        ("certificate-authority-data: '?'", "certificate-authority-data: is not base64"),
-        ("", "certificate-authority: missing; give"),
+        ("certificate-authority-data: '?'", "certificate-authority-data: it is not base64"),
+        ("", "certificate-authority: it is missing; set"),
     ] {
         let text = stage.refusal(&with(bad), None).await;
         assert!(text.contains(why), "{text}");
@@ -130,7 +130,7 @@ async fn tokens_need_a_node_name_and_are_read_for_each_request() {
     assert!(text.contains("--node-name"), "{text}");
     assert_eq!(stage.read(&inline, Some(NODE)).await.unwrap().facts.name, NODE);
     let text = stage.refusal(&inline, Some("../../secrets")).await;
-    assert!(text.contains("no name of a node"), "{text}");
+    assert!(text.contains("is not a valid node name"), "{text}");
 
     stage.put("token", "one\n");
     fs::write(stage.kubeconfig(), yaml(&stage.cluster(""), "tokenFile: token\ntoken: old")).unwrap();
@@ -144,7 +144,7 @@ async fn tokens_need_a_node_name_and_are_read_for_each_request() {
     for bad in ["", "a b", "a\u{1}b", "schlüssel"] {
         stage.put("token", bad);
         let text = api.metadata().await.unwrap_err().to_string();
-        assert!(text.contains("tokenFile token: holds no bearer token"), "{text}");
+        assert!(text.contains("tokenFile token: it has no bearer token"), "{text}");
     }
 }
 
@@ -154,7 +154,7 @@ async fn node_name_and_certificate_must_agree() {
     let good = yaml(&stage.cluster(""), &stage.user());
     stage.read(&good, Some(NODE)).await.unwrap();
     let text = stage.refusal(&good, Some("worker-1")).await;
-    assert!(text.contains("--node-name says worker-1"), "{text}");
+    assert!(text.contains("--node-name is worker-1"), "{text}");
     let admin = stage.put("admin.pem", stage.pki.client_pem("admin\u{1b}[2J", &["system:masters"], -60, 600));
     let admin = yaml(&stage.cluster(""), &format!("client-certificate: {admin}\nclient-key: {admin}"));
     let text = stage.refusal(&admin, None).await;
@@ -173,7 +173,7 @@ async fn certificate_must_name_the_tls_server_name() {
     assert!(matches!(&error, ClusterError::Untrusted(why) if why.contains("for another name")), "{error}");
     for bad in ["10.0.0.1", "'a b'", "'[::1]'", "a/b"] {
         let text = stage.refusal(&named(bad), None).await;
-        assert!(text.contains("tls-server-name: is no host name"), "{text}");
+        assert!(text.contains("tls-server-name: it is not a host name"), "{text}");
     }
 }
 
@@ -188,7 +188,11 @@ async fn server_certificate_faults_are_reported() {
     for (server, yaml, why) in [
         (valid(&stage.pki, DAY, 2 * DAY), &good, "it is not valid yet, so this node's clock is behind"),
         (valid(&stage.pki, -2 * DAY, -DAY), &good, "it has expired, or this node's clock is ahead; renew"),
-        (valid(&Pki::new(), -DAY, DAY), &good, "it is by another CA than the kubeconfig's certificate-authority"),
+        (
+            valid(&Pki::new(), -DAY, DAY),
+            &good,
+            "it is signed by another CA than the kubeconfig's certificate-authority",
+        ),
         (valid(&stage.pki, -DAY, DAY), &named, "it is for another name than the kubeconfig's server; correct server"),
     ] {
         stage.server.present(&stage.pki, server).unwrap();
@@ -211,7 +215,7 @@ async fn own_expired_certificate_is_reported_inline_and_in_a_file() {
     ] {
         let error = stage.read(&yaml(&stage.cluster(""), &user), None).await.unwrap_err();
         let said = error.to_string();
-        assert!(said.contains(&format!(": {place} has been expired since ")) && said.contains(" GMT; "), "{said}");
+        assert!(said.contains(&format!(": {place} expired at ")) && said.contains(" GMT; "), "{said}");
         assert!(matches!(error, ClusterError::CertificateExpired(_)), "{said}");
     }
 }
@@ -278,11 +282,11 @@ async fn unsupported_fields_are_refused_by_name() {
         (&good, &format!("{user}\nexec:\n  command: aws"), "exec: not supported"),
         (&good, "auth-provider: {name: oidc}", "auth-provider: not supported"),
         (&good, &format!("{user}\nas: system:admin"), "as: not supported"),
-        (&good, "username: a\npassword: b", "client-certificate: missing, and so is token"),
-        (&format!("{good}insecure-skip-tls-verify: true"), &user, "insecure-skip-tls-verify: not supported; give"),
-        ("server: http://127.0.0.1:1", &user, "server: is not plainly https://"),
-        ("server: https://u:p@127.0.0.1:1", &user, "server: is not plainly https://"),
-        ("server: https://127.0.0.1:1/?x", &user, "server: is not plainly https://"),
+        (&good, "username: a\npassword: b", "client-certificate and token: both are missing"),
+        (&format!("{good}insecure-skip-tls-verify: true"), &user, "insecure-skip-tls-verify: it is not supported; set"),
+        ("server: http://127.0.0.1:1", &user, "server: it must be https://"),
+        ("server: https://u:p@127.0.0.1:1", &user, "server: it must be https://"),
+        ("server: https://127.0.0.1:1/?x", &user, "server: it must be https://"),
         ("server: 'https://'", &user, "server: "),
     ] {
         let text = stage.refusal(&yaml(cluster, user), None).await;
@@ -301,8 +305,8 @@ async fn certificate_and_key_must_be_readable_and_belong_together() {
     let locked = stage.put("locked.pem", locked);
     let foreign = stage.put("foreign.pem", rsa().private_key_to_pem_pkcs8().unwrap());
     for (certificate, key, why) in [
-        (&certificate, &locked, "locked.pem: holds no key that can be read; it must be PEM and not encrypted"),
-        (&certificate, &certificate, "c.pem: holds no key"),
+        (&certificate, &locked, "locked.pem: it has no readable key; the key must be PEM and not encrypted"),
+        (&certificate, &certificate, "c.pem: it has no readable key"),
         (&certificate, &foreign, "foreign.pem: is not the key of client-certificate"),
         (&foreign, &foreign, "client-certificate"),
     ] {
@@ -312,7 +316,7 @@ async fn certificate_and_key_must_be_readable_and_belong_together() {
     }
     let gone = format!("client-certificate: {certificate}");
     let text = stage.refusal(&yaml(&stage.cluster(""), &gone), None).await;
-    assert!(text.contains("client-key: missing"), "{text}");
+    assert!(text.contains("client-key: it is missing"), "{text}");
 }
 
 #[tokio::test]

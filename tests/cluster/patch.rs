@@ -180,7 +180,7 @@ async fn annotations_are_bounded_and_escaped() {
     let other = odd.replace("{\"a\":5}", "{}");
     stage.store.inject(Scope::Read, 1, Fault::Page { code: 200, body: other });
     let text = api.metadata().await.unwrap_err().to_string();
-    assert!(text.contains("it tells of the Node x"), "{text}");
+    assert!(text.contains("it is about the Node x"), "{text}");
 }
 
 /// Some Nodes list more images than the agent reads; the error must not blame the network.
