@@ -1,4 +1,4 @@
-//! The node's signature engine, `skopeo experimental-image-proxy`: the one program the agent starts.
+//! The node's signature engine, `skopeo experimental-image-proxy`: the only program that the agent starts.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -20,21 +20,22 @@ use super::{NodePolicy, Settings, TrustError, mirrors, proxy};
 use crate::files::read_bounded;
 use crate::model::{PinnedImage, printable};
 
-/// First protocol that evaluates the policy at all; older engines accept everything.
+/// First protocol that evaluates the policy; older engines accept every image.
 const ENFORCING_PROTOCOL: (u64, u64, u64) = (0, 2, 6);
-/// First skopeo whose proxy honours `--policy`; 1.13 speaks the protocol above and ignores the option.
+/// First skopeo whose proxy uses `--policy`; 1.13 has the protocol above but ignores the option.
 const ENFORCING_SKOPEO: (u64, u64) = (1, 14);
-/// Between the limit of an engine's start and that of the whole verification.
+/// By how much the limit of the whole verification exceeds that of the engine's start.
 const START_MARGIN: Duration = Duration::from_millis(100);
-/// For an engine to end by itself once all is read; it is ended after that.
+/// How long an engine may take to exit after the last read. Then it is terminated.
 const FINALIZE: Duration = Duration::from_secs(5);
-/// For a look at where an unsigned image is; without an answer by then the refusal says less.
+/// How long the search for the place of an unsigned image may take. Without a result the message has no place.
 const LOOK: Duration = Duration::from_secs(10);
-/// For that look alone, whose outcome is words.
+/// The policy of that search, whose result is only used in a message.
 const NO_DEMANDS: &[u8] = br#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
-/// Largest auth file read, in bytes; a cluster's pull secret comes to a few kilobytes.
+/// Largest auth file read, in bytes; a cluster's pull secret has a few kilobytes.
 const MAX_AUTH_FILE: u64 = 1 << 20;
-/// What the engine read under the verified digest.
+
+/// The documents that the engine read for the verified digest.
 pub struct Fetched {
     /// Manifest digest; for an index, that of this architecture's instance.
     pub instance: String,
@@ -44,34 +45,35 @@ pub struct Fetched {
     pub config: Vec<u8>,
 }
 
-/// Identity of the program file whose version was checked last: device, inode, time of change. No time of
-/// modification: ostree sets all of them to the same.
+/// Identity of the program file whose version was checked last: device, inode, time of change. The time of modification
+/// is no help, because ostree sets it to the same value for all files.
 type Checked = (u64, u64, i64, i64);
 
-/// The engine and how it is started. Clones share everything.
+/// The engine and its settings. Clones share their state.
 #[derive(Clone, Debug)]
 pub struct Engine {
     settings: Arc<Settings>,
     checked: Arc<Mutex<Option<Checked>>>,
-    /// Held while one runs: a series of retargets must not leave a series of engines.
+    /// Held while an engine runs, so that only one runs at a time.
     one: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Engine {
-    /// Starts nothing yet.
+    /// Creates the handle and starts no process.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         Self { settings: Arc::new(settings), checked: Arc::default(), one: Arc::default() }
     }
 
-    /// How it was set up.
+    /// The settings of verification.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Has the engine open `image` under `policy`. The child has a deadline, a clean environment, and ends with this
-    /// future: the kernel ends it with the thread that started it, so that it gets a thread of its own.
+    /// Opens `image` in the engine under `policy` and reads its manifest and config. The engine has a deadline and a clean
+    /// environment, and ends with this future: the kernel terminates it with the thread that started it. Therefore it
+    /// has its own thread.
     pub(super) async fn fetch(
         &self,
         policy: &NodePolicy,
@@ -92,15 +94,15 @@ impl Engine {
                     result = engine.fetch_bounded(&bytes, &asked) => Some(result),
                     () = answer.closed() => None,
                 };
-                // Who waits for the engine is queued before this, and by now begun: else it would be dropped with the
-                // runtime, and the engine never reaped.
+                // The task that waits for the engine was queued before this one, so it has begun now. If it had not, the
+                // runtime would drop it and the engine would never be reaped.
                 let _ = tokio::task::spawn_blocking(|| ()).await;
                 result
             });
-            // Threads of the runtime may still wait for the engine, which ends, and is reaped there, once this one has.
+            // A thread of the runtime may still wait for the engine. It reaps the engine, which ends with this thread.
             runtime.shutdown_background();
             if let Some(result) = result {
-                // Who asked may be gone by now.
+                // The caller may have been dropped.
                 let _ = answer.send(result);
             }
             drop(one);
@@ -111,11 +113,11 @@ impl Engine {
     }
 
     async fn fetch_bounded(&self, policy: &[u8], asked: &Question) -> Result<Fetched, TrustError> {
-        // Later than the limit of a start, which names the engine.
+        // Longer than the limit of a start, whose error names the engine.
         let limit = self.settings.deadline.saturating_add(START_MARGIN);
         let result = tokio::time::timeout(limit, self.fetch_unbounded(policy, asked)).await;
         match result.unwrap_or_else(|_| Err(self.deadline(&asked.image))) {
-            // The engine passes over a proxy whose URL it does not understand, or asks a host that is none.
+            // The engine ignores a proxy whose URL it cannot parse, or connects to a wrong host.
             Err(error @ (TrustError::Unreachable { .. } | TrustError::Deadline { .. })) => {
                 Err(self.faulty_proxy().unwrap_or(error))
             }
@@ -127,12 +129,12 @@ impl Engine {
         let started = std::time::Instant::now();
         let image = &asked.image;
         let classify = |error: ProxyError| classify(error, asked);
-        // Until it has started, no registry can be what is slow.
+        // The engine contacts no registry before it has started.
         let left = || self.settings.deadline.saturating_sub(started.elapsed());
-        let silent = |_| self.unfit("it does not start (deadline)");
+        let silent = |_| self.unfit("it did not start before the deadline");
         tokio::time::timeout(left(), self.check_version()).await.map_err(silent)??;
         let bytes = sealed(policy).map_err(|error| self.broken("no sealed memory for the policy", &error))?;
-        // No registry is involved yet.
+
         let begun =
             tokio::time::timeout(left(), ImageProxy::new_with_config(self.config(&bytes))).await.map_err(silent)?;
         let proxy = begun.map_err(|error| {
@@ -161,19 +163,22 @@ impl Engine {
             }
             opened => opened?,
         };
-        // `finalize` panics while a request is under way, which it may be after a failure: then the end of the thread
-        // ends the engine.
+        // On a failure return without `finalize`, which panics if a request is still running. The end of the thread
+        // terminates the engine.
         let fetched = read(&proxy, &opened).await.map_err(classify)?;
-        // What it read has been checked; one that stays is ended with its thread.
+        // All documents are read and checked. An engine that does not exit is terminated with its thread.
         match tokio::time::timeout(FINALIZE, proxy.finalize()).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("the engine did not end cleanly: {}", printable(&error.to_string(), 300)),
-            Err(_) => tracing::debug!("the engine did not end by itself"),
+            Ok(Err(error)) => {
+                tracing::debug!("the engine exited with an error: {}", printable(&error.to_string(), 300))
+            }
+            Err(_) => tracing::debug!("the engine did not exit by itself"),
         }
         Ok(fetched)
     }
 
-    /// Where an image without a signature is, and what it is. `enforcing` is the engine that refused it.
+    /// Finds the place and the kind of an image without a signature, for the message. `enforcing` is the engine that
+    /// refused the image.
     async fn look(&self, enforcing: &ImageProxy, asked: &Question) -> Unsigned {
         let mut found = Unsigned::default();
         let Ok(policy) = sealed(NO_DEMANDS) else { return found };
@@ -217,9 +222,9 @@ impl Engine {
         self.settings.auth_files.iter().find(|path| path.exists())
     }
 
-    /// The kernel ends it, by SIGTERM, with the thread that spawns it. Not through timeout(1): a signal that meets that
-    /// between its fork and its note of the child leaves the child behind, without a deadline, and skopeo in the middle
-    /// of a request does not notice that its socket was closed.
+    /// The command of the engine. The kernel sends it SIGTERM when the thread that spawned it ends. timeout(1) is not
+    /// used: a signal right after its fork leaves the child behind without a deadline, and skopeo does not notice a
+    /// closed socket during a request.
     #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
     fn command(&self) -> Command {
         let mut command = Command::new(&self.settings.skopeo);
@@ -232,7 +237,7 @@ impl Engine {
         command
     }
 
-    /// The proxy's variables, and where each is from.
+    /// The proxy's variables, each with its source.
     fn proxies(&self) -> Vec<(&'static str, String, String)> {
         let file = self.proxy_file();
         let in_file = proxy::variables(&file);
@@ -248,29 +253,29 @@ impl Engine {
         PROXY_VARIABLES.into_iter().filter_map(of).collect()
     }
 
-    /// The first proxy that is none.
+    /// The error for the first variable that is not a usable proxy.
     fn faulty_proxy(&self) -> Option<TrustError> {
         let urls = self.proxies().into_iter().filter(|(name, ..)| !name.eq_ignore_ascii_case("NO_PROXY"));
         let mut faults = urls.filter_map(|(name, value, place)| Some((name, place, proxy::fault(&value)?)));
         faults.next().map(|(name, place, why)| TrustError::Proxy { name, place, why })
     }
 
-    /// What MCO says of the cluster's proxy, which wins over a drop-in's variables; empty where there is none.
+    /// The file with the cluster's proxy, which MCO writes; empty if it does not exist. It overrides a drop-in's variables.
     fn proxy_file(&self) -> String {
         let path = self.settings.etc.join(PROXY_FILE);
         match read_bounded(&path, MAX_PROXY_FILE) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) => {
                 if error.kind() != std::io::ErrorKind::NotFound {
-                    tracing::warn!("{} is ignored, so no proxy is taken from it: {error}", path.display());
+                    tracing::warn!("cannot read {}, so its proxy is not used: {error}", path.display());
                 }
                 String::new()
             }
         }
     }
 
-    /// An engine that ignores `--policy` would fail open, so its version is read before its first use and again
-    /// whenever the file changes.
+    /// Checks the engine's version before its first use and whenever the program changes. An engine that ignores
+    /// `--policy` would accept every image.
     async fn check_version(&self) -> Result<(), TrustError> {
         use std::os::unix::fs::MetadataExt;
         let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.broken("not found", &e))?;
@@ -282,7 +287,7 @@ impl Engine {
         let mut command = self.command();
         command.arg("--version").stdin(std::process::Stdio::null());
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-        // Started by this thread, so that it ends with it.
+        // Started by this thread, so that it ends with the thread.
         let child = command.spawn().map_err(|error| self.broken("it cannot be started", &error))?;
         let output = tokio::task::spawn_blocking(move || child.wait_with_output())
             .await
@@ -291,7 +296,7 @@ impl Engine {
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));
-            let why = format!("it does not tell its version: {}", printable(&said, 200));
+            let why = format!("it does not report its version: {}", printable(&said, 200));
             if is_scarcity(&said) { self.scarce(why) } else { self.unfit(why) }
         })?;
         if version < ENFORCING_SKOPEO {
@@ -312,7 +317,7 @@ impl Engine {
         TrustError::Scarce { why: format!("{}: {}", self.settings.skopeo.display(), why.into()) }
     }
 
-    /// What the kernel refused: for want of something, or because the engine is unfit.
+    /// The error for a failed system call: a shortage, or an unfit engine.
     fn broken(&self, what: &str, error: &std::io::Error) -> TrustError {
         let why = format!("{what}: {error}");
         if is_scarce(error) { self.scarce(why) } else { self.unfit(why) }
@@ -341,7 +346,7 @@ impl Engine {
     }
 }
 
-/// `registries.conf` and what is in `registries.conf.d`, in the engine's order; what cannot be read is left out.
+/// `registries.conf` and the files of `registries.conf.d`, in the engine's order. Unreadable files are left out.
 fn registries_conf(etc: &Path) -> String {
     let main = etc.join("containers/registries.conf");
     let more = std::fs::read_dir(etc.join("containers/registries.conf.d")).into_iter().flatten().flatten();
@@ -353,7 +358,7 @@ fn registries_conf(etc: &Path) -> String {
     texts.map(|bytes| String::from_utf8_lossy(&bytes).into_owned() + "\n").collect()
 }
 
-/// Whether the kernel refused for want of descriptors, processes or memory, which says nothing of the engine.
+/// Whether the kernel has no file descriptor, process or memory left, which is no fault of the engine.
 pub(super) fn is_scarce(error: &std::io::Error) -> bool {
     [Errno::EMFILE, Errno::ENFILE, Errno::EAGAIN, Errno::ENOMEM]
         .map(|errno| Some(errno as i32))
@@ -369,21 +374,21 @@ fn classify(error: ProxyError, asked: &Question) -> TrustError {
 }
 
 async fn read(proxy: &ImageProxy, opened: &OpenedImage) -> Result<Fetched, ProxyError> {
-    // Under a tampered registry OpenImage may pass and only GetManifest finds out, so both must succeed. The engine
-    // stops either document at 4 MiB.
+    // With a tampered registry OpenImage may pass and only GetManifest fails, so both must succeed. The engine limits
+    // each document to 4 MiB.
     let (instance, manifest) = proxy.fetch_manifest_raw_oci(opened).await?;
     let config = proxy.fetch_config_raw(opened).await?;
     Ok(Fetched { instance, manifest, config })
 }
 
-/// `skopeo version 1.18.0` → (1, 18). Pure.
+/// Parses `skopeo version 1.18.0` to (1, 18). Pure.
 fn parse_version(text: &str) -> Option<(u64, u64)> {
     let mut parts = text.trim().strip_prefix("skopeo version ")?.split(['.', '-', ' ']);
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// `bytes` in memory that nobody can change, inheritable by the child. Not close-on-exec: the engine is the only
-/// program the agent starts.
+/// Copies `bytes` to sealed memory that no process can change. Not close-on-exec, so that the engine inherits it; the
+/// agent starts no other program.
 fn sealed(bytes: &[u8]) -> std::io::Result<File> {
     let fd = memfd_create("policy.json", MFdFlags::MFD_ALLOW_SEALING)?;
     let mut file = File::from(fd);

@@ -1,7 +1,7 @@
-//! What the engine's free text means. Pure.
+//! Classifies the engine's error texts, for which there are no codes. Pure.
 //!
-//! Texts are matched at their start only: what follows an anchor may come from a registry. A registry can choose
-//! between the classes of an answer (missing, denied, untrusted, unreachable), and reach none that blames the node.
+//! Only the start of a text is matched, because its rest may come from a registry. A registry can therefore only choose
+//! among the classes of a registry's answer (missing, denied, untrusted, unreachable), never one that blames the node.
 
 use std::path::PathBuf;
 
@@ -11,10 +11,10 @@ use crate::model::{PinnedImage, printable};
 
 /// The method that reads manifest and signatures; the others read the config.
 const OPEN_IMAGE: &str = "OpenImage";
-/// Longest part of the engine's words in a sentence, in characters.
+/// Longest part of the engine's text in a message, in characters.
 const WORDS: usize = 500;
 
-/// What the engine was asked, and how.
+/// A request to the engine, with its settings.
 #[derive(Clone, Debug)]
 pub(super) struct Question {
     pub image: PinnedImage,
@@ -24,46 +24,46 @@ pub(super) struct Question {
     pub policy: PathBuf,
     /// The rule that applies.
     pub scope: String,
-    /// What that rule demands.
+    /// The demands of that rule.
     pub demands: Vec<Demand>,
     /// The ostree auth file and its content.
     pub auth: Option<(PathBuf, Vec<u8>)>,
-    /// Where GnuPG makes its home.
+    /// The directory in which GnuPG creates its home.
     pub scratch: String,
     /// The directory of `registries.d`.
     pub registries_d: PathBuf,
-    /// Where `registries.conf` has the image looked for first.
+    /// The mirrors of the image by `registries.conf`.
     pub mirrors: Vec<String>,
 }
 
-/// What is seen of an image without a signature by opening it without the policy. For the sentence only.
+/// Facts about an image without a signature, found by opening it without the policy. For the message only.
 #[derive(Debug, Default)]
 pub(super) struct Unsigned {
     /// Whether all mirrors were tried.
     pub looked: bool,
     /// The mirror that has the image.
     pub mirror: Option<String>,
-    /// Whether something has the tag of its sigstore signature.
+    /// Whether the tag of its sigstore signature exists.
     pub attached: bool,
-    /// What the reference names.
+    /// The kind of the image.
     pub level: Level,
 }
 
-/// What a reference names.
+/// The kind of object that a reference names.
 #[derive(Debug, Default)]
 pub(super) enum Level {
-    /// Nothing was seen.
+    /// It was not found out.
     #[default]
     Unknown,
     /// One image.
     Image,
     /// An index.
     Index,
-    /// An index, and the digest of this machine's instance, which has what the policy demands.
+    /// An index. The value is the digest of this machine's instance, which has the signature that the policy demands.
     SignedInstance(String),
 }
 
-/// One place that was asked, and what came of it.
+/// One place that the engine asked, and the error.
 struct Attempt<'a> {
     /// `host/repository`, without digest.
     place: &'a str,
@@ -71,20 +71,20 @@ struct Attempt<'a> {
     text: &'a str,
 }
 
-/// What one place answered.
+/// The answer of one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     Missing,
     Denied,
     SignatureDenied,
     Untrusted,
-    /// `registries.conf` forbids to ask there.
+    /// `registries.conf` blocks the place.
     Blocked,
-    /// Nothing that says anything of the image.
+    /// No answer about the image.
     None,
 }
 
-/// The class of a failed request and the sentence for it.
+/// Classifies the error of a failed request.
 pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> TrustError {
     const REJECTED: [&str; 17] = [
         "cryptographic signature verification ",
@@ -125,11 +125,10 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Trust
     } else if text.starts_with("open ") && is_scarcity(text) {
         TrustError::Scarce { why }
     } else if text.starts_with("open /proc/") {
-        let why =
-            format!("it cannot read the policy it is given ({why}); /proc must be visible to rebase-agent.service");
+        let why = format!("it cannot read the policy ({why}); make /proc visible to rebase-agent.service");
         TrustError::Engine { skopeo: asked.skopeo.clone(), why }
     } else if starts(&UNUSABLE) {
-        // The engine knows the policy by the name of our descriptor only.
+        // The engine's text names our file descriptor instead of the policy's path.
         let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
         let why = named.map_or(why, |(_, rest)| printable(rest, WORDS));
         TrustError::Policy { path, why }
@@ -144,7 +143,7 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Trust
     }
 }
 
-/// Whether the kernel refused for want of descriptors, processes or memory. Only for words that no registry chooses.
+/// Whether the kernel has no file descriptor, process or memory left. Only for texts that no registry can choose.
 pub(super) fn is_scarcity(text: &str) -> bool {
     const WORDS: [&str; 5] = [
         "too many open files",
@@ -157,13 +156,13 @@ pub(super) fn is_scarcity(text: &str) -> bool {
     WORDS.iter().any(|words| text.ends_with(words))
 }
 
-/// What is wrong with `registries.conf` or `registries.d`, which the engine reads before it asks anybody.
+/// The fault of `registries.conf` or `registries.d`, which the engine reads before it contacts a registry.
 fn configuration(text: &str, asked: &Question) -> Option<String> {
     const TWICE: &str = "Error parsing signature storage configuration: ";
     const LOADING: &str = "loading registries configuration: ";
     let registries_d = asked.registries_d.display();
     let local = if let Some(rest) = text.strip_prefix(TWICE).or_else(|| text.strip_prefix(LOADING)) {
-        // What follows is a dump of everything in the file.
+        // The rest is a dump of the whole file.
         rest.split_once(": sysregistriesv2.").map_or(rest, |(rest, _)| rest)
     } else if text.starts_with(&format!("parsing {registries_d}/"))
         || is_blocked(text)
@@ -173,18 +172,18 @@ fn configuration(text: &str, asked: &Question) -> Option<String> {
     } else {
         return None;
     };
-    // The engine is given no home, so what it takes for a user's directory is not there.
+    // The engine's home does not exist, so the path in the text would mislead.
     Some(printable(&local.replace("/nonexistent/.config/containers/", "/etc/containers/"), WORDS))
 }
 
-/// `registry X is blocked in F or D`: X comes from the reference and the file, so no registry has a say in it.
+/// Whether the text is `registry X is blocked in F or D`. X is from the reference and the file, not from a registry.
 fn is_blocked(text: &str) -> bool {
     text.strip_prefix("registry ")
         .and_then(|rest| rest.split_once(' '))
         .is_some_and(|(_, rest)| rest.starts_with("is blocked in "))
 }
 
-/// An answer that is no image, or none that an engine reads.
+/// The fault of an answer that is not an image, or one that no engine reads.
 fn unfit(method: &str, text: &str) -> Option<String> {
     const ARTIFACT: &str = "unsupported image-specific operation on artifact with type ";
     const NESTED: &str = "unsupported manifest MIME type: ";
@@ -193,8 +192,8 @@ fn unfit(method: &str, text: &str) -> Option<String> {
         Some(format!("it is an artifact of type {}, not an image; name the image", printable(kind, 100)))
     } else if let Some(kind) = text.strip_prefix(NESTED) {
         Some(format!(
-            "this machine's entry in the index is no image manifest but {}; an index within an index cannot be pulled, \
-             so name the inner one",
+            "this machine's entry in the index is not an image manifest but {}; an index within an index cannot be \
+             pulled, so name the inner one",
             printable(kind, 100)
         ))
     } else if text.starts_with("exceeded maximum allowed size of ") {
@@ -210,8 +209,8 @@ fn blob(text: &str) -> Option<&str> {
     text.strip_prefix("fetching blob: ")
 }
 
-/// The registry's words for "not here": by the specification, as a page that is not its own (a proxy's or a gateway's),
-/// as registry.redhat.io says it, and as Harbor does (`path` is the repository without its host, and digest).
+/// Whether a registry reports that it does not have the object: in the words of the specification, as the page of a proxy
+/// or gateway, as registry.redhat.io, or as Harbor (`path` is the repository without its host, and the digest).
 fn is_missing(rest: &str, path: &str) -> bool {
     let harbor = rest.strip_prefix("unknown: ").is_some_and(|said| {
         said == "Not Found"
@@ -258,7 +257,7 @@ impl Attempt<'_> {
             };
         }
         let attached = reading(&signature_tag(digest)).map(|(_, rest)| rest);
-        // The first blob that is read is what was signed.
+        // The first blob that is read is the signature's payload.
         let signed = blob(self.text).filter(|_| method == OPEN_IMAGE);
         if attached.or(signed).is_some_and(is_denied) {
             return Answer::SignatureDenied;
@@ -275,7 +274,7 @@ impl Attempt<'_> {
     }
 }
 
-/// `(Mirrors also failed: [A: why]\n[B: why]): SOURCE: why`, or the only place's words alone.
+/// Splits `(Mirrors also failed: [A: why]\n[B: why]): SOURCE: why`, or the text of a single place.
 fn attempts<'a>(text: &'a str, image: &'a PinnedImage) -> Vec<Attempt<'a>> {
     fn attempt<'a>(text: &'a str, at: &str, mirror: bool) -> Option<Attempt<'a>> {
         let (reference, text) = text.split_once(": ")?;
@@ -297,7 +296,7 @@ pub(super) fn signature_tag(digest: &str) -> String {
     format!("{}.sig", digest.replace(':', "-"))
 }
 
-/// The class by what answered: the source if it did, else the last mirror that did.
+/// Classifies by the source's answer, or else by the answer of the last mirror that gave one.
 fn answered(method: &str, text: &str, why: String, asked: &Question) -> TrustError {
     let attempts = attempts(text, &asked.image);
     let mut answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
@@ -318,7 +317,7 @@ fn answered(method: &str, text: &str, why: String, asked: &Question) -> TrustErr
     }
 }
 
-/// A blob store's presigned URLs are long enough to push the cause out of sight, and secret while they last.
+/// Removes the queries of URLs: presigned URLs of a blob store are secret, and so long that they hide the cause.
 pub(crate) fn without_queries(text: &str) -> String {
     let mut parts = text.split('?');
     let mut out = parts.next().unwrap_or_default().to_owned();
@@ -330,8 +329,8 @@ pub(crate) fn without_queries(text: &str) -> String {
     out
 }
 
-/// What to do about a signature that is not there. The engine looks for it only at the place it read the image from,
-/// and does not say which that is.
+/// What to do about a missing signature. The engine looks for it only at the place that it read the image from, and does
+/// not report which place that is.
 pub(super) fn where_to_sign(asked: &Question, found: &Unsigned) -> String {
     let source = asked.image.name();
     let place = match (&found.mirror, asked.mirrors.as_slice()) {
@@ -346,8 +345,8 @@ pub(super) fn where_to_sign(asked: &Question, found: &Unsigned) -> String {
     let lookaside =
         "the rule asks for a GPG signature: write one to the lookaside that registries.d names for that place";
     let attachment = if found.attached {
-        "the sigstore signature that is attached there is not looked at: enable use-sigstore-attachments for that place \
-         in registries.d"
+        "the sigstore signature that is attached there is not used: enable use-sigstore-attachments for that place in \
+         registries.d"
     } else {
         "no sigstore signature is attached there: sign it there or copy the signature too (cosign 3: with \
          --new-bundle-format=false), and enable use-sigstore-attachments for that place in registries.d"
@@ -369,7 +368,7 @@ pub(super) fn where_to_sign(asked: &Question, found: &Unsigned) -> String {
     format!("{place}, and {kind}{level}")
 }
 
-/// What is usually the matter with a signature whose identity is not accepted; empty for any other failure.
+/// The probable cause of a signature whose identity is not accepted; empty for any other failure.
 fn identity_hint(text: &str, asked: &Question) -> String {
     let reasons = text.strip_prefix("None of the signatures were accepted, reasons: ").unwrap_or(text);
     let identity = reasons
@@ -382,19 +381,19 @@ fn identity_hint(text: &str, asked: &Question) -> String {
     for demand in &asked.demands {
         hint = match &demand.identity {
             Identity::ExactReference(wanted) => format!(
-                "; the rule accepts the identity {wanted} alone: sign as that, or use exactRepository {}",
+                "; the rule accepts only the identity {wanted}: sign as that, or use exactRepository {}",
                 repository(wanted)
             ),
-            Identity::ExactRepository(wanted) => format!("; the rule accepts signatures for {wanted} alone"),
+            Identity::ExactRepository(wanted) => format!("; the rule accepts only signatures for {wanted}"),
             Identity::Remap { prefix, signed_prefix } => {
                 let wanted = name.strip_prefix(prefix.as_str()).map(|rest| format!("{signed_prefix}{rest}"));
                 match wanted {
                     Some(wanted) if tagless && identity == wanted => format!(
-                        "; it names no tag, as cosign's do, and remapIdentity wants one: use exactRepository {wanted}, \
-                         or sign with --sign-container-identity and a tag"
+                        "; it has no tag, as cosign's default identity, and remapIdentity needs one: use \
+                         exactRepository {wanted}, or sign with --sign-container-identity and a tag"
                     ),
                     Some(wanted) => {
-                        format!("; remapIdentity makes of {name} {wanted}, and that is what has to be signed")
+                        format!("; remapIdentity maps {name} to {wanted}, so sign it as that")
                     }
                     None => format!("; remapIdentity does not apply, as {name} does not begin with {prefix}"),
                 }
@@ -410,7 +409,7 @@ fn identity_hint(text: &str, asked: &Question) -> String {
                 "; matchExact never accepts a reference by digest: use matchRepoDigestOrExact".to_owned()
             }
             Identity::RepoDigestOrExact | Identity::Exact if tagless => {
-                "; it names no tag, as cosign's do: use signedIdentity matchRepository, or sign with \
+                "; it has no tag, as cosign's default identity: use signedIdentity matchRepository, or sign with \
                  --sign-container-identity and a tag"
                     .to_owned()
             }
@@ -427,7 +426,7 @@ fn repository(reference: &str) -> &str {
     name.get(path..).and_then(|last| last.find(':')).and_then(|colon| name.get(..path + colon)).unwrap_or(name)
 }
 
-/// With which credentials `place` was asked, and how the auth file has them.
+/// The credentials that were used for `place`, and their entry in the auth file.
 fn credentials(auth: Option<&(PathBuf, Vec<u8>)>, place: &str) -> String {
     let Some((path, bytes)) = auth else {
         return "without credentials, as there is no ostree auth file".to_owned();
@@ -613,18 +612,18 @@ mod tests {
             (
                 "quay.io/o/i",
                 Identity::RepoDigestOrExact,
-                "names no tag, as cosign's do: use signedIdentity matchRepository",
+                "has no tag, as cosign's default identity: use signedIdentity matchRepository",
             ),
             ("quay.io/o/i", Identity::Exact, "matchRepository"),
             ("quay.io/o/i:t", Identity::Exact, "matchExact never accepts a reference by digest"),
-            ("s.example/o/i", remap(), "remapIdentity wants one: use exactRepository s.example/o/i"),
-            ("quay.io/o/i:t", remap(), "remapIdentity makes of quay.io/o/i s.example/o/i"),
+            ("s.example/o/i", remap(), "remapIdentity needs one: use exactRepository s.example/o/i"),
+            ("quay.io/o/i:t", remap(), "remapIdentity maps quay.io/o/i to s.example/o/i"),
             (
                 "quay.io/o/i",
                 Identity::ExactReference("quay.io/o/i:t".into()),
-                "identity quay.io/o/i:t alone: sign as that, or use exactRepository quay.io/o/i",
+                "only the identity quay.io/o/i:t: sign as that, or use exactRepository quay.io/o/i",
             ),
-            ("quay.io/o/i:t", Identity::ExactRepository("q.example/x".into()), "signatures for q.example/x alone"),
+            ("quay.io/o/i:t", Identity::ExactRepository("q.example/x".into()), "only signatures for q.example/x"),
             (
                 "b.example:5000/o/i:t",
                 Identity::RepoDigestOrExact,

@@ -1,205 +1,93 @@
-//! Why an image is not verified.
+//! Errors of verification.
 
 use std::path::PathBuf;
 
 use crate::model::{Fault, PinnedImage, Reason, printable};
 
-/// Why an image is not verified. Anything but success refuses; the class only decides how soon to look again.
+/// Why an image is not verified. Every error refuses the image; the variant decides how soon verification is retried.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 pub enum TrustError {
-    /// The policy file cannot be read.
     #[error("cannot read the signature policy {path}: {source}")]
-    ReadPolicy {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The policy file makes no sense, to the gate or to the engine.
+    ReadPolicy { path: PathBuf, source: std::io::Error },
+    /// The gate or the engine cannot use the policy file.
     #[error("the signature policy {path} is not usable: {why}")]
-    Policy {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        why: String,
-    },
-    /// The gate: nothing is demanded of this image.
+    Policy { path: PathBuf, why: String },
+    /// The gate: the policy demands no signature. `hint` names scopes that were probably meant.
     #[error(
         "{path} accepts anything for {image} (rule {scope}); give its scope a sigstoreSigned or signedBy requirement, \
          with a ClusterImagePolicy or in the image{hint}"
     )]
-    AcceptsAnything {
-        /// The policy file.
-        path: PathBuf,
-        /// The image.
-        image: PinnedImage,
-        /// The rule.
-        scope: String,
-        /// Scopes that were probably meant.
-        hint: String,
-    },
-    /// The gate or the engine: nothing can pass.
+    AcceptsAnything { path: PathBuf, image: PinnedImage, scope: String, hint: String },
+    /// The gate or the engine: the policy rejects every image of this scope. `hint` names scopes that were probably
+    /// meant.
     #[error(
         "{path} rejects {image} (rule {scope}); if it is to be trusted, give its scope a sigstoreSigned or signedBy \
          requirement and no reject{hint}"
     )]
-    Rejects {
-        /// The policy file.
-        path: PathBuf,
-        /// The image.
-        image: PinnedImage,
-        /// The rule.
-        scope: String,
-        /// Scopes that were probably meant.
-        hint: String,
-    },
-    /// The engine cannot be used or does not enforce.
+    Rejects { path: PathBuf, image: PinnedImage, scope: String, hint: String },
     #[error("the signature engine {skopeo} cannot be used: {why}")]
-    Engine {
-        /// The program.
-        skopeo: PathBuf,
-        /// Why.
-        why: String,
-    },
-    /// No signature where one is required.
+    Engine { skopeo: PathBuf, why: String },
+    /// `hint` says where to sign, and how.
     #[error("{image} has no signature and rule {scope} requires one; {hint}")]
-    SignatureMissing {
-        /// The image.
-        image: PinnedImage,
-        /// The rule.
-        scope: String,
-        /// Of which kind, and where.
-        hint: String,
-    },
-    /// A signature that is not accepted.
+    SignatureMissing { image: PinnedImage, scope: String, hint: String },
+    /// `hint` names the probable cause.
     #[error("the signature of {image} is not accepted by rule {scope}: {why}{hint}")]
-    SignatureRejected {
-        /// The image.
-        image: PinnedImage,
-        /// The rule.
-        scope: String,
-        /// The engine's words.
-        why: String,
-        /// What is usually the matter.
-        hint: String,
-    },
-    /// GnuPG needs a writable directory.
-    #[error("rule {scope} asks for a GPG signature, which needs scratch space: enable the drop-in 10-gpg.conf ({why})")]
-    GpgScratch {
-        /// The rule.
-        scope: String,
-        /// The engine's words.
-        why: String,
-    },
-    /// The files that say where images and signatures are.
+    SignatureRejected { image: PinnedImage, scope: String, why: String, hint: String },
     #[error(
-        "the node's registry configuration does not work: {why}; correct the file in the image, or what writes it \
-         (ImageDigestMirrorSet, ImageTagMirrorSet, ClusterImagePolicy)"
+        "rule {scope} demands a GPG signature, which needs a writable directory: enable the drop-in 10-gpg.conf ({why})"
     )]
-    Config {
-        /// The file, the line and what is wrong.
-        why: String,
-    },
-    /// The proxy on the way to the registry.
+    GpgScratch { scope: String, why: String },
+    /// The files with the places of images and signatures. `why` has the file, the line and the fault.
     #[error(
-        "{name} in {place} is no proxy that can be used: {why}; correct it where it comes from (`oc edit \
-         proxy.config/cluster` for proxy.env), with `%` as %25, `#` as %23, `/` as %2F and `?` as %3F in user and password"
+        "the node's registry configuration is not usable: {why}; correct the file in the image, or the resource that \
+         MCO writes it from (ImageDigestMirrorSet, ImageTagMirrorSet, ClusterImagePolicy)"
     )]
-    Proxy {
-        /// The variable.
-        name: &'static str,
-        /// The file, or whose environment.
-        place: String,
-        /// What is wrong, without the URL: it may hold a password.
-        why: &'static str,
-    },
-    /// No file descriptor, process or memory left.
-    #[error("this node is short of file descriptors, processes or memory, so nothing can be verified now: {why}")]
-    Scarce {
-        /// What failed.
-        why: String,
-    },
-    /// No such manifest.
+    Config { why: String },
+    /// The proxy in front of the registry. `why` never has the URL, which may contain a password.
+    #[error(
+        "{name} in {place} is not a usable proxy: {why}; correct it at its source (`oc edit proxy.config/cluster` for \
+         proxy.env), with `%` as %25, `#` as %23, `/` as %2F and `?` as %3F in user and password"
+    )]
+    Proxy { name: &'static str, place: String, why: &'static str },
+    #[error("this node has no file descriptor, process or memory left to verify an image: {why}")]
+    Scarce { why: String },
     #[error("{place} has no manifest {image}; push the image, or mirror it")]
-    ManifestMissing {
-        /// The image.
-        image: PinnedImage,
-        /// Who said so.
-        place: String,
-    },
-    /// Credentials.
+    ManifestMissing { image: PinnedImage, place: String },
+    /// `what` is `the signature of ` if only that is refused. `why` has the credentials that were used.
     #[error("{place} refuses to serve {what}{image} {why}; check the pull secret")]
-    Denied {
-        /// The image.
-        image: PinnedImage,
-        /// `the signature of `, if only that is refused.
-        what: &'static str,
-        /// Who refuses.
-        place: String,
-        /// With which credentials it was asked, and the engine's words.
-        why: String,
-    },
-    /// The registry's certificate.
+    Denied { image: PinnedImage, what: &'static str, place: String, why: String },
     #[error("{place} serves {image} with a certificate that this node does not trust: {why}; {}", cure(why))]
-    Untrusted {
-        /// The image.
-        image: PinnedImage,
-        /// Who does.
-        place: String,
-        /// The engine's words.
-        why: String,
-    },
-    /// The network, TLS, a server error, or anything unknown.
+    Untrusted { image: PinnedImage, place: String, why: String },
+    /// The network, TLS, a server error, or an unknown failure.
     #[error("cannot read {image} from its registry: {why}")]
-    Unreachable {
-        /// The image.
-        image: PinnedImage,
-        /// The engine's words.
-        why: String,
-    },
-    /// The engine took too long.
+    Unreachable { image: PinnedImage, why: String },
     #[error(
         "verifying {image} took longer than {seconds} s: its registry, or a proxy before it, accepts connections and \
          does not answer; if it is only slow, raise REBASE_AGENT_VERIFY_TIMEOUT"
     )]
-    Deadline {
-        /// The image.
-        image: PinnedImage,
-        /// The limit.
-        seconds: u64,
-    },
-    /// An index without this machine's architecture.
-    #[error("{image} has nothing for this machine: {why}; build the pool's image for it")]
-    NoInstance {
-        /// The image.
-        image: PinnedImage,
-        /// The engine's words.
-        why: String,
-    },
-    /// Bytes that do not match the digest, or are no manifest or config.
-    #[error("{image} is damaged or no OS image: {why}")]
-    Invalid {
-        /// The image.
-        image: PinnedImage,
-        /// What is wrong.
-        why: String,
-    },
+    Deadline { image: PinnedImage, seconds: u64 },
+    #[error("{image} has no image for this machine's architecture: {why}; build the pool's image for it")]
+    NoInstance { image: PinnedImage, why: String },
+    /// The content does not match the digest, or is not a manifest or config.
+    #[error("{image} is damaged or not an OS image: {why}")]
+    Invalid { image: PinnedImage, why: String },
 }
 
-/// What to do about a certificate, by Go's words for what is wrong with it.
+/// What to do about the certificate, by the error of Go's TLS library.
 fn cure(why: &str) -> &'static str {
     if why.contains("x509: certificate has expired or is not yet valid") {
         "renew it, or correct this node's clock"
     } else if why.contains("x509: certificate is valid for ") || why.contains("x509: cannot validate certificate for ")
     {
-        "give it the name by which the registry is asked"
+        "issue it for the name by which the node reaches the registry"
     } else {
         "add its CA to certs.d"
     }
 }
 
 impl TrustError {
-    /// The stable word.
+    /// The reason word of this error.
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {

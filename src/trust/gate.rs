@@ -1,7 +1,8 @@
-//! The scope gate: which requirements of a containers policy apply to an image, and do they demand a signature? Pure.
+//! The scope gate: finds the requirements of a containers policy for an image, and refuses the image if they demand no
+//! signature. Pure.
 //!
-//! It chooses the scope exactly as containers/image does and leaves keys and identities to the engine, which parses
-//! the same bytes strictly. What it adds is the refusal of "accept anything".
+//! It chooses the scope exactly as containers/image does. Keys and identities are left to the engine, which parses the
+//! same bytes strictly.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +16,7 @@ use super::{TrustError, engine};
 use crate::files::read_bounded;
 use crate::model::{PinnedImage, printable};
 
-/// Largest policy file read, in bytes; ClusterImagePolicies with inline keys come to a few tens of kilobytes.
+/// Largest policy file read, in bytes; ClusterImagePolicies with inline keys have some tens of kilobytes.
 pub const MAX_POLICY: u64 = 1 << 20;
 
 /// A parsed `policy.json`.
@@ -29,36 +30,36 @@ pub struct Policy {
 
 type Requirement = UniqueMap<serde_json::Value>;
 
-/// What the applicable requirements amount to.
+/// The effect of the applicable requirements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// At least one requirement demands a signature.
     RequiresSignature,
-    /// Nothing is demanded.
+    /// No signature is demanded.
     AcceptsAnything,
-    /// Nothing can pass.
+    /// Every image is rejected.
     AlwaysRejects,
 }
 
 /// The requirements that apply to one image.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Gate {
-    /// Where they stand, e.g. `docker "quay.io/org"` or `default`.
+    /// Their scope, for example `docker "quay.io/org"` or `default`.
     pub scope: String,
-    /// What they amount to.
+    /// Their effect.
     pub verdict: Verdict,
 }
 
-/// One demand for a signature, as far as a sentence about it needs.
+/// One demand for a signature, for messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Demand {
-    /// `signedBy`; else `sigstoreSigned`.
+    /// True for `signedBy`, false for `sigstoreSigned`.
     pub gpg: bool,
     /// `signedIdentity`.
     pub identity: Identity,
 }
 
-/// Which identity a signature must have: `signedIdentity` of containers-policy.json(5).
+/// The identity that a signature must have: `signedIdentity` of containers-policy.json(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Identity {
     /// `matchRepoDigestOrExact`, the default.
@@ -73,42 +74,37 @@ pub enum Identity {
     ExactRepository(String),
     /// `remapIdentity`.
     Remap {
-        /// What references begin with.
+        /// Prefix of the reference.
         prefix: String,
-        /// What the identity begins with instead.
+        /// Prefix of the identity in its place.
         signed_prefix: String,
     },
 }
 
-/// Why a policy is unusable.
+/// An error of a policy.
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PolicyError {
     /// Not the JSON that containers/image accepts.
     #[error("{0}")]
     Json(String),
-    /// A list without requirements.
     #[error("the list of requirements for {0} is empty")]
     Empty(String),
-    /// A requirement of a type this agent does not know.
     #[error("the requirement type {kind} for {scope} is unknown")]
-    UnknownType {
-        /// Where.
-        scope: String,
-        /// Which.
-        kind: String,
-    },
+    UnknownType { scope: String, kind: String },
 }
 
 impl Policy {
-    /// Parses the file's bytes; duplicate and unknown top-level keys are errors, as they are for the engine.
+    /// Parses the file. Duplicate keys and unknown top-level keys are errors, as they are for the engine.
     ///
     /// # Errors
-    /// Says what serde found and where.
+    /// [`PolicyError::Json`], with the place of the error.
     pub fn parse(bytes: &[u8]) -> Result<Self, PolicyError> {
         serde_json::from_slice(bytes).map_err(|e| PolicyError::Json(e.to_string()))
     }
 
-    /// ostree-ext refuses `ostree-image-signed:` when this holds, whatever the transports say.
+    /// Whether the default is only `insecureAcceptAnything`. Then ostree-ext refuses `ostree-image-signed:`, even if the
+    /// image's own scope demands a signature.
     #[must_use]
     pub fn default_is_insecure(&self) -> bool {
         matches!(self.default.as_slice(), [only] if kind(only) == Some("insecureAcceptAnything"))
@@ -117,14 +113,14 @@ impl Policy {
     /// The requirements for pulling `image` over the docker transport.
     ///
     /// # Errors
-    /// When the list that applies is empty or has a requirement of unknown type.
+    /// When the applicable list is empty or has a requirement of unknown type.
     pub fn gate(&self, image: &PinnedImage) -> Result<Gate, PolicyError> {
         let (scope, requirements) = self.applicable(image);
         let verdict = verdict(&scope, requirements)?;
         Ok(Gate { scope, verdict })
     }
 
-    /// Keys and certificates outside the policy that the requirements for `image` name.
+    /// The files with keys and certificates that the requirements for `image` name.
     #[must_use]
     pub fn files(&self, image: &PinnedImage) -> Vec<&str> {
         let (_, requirements) = self.applicable(image);
@@ -147,8 +143,8 @@ impl Policy {
         signed.map(|(gpg, requirement)| Demand { gpg, identity: identity(requirement) }).collect()
     }
 
-    /// Scopes of the docker transport that were probably meant for `image` and do not apply to it: they differ from
-    /// one that would by case, or by a tag, a digest, `docker://` or a `/` at the end.
+    /// Scopes of the docker transport that were probably meant for `image` and do not apply to it: they differ from an
+    /// applicable one by case, or by a tag, a digest, `docker://` or a `/` at the end.
     #[must_use]
     pub fn lookalikes(&self, image: &PinnedImage) -> Vec<&str> {
         let applicable = scopes(image);
@@ -172,7 +168,8 @@ impl Policy {
     }
 }
 
-/// `keyPath`, `keyPaths`, `rekorPublicKeyPath`, and within `fulcio` and `pki` `caPath`, `caRootsPath` and the like.
+/// Collects the values of `keyPath`, `keyPaths`, `rekorPublicKeyPath`, and of `caPath`, `caRootsPath` and the like in
+/// `fulcio` and `pki`.
 fn named_files<'a>(name: &str, value: &'a serde_json::Value, files: &mut Vec<&'a str>) {
     if let Some(members) = value.as_object() {
         members.iter().for_each(|(name, value)| named_files(name, value, files));
@@ -183,14 +180,14 @@ fn named_files<'a>(name: &str, value: &'a serde_json::Value, files: &mut Vec<&'a
     }
 }
 
-/// A scope in the spelling that containers/image compares, without what it does not admit.
+/// The scope in the spelling that containers/image compares, without parts that a scope cannot have.
 fn bare(scope: &str) -> String {
     let lower = scope.trim().to_lowercase();
     let name = ["docker://", "https://", "http://"].iter().find_map(|scheme| lower.strip_prefix(scheme));
     let name = name.unwrap_or(&lower);
     let name = name.split_once('@').map_or(name, |(name, _)| name).trim_end_matches('/');
     match name.rsplit_once(':') {
-        // A colon before the first slash is the port's.
+        // A colon before the first slash begins a port.
         Some((untagged, tag)) if untagged.contains('/') && !tag.contains('/') => untagged.to_owned(),
         _ => name.to_owned(),
     }
@@ -205,7 +202,7 @@ fn identity(requirement: &Requirement) -> Identity {
         Some("exactReference") => Identity::ExactReference(text("dockerReference")),
         Some("exactRepository") => Identity::ExactRepository(text("dockerRepository")),
         Some("remapIdentity") => Identity::Remap { prefix: text("prefix"), signed_prefix: text("signedPrefix") },
-        // The engine refuses any other.
+        // The engine refuses all others.
         _ => Identity::RepoDigestOrExact,
     }
 }
@@ -214,7 +211,7 @@ fn kind(requirement: &Requirement) -> Option<&str> {
     requirement.0.get("type").and_then(serde_json::Value::as_str)
 }
 
-/// Requirements of one list are ANDed.
+/// The effect of a list: an image must meet all of its requirements.
 fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, PolicyError> {
     if requirements.is_empty() {
         return Err(PolicyError::Empty(scope.to_owned()));
@@ -222,7 +219,7 @@ fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, PolicyE
     let mut verdict = Verdict::AcceptsAnything;
     for requirement in requirements {
         match kind(requirement) {
-            // containers/image fails signedBaseLayer always: it was never implemented.
+            // containers/image never implemented signedBaseLayer and always rejects it.
             Some("reject" | "signedBaseLayer") => verdict = Verdict::AlwaysRejects,
             Some("signedBy" | "sigstoreSigned") if verdict == Verdict::AcceptsAnything => {
                 verdict = Verdict::RequiresSignature;
@@ -237,7 +234,7 @@ fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, PolicyE
     Ok(verdict)
 }
 
-/// Scope names, most specific first; the first that exists is used alone. `""` is the transport's default.
+/// Scope names, most specific first. Only the first that exists is used. `""` is the transport's default.
 fn scopes(image: &PinnedImage) -> Vec<String> {
     let mut names = vec![image.to_string()];
     let mut name = image.name();
@@ -287,7 +284,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
     }
 }
 
-/// The policy file as read once: gate and engine see the same bytes.
+/// The policy file, read once, so that gate and engine use the same bytes.
 #[derive(Debug)]
 pub struct NodePolicy {
     pub(super) bytes: Vec<u8>,
@@ -319,8 +316,8 @@ impl NodePolicy {
             [] => String::new(),
             alike => printable(
                 &format!(
-                    "; {} looks like it and does not apply: a scope is compared letter for letter, without docker://, \
-                     tag or / at its end",
+                    "; the scope {} is similar but does not apply: a scope must match exactly, without docker://, tag \
+                     or / at its end",
                     alike.join(", ")
                 ),
                 400,

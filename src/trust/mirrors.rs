@@ -1,6 +1,6 @@
-//! Where `registries.conf` has an image looked for before its own registry. Pure.
+//! The mirrors of an image by `registries.conf`. Pure.
 //!
-//! For sentences only: the engine reads the file by itself and decides. What this does not understand it leaves out.
+//! For messages only: the engine reads the file itself. Lines that this parser does not understand are ignored.
 
 /// Largest of these files read, in bytes.
 pub const MAX_CONF: u64 = 1 << 20;
@@ -17,12 +17,12 @@ struct Registry {
 #[derive(Default)]
 struct Mirror {
     location: String,
-    /// Not asked for a digest, which all our images have.
+    /// The mirror is not used for a digest, which all our images have.
     tag_only: bool,
 }
 
-/// The mirrors of `name` (`host/repository`), in the order they are asked. `conf` is `registries.conf` followed by
-/// the files of `registries.conf.d`, of which a later one overrides.
+/// The mirrors of `name` (`host/repository`), in the order of their use. `conf` is `registries.conf` followed by the
+/// files of `registries.conf.d`; a later file overrides an earlier one.
 #[must_use]
 pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
     let mut registries: Vec<Registry> = Vec::new();
@@ -65,7 +65,7 @@ pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
     })
 }
 
-/// `key = "value"`, with a comment behind it or none.
+/// Parses `key = "value"`, with or without a comment after it.
 fn setting(line: &str) -> Option<(&str, &str)> {
     let (key, value) = line.split_once('=')?;
     let (value, _) = value.trim().strip_prefix('"')?.split_once('"')?;

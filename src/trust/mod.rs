@@ -1,5 +1,5 @@
-//! Neighbour 2, the image: may it be booted? The containers policy of the node decides, evaluated by the node's own
-//! engine; the gate adds that the policy must demand a signature. Everything else only handles [`Verified`] images.
+//! Verifies images. The node's own signature engine evaluates the node's containers policy; the gate adds that the
+//! policy must demand a signature. All other modules only handle a [`VerifiedImage`].
 
 mod engine;
 mod engine_text;
@@ -25,10 +25,10 @@ pub use error::TrustError;
 pub use gate::NodePolicy;
 pub use stamp::TrustStamp;
 
-/// The label that MCO's image build puts on an image: the rendered config it was built from.
+/// The label that MCO's image build sets to the rendered config that the image was built from.
 const CONFIG_LABEL: &str = "machineconfig";
 
-/// How an image is verified; the paths are the node's, overridable for tests.
+/// The settings of verification. The paths are the node's; tests set others.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// containers-policy.json(5).
@@ -37,22 +37,22 @@ pub struct Settings {
     pub registries_d: PathBuf,
     /// skopeo(1).
     pub skopeo: PathBuf,
-    /// Extra directory with a registry's CA, as skopeo's `--cert-dir`.
+    /// Extra directory with a registry's CA, for skopeo's `--cert-dir`.
     pub cert_dir: Option<PathBuf>,
-    /// containers-auth.json(5) candidates; the first that exists is used alone, as by ostree-ext; none is anonymous.
+    /// Candidates for containers-auth.json(5). Only the first that exists is used, as in ostree-ext; without one, access
+    /// is anonymous.
     pub auth_files: Vec<PathBuf>,
-    /// `/etc`, with the proxy's variables in `mco/proxy.env` and the mirrors in `containers/registries.conf`, which are
-    /// read to be named.
+    /// `/etc`, which has the proxy's variables in `mco/proxy.env` and the mirrors in `containers/registries.conf`. The
+    /// mirrors are read for messages only.
     pub etc: PathBuf,
     /// Writable directory for GnuPG, if a drop-in grants one.
     pub scratch: Option<PathBuf>,
-    /// How long one verification may take.
+    /// Time limit of one verification.
     pub deadline: Duration,
 }
 
-/// An image that verification vouches for. Only [`verify`] makes one, nothing alters one, and what changes the host's
-/// image, its kernel arguments or its boot takes one; `tests/proofs.rs` shows that code which does otherwise is not
-/// compiled.
+/// A verified image. Only [`verify`] creates one, and no code can change one. Every function that changes the host's
+/// image, its kernel arguments or its boot takes one; `tests/proofs.rs` shows that code without one does not compile.
 #[derive(Clone, Debug)]
 pub struct VerifiedImage {
     facts: ImageFacts,
@@ -60,25 +60,25 @@ pub struct VerifiedImage {
 }
 
 impl VerifiedImage {
-    /// What was verified.
+    /// The verified image.
     #[must_use]
     pub fn image(&self) -> &PinnedImage {
         &self.facts.image
     }
 
-    /// What the verified manifest and config say.
+    /// The facts in the verified manifest and config.
     #[must_use]
     pub fn facts(&self) -> &ImageFacts {
         &self.facts
     }
 
-    /// The reference for the host tools, with the prefix that this policy admits.
+    /// The reference for the host tools, with the prefix that they accept under this policy.
     #[must_use]
     pub fn to_pull(&self) -> String {
         reference::to_pull(&self.facts.image, self.default_is_insecure)
     }
 
-    /// Whether that prefix makes the deployment's origin a signed one.
+    /// Whether the origin of the deployment requires a signature.
     #[must_use]
     pub fn is_signed_origin(&self) -> bool {
         !self.default_is_insecure
@@ -88,7 +88,7 @@ impl VerifiedImage {
 /// Verifies `image` against the node's policy and reads its manifest and config. Writes nothing.
 ///
 /// # Errors
-/// Every variant of [`TrustError`]; none of them may be taken for success.
+/// See [`TrustError`]; every error refuses the image.
 pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImage, TrustError> {
     let policy = NodePolicy::read(&engine.settings().policy)?;
     let scope = policy.gate(image)?;
@@ -109,7 +109,7 @@ fn root_only(file: &str) -> bool {
     std::fs::metadata(file).is_ok_and(|metadata| metadata.mode() & 0o004 == 0)
 }
 
-/// What the manifest and config say. Pure.
+/// Parses the manifest and the config. Pure.
 fn facts(
     image: &PinnedImage,
     vouched_by: String,
@@ -118,12 +118,12 @@ fn facts(
     config: &[u8],
 ) -> Result<ImageFacts, TrustError> {
     let invalid = |why: String| TrustError::Invalid { image: image.clone(), why: printable(&why, 300) };
-    let instance =
-        Digest::parse(instance).ok_or_else(|| invalid(format!("the engine names it `{instance}`, not a digest")))?;
+    let instance = Digest::parse(instance)
+        .ok_or_else(|| invalid(format!("the engine reports `{instance}`, which is not a digest")))?;
     let manifest: ImageManifest =
-        serde_json::from_slice(manifest).map_err(|e| invalid(format!("its manifest does not parse: {e}")))?;
+        serde_json::from_slice(manifest).map_err(|e| invalid(format!("its manifest cannot be parsed: {e}")))?;
     let config: ImageConfig =
-        serde_json::from_slice(config).map_err(|e| invalid(format!("its config does not parse: {e}")))?;
+        serde_json::from_slice(config).map_err(|e| invalid(format!("its config cannot be parsed: {e}")))?;
     Ok(ImageFacts {
         image: image.clone(),
         instance,
@@ -136,13 +136,13 @@ fn facts(
     })
 }
 
-/// The `machineconfig` label in an OCI image config's JSON, for what the host reports of its deployments. Pure.
+/// The `machineconfig` label in the JSON of an OCI image config, which the host has for its deployments. Pure.
 #[must_use]
 pub fn rendered_config_label(config: &str) -> Option<String> {
     serde_json::from_str::<ImageConfig>(config).ok()?.rendered_config()
 }
 
-/// What counts of an image's config. Builders leave out what the specification calls optional, such as `history`.
+/// The fields that the agent uses of an image's config. Builders leave out optional fields such as `history`.
 #[derive(Deserialize)]
 struct ImageConfig {
     architecture: String,
@@ -168,7 +168,7 @@ impl ImageConfig {
     }
 }
 
-/// What tests/fuzz reaches of the private parsers.
+/// The private parsers, for tests/fuzz.
 #[cfg(fuzzing)]
 #[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
 pub mod fuzzing {

@@ -1,17 +1,18 @@
-//! Which proxy the engine goes through: the variables of `/etc/mco/proxy.env`, and no others. Pure.
+//! Reads the engine's proxy from `/etc/mco/proxy.env`. Pure.
 //!
-//! `EnvironmentFile=` would take every variable from that file, `LD_PRELOAD` and the agent's own options among them.
+//! `EnvironmentFile=` is not used because it would set every variable in that file, also `LD_PRELOAD` and the agent's own
+//! options.
 
 /// Where MCO writes the cluster's proxy, below `/etc`.
 pub const PROXY_FILE: &str = "mco/proxy.env";
-/// Largest such file read, in bytes. `NO_PROXY` lists networks and names, some kilobytes of them.
+/// Largest such file read, in bytes. `NO_PROXY` may have some kilobytes of networks and names.
 pub const MAX_PROXY_FILE: u64 = 64 << 10;
-/// The names that skopeo knows.
+/// The variables that skopeo uses.
 pub const PROXY_VARIABLES: [&str; 6] =
     ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
-/// The proxy's variables in the file, which is written as for `EnvironmentFile=` of systemd.exec(5): a variable a line,
-/// its value with or without quotes. Of two settings the last counts; a value with control characters is left out.
+/// The proxy's variables in the file, which has the format of `EnvironmentFile=` in systemd.exec(5): one variable per
+/// line, with or without quotes. The last setting of a variable counts. A value with control characters is ignored.
 #[must_use]
 pub fn variables(text: &str) -> Vec<(&'static str, &str)> {
     let lines = text.lines().map(str::trim).filter(|line| !line.starts_with(['#', ';']));
@@ -24,8 +25,8 @@ pub fn variables(text: &str) -> Vec<(&'static str, &str)> {
     PROXY_VARIABLES.into_iter().filter_map(last).collect()
 }
 
-/// What is wrong with a proxy's URL, which is never shown: it may hold a password. The engine takes a host without a
-/// scheme for HTTP. A URL that it does not understand it passes over, or asks a host that is none.
+/// The fault of a proxy's URL, without the URL, which may contain a password. The engine treats a host without a scheme
+/// as HTTP. It ignores a URL that it cannot parse, or connects to a wrong host.
 #[must_use]
 pub fn fault(url: &str) -> Option<&'static str> {
     const SCHEMES: [&str; 4] = ["http", "https", "socks5", "socks5h"];
@@ -38,14 +39,14 @@ pub fn fault(url: &str) -> Option<&'static str> {
     }
     let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
     if !SCHEMES.contains(&scheme) {
-        return Some("its scheme is none of http, https and socks5");
+        return Some("its scheme is not http, https or socks5");
     }
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     if rest.get(end..).is_some_and(|behind| behind.contains('@')) {
         return Some("it has a raw `#`, `/` or `?` before the `@`");
     }
     let parsed = reqwest::Url::parse(&format!("http://{rest}"));
-    (!parsed.is_ok_and(|url| url.has_host())).then_some("it does not parse")
+    (!parsed.is_ok_and(|url| url.has_host())).then_some("it is not a URL")
 }
 
 fn unquoted(value: &str) -> &str {
@@ -82,8 +83,8 @@ mod tests {
             ("u:a/b@p:1", "a raw `#`, `/`"),
             ("http://u:a?b@p:1", "or `?` before"),
             ("ftp://p:1", "scheme"),
-            ("http://p:x", "does not parse"),
-            ("http://", "does not parse"),
+            ("http://p:x", "not a URL"),
+            ("http://", "not a URL"),
         ] {
             assert!(fault(bad).is_some_and(|said| said.contains(why)), "{bad}: {:?}", fault(bad));
         }

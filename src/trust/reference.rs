@@ -5,19 +5,19 @@ use ostree_ext::container::{ImageReference, OstreeImageReference, SignatureSourc
 use crate::model::PinnedImage;
 pub use crate::model::{ReferenceError, name_of, parse};
 
-/// The image part of a deployment's `container-image-reference`, without signature prefix and transport; `None` for
-/// what does not come from a registry.
+/// The image part of a deployment's `container-image-reference`, without signature prefix and transport; `None` if the
+/// image is not from a registry.
 #[must_use]
 pub fn of_deployment(text: &str) -> Option<String> {
     let reference = OstreeImageReference::try_from(text).ok()?;
     (reference.imgref.transport == Transport::Registry).then_some(reference.imgref.name)
 }
 
-/// The reference to hand to the host tools, in the canonical spelling that they store.
+/// The reference for the host tools, in the canonical spelling that they store.
 ///
-/// `ostree-image-signed:` is refused by ostree-ext wherever the policy's global default is a lone
-/// `insecureAcceptAnything`, even for an image whose own scope demands a signature and gets it; stock OpenShift has
-/// that default. The other prefix still has the policy evaluated at the pull.
+/// ostree-ext refuses `ostree-image-signed:` if the policy's default is only `insecureAcceptAnything`, even for an image
+/// whose own scope demands a signature. Stock OpenShift has that default. With the other prefix the pull still evaluates
+/// the policy.
 #[must_use]
 pub fn to_pull(image: &PinnedImage, default_is_insecure: bool) -> String {
     let sigverify = if default_is_insecure {

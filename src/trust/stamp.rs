@@ -1,5 +1,5 @@
-//! What identified the files that decide about an image when its verification began. A proof is good for as long as
-//! they are the same files.
+//! Identifies the files that decide about an image, as they were when its verification began. The result of a
+//! verification is valid until one of them changes.
 
 use std::path::{Path, PathBuf};
 
@@ -9,29 +9,29 @@ use crate::files::Stamp;
 use crate::files::read_bounded;
 use crate::model::PinnedImage;
 
-/// containers-registries.conf(5): mirrors decide where a signature is looked up, and a registry may be blocked. The
-/// agent passes no other, and the engine has no home directory.
+/// containers-registries.conf(5), which names mirrors, where signatures are then looked up, and blocked registries. The
+/// engine reads no others: the agent passes none, and the engine has no home directory.
 const REGISTRIES_CONF: [&str; 2] = ["/etc/containers/registries.conf", "/etc/containers/registries.conf.d"];
-/// Most files that one directory may have, or one policy may name; a node has a handful.
+/// Most files that one directory may have, or one policy may name; a node has a few.
 const MAX_FILES: usize = 1024;
 
-/// The policy, every file that it names for an image, and the settings by which the engine looks its signatures up.
-/// Taken before verification reads them: what changes meanwhile differs afterwards.
+/// Identifies the policy, the files that it names for an image, and the settings of the engine's signature lookup. Taken
+/// before verification reads them, so that a change during verification is noticed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustStamp {
-    /// The policy and what it names.
+    /// The policy and the files that it names.
     files: Vec<(PathBuf, Stamp)>,
-    /// Settings: directories with their entries, and files.
+    /// The settings: directories with their entries, and files.
     settings: Vec<(PathBuf, Stamp)>,
-    /// The first of them that has or names more than [`MAX_FILES`].
+    /// The first directory or policy with more than [`MAX_FILES`].
     excess: Option<PathBuf>,
 }
 
 impl TrustStamp {
-    /// Looks at everything that decides about `image` now.
+    /// Reads the stamps of all files that decide about `image`.
     #[must_use]
     pub fn read(settings: &Settings, image: &PinnedImage) -> Self {
-        // Before its bytes are read.
+        // The stamp is taken before the file is read.
         let policy = (settings.policy.clone(), Stamp::of(&settings.policy));
         let (looked_up, mut excess) = lookup(settings);
         let bytes = read_bounded(&settings.policy, MAX_POLICY).unwrap_or_default();
@@ -50,7 +50,7 @@ impl TrustStamp {
         Self { files: std::iter::once(policy).chain(stamped).collect(), settings: looked_up, excess }
     }
 
-    /// The first file that is not what it was; looks at all of them again.
+    /// Reads the stamps again and returns the first file that has changed.
     #[must_use]
     pub fn changed(&self, settings: &Settings) -> Option<PathBuf> {
         let differs = |(path, stamp): &&(PathBuf, Stamp)| Stamp::of(path) != *stamp;
@@ -67,12 +67,13 @@ impl TrustStamp {
         differs(&self.settings, &now).or_else(|| differs(&now, &self.settings))
     }
 
-    /// Refuses what cannot be watched whole.
+    /// Refuses a policy or directory with too many files to watch.
     pub(super) fn check(settings: &Settings, image: &PinnedImage) -> Result<(), TrustError> {
         match Self::read(settings, image).excess {
             None => Ok(()),
             Some(path) => {
-                let why = format!("it has or names more than {MAX_FILES} files, and all are watched; remove some");
+                let why =
+                    format!("it has or names more than {MAX_FILES} files, more than the agent watches; remove some");
                 Err(TrustError::Policy { path, why })
             }
         }

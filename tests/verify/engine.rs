@@ -20,7 +20,7 @@ async fn engine_that_does_not_enforce_is_refused() {
     let mut engines = vec![
         (node.path("missing"), "No such file"),
         (node.path("registries.d"), "Permission denied"),
-        (node.engine("mute", "exit 0"), "does not tell its version"),
+        (node.engine("mute", "exit 0"), "does not report its version"),
         (node.engine("broken", "echo 'cannot load library' >&2; exit 127"), "cannot load library"),
         (node.engine("other", "echo 'podman version 5.4.0'"), "podman version"),
         (node.engine("ignores-policy", &claims("1.13.3", "exec $REAL \"$@\"")), "1.13 does not enforce"),

@@ -260,13 +260,9 @@ async fn identity_mismatch_comes_with_a_hint() {
     let remap = Identity::RemapIdentity { prefix: host.clone(), signed_prefix: "s.example".to_owned() };
     for (identity, rule, hint) in [
         (own.clone(), Identity::MatchRepoDigestOrExact, "matchRepository"),
-        (format!("s.example/{REPO}"), remap, "remapIdentity wants one"),
-        (own.clone(), Identity::ExactReference(format!("{own}:v1")), "accepts the identity"),
-        (
-            own.clone(),
-            Identity::ExactRepository("q.example/os".to_owned()),
-            "accepts signatures for q.example/os alone",
-        ),
+        (format!("s.example/{REPO}"), remap, "remapIdentity needs one"),
+        (own.clone(), Identity::ExactReference(format!("{own}:v1")), "accepts only the identity"),
+        (own.clone(), Identity::ExactRepository("q.example/os".to_owned()), "accepts only signatures for q.example/os"),
         (copied, Identity::MatchRepository, "this is a copy"),
         (format!("{own}:tag"), Identity::MatchExact, "matchExact never accepts a reference by digest"),
     ] {
@@ -297,7 +293,7 @@ async fn scope_that_does_not_match_is_named() {
             node.policy(&policy.scope(&scope, [node.requirement()]));
             let outcome = node.verify(&pushed.pullspec()).await;
             let said = outcome.refused(reason);
-            assert!(said.contains(&format!("; {scope} looks like it and does not apply")), "{said}");
+            assert!(said.contains(&format!("; the scope {scope} is similar but does not apply")), "{said}");
         }
     }
 }

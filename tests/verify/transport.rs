@@ -225,7 +225,7 @@ async fn malformed_proxy_is_named_without_its_password() {
     for (url, why) in [
         ("http://node:s3cret%@proxy.example:1", "it has a raw `%`"),
         ("http://node:s3cret#@proxy.example:1", "it has a raw `#`"),
-        ("http://node:s3cret@proxy.example:port", "it does not parse"),
+        ("http://node:s3cret@proxy.example:port", "it is not a URL"),
         ("ftp://node:s3cret@proxy.example", "its scheme is none of"),
     ] {
         let outcome = node.verify_with(&spec, &[("HTTPS_PROXY", url)]).await;
