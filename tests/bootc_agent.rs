@@ -200,7 +200,7 @@ async fn foreign_stage_is_staged_over_once_and_then_left_alone() {
     stage.says_after(&format!("staged {}", stage.world.installed.pullspec()), "Done: ").await;
     bootc.human_switch(&other.pullspec(), false).await.unwrap();
     stage.says("was staged again by hand").await;
-    assert!(stage.said().iter().any(|line| line.contains("`ostree admin undeploy 0` drops it")));
+    assert!(stage.said().iter().any(|line| line.contains("drop it with `ostree admin undeploy 0`")));
     // The node was Done all the time.
     let told = |event: &Event| matches!(event, Event::NodeChanged { manager, .. } if manager == "rebase-agent");
     assert_eq!(stage.count(told), 0, "{:#?}", stage.seen.lock().unwrap());

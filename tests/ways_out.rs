@@ -185,7 +185,7 @@ fn existing_commands_are_accepted_as_a_way_out() {
         "too old; the floor is --minimum-created",
         "too old (REBASE_AGENT_MINIMUM_CREATED)",
         "the image has no signature; sign it",
-        "the drain is late; see the machine-config-controller's log. The request stands",
+        "the drain is late; see the machine-config-controller's log. The agent keeps waiting",
         "see `rebase-agent explain --json`",
     ] {
         assert_eq!(names_a_way_out(message), Ok(()), "{message}");

@@ -1,4 +1,4 @@
-//! Rows 23 and 24: what holds up the reboot, and the drain.
+//! Rows 23 and 24: the hindrances of the reboot, and the drain.
 
 use super::limits::{DRAIN_PATIENCE, MINUTE, RESTORE_SPREAD, SOON};
 use super::reboot::rebooting;
@@ -8,13 +8,15 @@ use crate::model::annotations::HOLD;
 use crate::model::{Action, Annotate, NodeState, Reason, UnitState, Work, printable};
 
 impl Rules<'_> {
-    /// Row 23: everything that may hold up the reboot holds it up before the drain.
+    /// Row 23: all hindrances of the reboot are checked before the drain.
     pub(super) fn hindrance(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let working = |reason, message: String| by(Rule::Hindrance, reason, message).state(NodeState::Working);
         let image = wanted.image.digest().short();
         if let Some(why) = &self.node.hold {
-            let message =
-                format!("{image} is staged and held: {}. Remove the annotation {HOLD} to go on", printable(why, 200));
+            let message = format!(
+                "{image} is staged and held: {}. Remove the annotation {HOLD} to continue",
+                printable(why, 200)
+            );
             return Some(working(Reason::Held, message));
         }
         if let Some(inhibitor) = self.machine.inhibitors.first() {
@@ -26,14 +28,16 @@ impl Rules<'_> {
         }
         if let Some(left) = self.limits.uptime_floor.checked_sub(self.machine.uptime).filter(|left| *left > 0) {
             let minutes = self.limits.uptime_floor / MINUTE;
-            let message = format!("{image} is staged; no reboot before the machine has been up {minutes} min");
+            let message =
+                format!("{image} is staged; the reboot waits until the machine has been up for {minutes} min");
             return Some(working(Reason::UptimeFloor, message).wake(left));
         }
         match self.machine.finalizer {
             UnitState::Active => None,
             _ => {
                 let decision =
-                    working(Reason::Finalizer, format!("{image} is staged; starting its finalizer")).wake(SOON);
+                    working(Reason::Finalizer, format!("{image} is staged; starting ostree-finalize-staged.service"))
+                        .wake(SOON);
                 Some(match self.failure(&Work::StartFinalizer) {
                     None => decision.doing(Work::StartFinalizer),
                     Some(failure) => {
@@ -45,8 +49,8 @@ impl Rules<'_> {
         }
     }
 
-    /// Row 23: after a restore of etcd, Nodes say that they run an older image. MCC takes them for done, so it does not
-    /// keep them to maxUnavailable; chance has to.
+    /// Row 23: after a restore of etcd, all Nodes name an older image as current. MCC counts them as done, so it does not
+    /// apply maxUnavailable. A random wait spreads the drains instead.
     pub(super) fn restored(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let node = self.node;
         let asked_for = !node.is_current_image_desired() || node.desired_config != node.current_config;
@@ -58,8 +62,8 @@ impl Rules<'_> {
         let left =
             self.memory.spread.checked_sub(self.waited(Clock::RestoreSpread, &subject)).filter(|left| *left > 0)?;
         let message = format!(
-            "the Node names {} as current and another image runs, as after a restore of etcd; it is staged, and the \
-             drain waits a random time of up to {} min so that not all nodes drain at once",
+            "the Node names {} as current but another image runs, as after a restore of etcd; the image is staged, and \
+             the drain waits a random time of up to {} min so that not all nodes drain at once",
             wanted.image.digest().short(),
             RESTORE_SPREAD / MINUTE
         );
@@ -69,7 +73,7 @@ impl Rules<'_> {
 
     /// Row 24.
     pub(super) fn drain(&self, wanted: &Wanted<'_>) -> Option<Decision> {
-        // The workloads of a single node have nowhere to go.
+        // On a single-node cluster the workloads cannot move to another node.
         if self.node.topology.as_deref() == Some("SingleReplica") {
             return None;
         }
@@ -80,7 +84,8 @@ impl Rules<'_> {
             by(Rule::Drain, reason, message).state(NodeState::Working).clock(Clock::Drain, value.clone())
         };
         if desired != Some(value.as_str()) {
-            // The controller compares strings: a drain asked for before the uncordon is acknowledged would count as done.
+            // The controller compares strings: a drain that is requested before the uncordon is acknowledged would count
+            // as done.
             if let Some(uncordon) =
                 desired.filter(|desired| desired.starts_with("uncordon-") && applied != Some(*desired))
             {
@@ -96,22 +101,22 @@ impl Rules<'_> {
                 pending(Reason::DrainPending, message).wake(DRAIN_PATIENCE.saturating_sub(waited))
             } else {
                 let message = "the drain has taken over an hour; look for a PodDisruptionBudget that allows no \
-                               eviction: `oc get pdb -A`, and the machine-config-controller's log. The \
-                               request stands";
+                               eviction (`oc get pdb -A`) and see the machine-config-controller's log. The drain \
+                               controller keeps trying";
                 pending(Reason::DrainStuck, message.to_owned()).state(NodeState::Degraded)
             });
         }
-        // A reboot that may not be tried yet needs no fresh look, and a look would change the reason to and fro.
+        // While the retry of a failed reboot is not due, another read is useless and would toggle the reason.
         let reboot = self.failure(&Work::Reboot { image: wanted.image.clone() });
         let not_due = reboot.is_some_and(|failure| self.due_in(failure, Backoff::TRANSIENT) > 0);
         match self.node.schedulable {
             Some(false) => None,
             None if not_due => None,
-            // Part of the reboot already; the cluster is told when it is certain.
+            // This read belongs to the reboot, so no state is reported before its result.
             None => Some(rebooting(wanted).doing(Action::ConfirmDrain)),
             Some(true) => {
-                let message = "the node was uncordoned by hand after the drain; the agent uncordons it and drains it \
-                               again";
+                let message = "the node was uncordoned by hand after the drain; the agent requests the uncordon and \
+                               then the drain again";
                 Some(
                     pending(Reason::UncordonedByOther, message.to_owned())
                         .doing(Annotate::RequestUncordon { value: self.uncordon(wanted.config) }),

@@ -1,4 +1,4 @@
-//! Rows 4 to 9: is there an image to follow, and what must stop or go because it is not that one.
+//! Rows 4 to 9: the desired image, and the work and deployments of other images, which the agent stops and drops.
 
 use super::limits::{MINUTE, OTHER_DAEMON_QUIET, SOON};
 use super::{Decision, Rule, Rules, Wanted, by};
@@ -14,8 +14,8 @@ impl<'a> Rules<'a> {
         (quiet_in > 0).then(|| {
             let who = printable(&other.manager, 100);
             let message = format!(
-                "`{who}` writes this node's state; standing aside until it has been silent for 15 min. Take the node \
-                 out of its DaemonSet, or disable rebase-agent.service"
+                "`{who}` writes this node's state; the agent does nothing until `{who}` has not written for 15 min. Take \
+                 the node out of its DaemonSet, or disable rebase-agent.service"
             );
             self.rest(by(Rule::OtherDaemon, Reason::OtherDaemon, message).wake(quiet_in.min(MINUTE)))
         })
@@ -29,14 +29,14 @@ impl<'a> Rules<'a> {
         let desired = match (&node.desired_image, &node.current_image) {
             (Some(desired), _) => desired,
             (None, None) => {
-                let message = "this pool has no layered image; waiting until it gets one";
+                let message = "this pool has no layered image; the agent waits until it has one";
                 return Err(Box::new(by(Rule::NotLayered, Reason::NotLayered, message)));
             }
             (None, Some(_)) => {
-                let message = "the pool left layering, and going back to a non-layered OS needs files written on the \
-                               node: hand it back to the Machine Config Daemon (see README, hand-back), or give the \
-                               pool a MachineOSConfig again, and raise the pool's maxUnavailable until this node has its \
-                               image, because MCC gives a stuck node an image only where a slot is free";
+                let message = "the pool no longer has a layered image, and going back to a non-layered OS needs files \
+                               written on the node: hand it back to the Machine Config Daemon (see README, hand-back), \
+                               or give the pool a MachineOSConfig again, and raise the pool's maxUnavailable until this \
+                               node has its image, because MCC gives a stuck node an image only if a slot is free";
                 let decision =
                     by(Rule::LayeringReverted, Reason::LayeringReverted, message).state(NodeState::Unreconcilable);
                 return Err(Box::new(self.rest(decision)));
@@ -44,50 +44,55 @@ impl<'a> Rules<'a> {
         };
         let image = desired.image().map_err(|error| {
             let message = format!(
-                "desiredImage cannot be followed: {error}. It is copied from the MachineOSConfig's \
+                "desiredImage is not usable: {error}. It is copied from the MachineOSConfig's \
                  status.currentImagePullSpec; correct it there"
             );
             Box::new(self.refuse(Rule::Malformed, Reason::ImageMalformed, message))
         })?;
         let config = node.desired_config.as_deref().ok_or_else(|| {
             let message =
-                "desiredImage is set and desiredConfig is not; the machine-config-controller writes both, see its log";
+                "desiredImage is set but desiredConfig is not; see the log of the machine-config-controller, which writes \
+                 both";
             Box::new(self.refuse(Rule::Malformed, Reason::ConfigMissing, message))
         })?;
         let facts = self.memory.verified.get(image);
         Ok(Wanted { image, config, facts })
     }
 
-    /// Row 5: what this node was installed with is not published yet.
+    /// Row 5: the annotations of the installed image are not published yet.
     fn first_boot(&self) -> Decision {
         const KEYS: [&str; 5] = ["currentConfig", "desiredConfig", "currentImage", "desiredImage", "state"];
-        // Of an image booted into a custom pool, MCC labels the Node for that pool by it.
+        // MCC uses it to label a Node that was installed into a custom pool.
         const FIRST_PIVOT: &str = "firstPivotConfig";
         let Some(booted) = self.host.booted() else {
             return by(
                 Rule::FirstBoot,
                 Reason::HostNotImageMode,
-                "no deployment is booted, so there is nothing to publish",
+                "no deployment is booted, so the agent has no image to publish",
             );
         };
         let value = |key: &str| self.machine.first_boot.as_ref()?.get(&format!("{MCO}{key}"));
         let publish = |mut pairs: Vec<(&str, String)>| {
             pairs.extend(value(FIRST_PIVOT).map(|config| (FIRST_PIVOT, config.clone())));
             let annotations = pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-            by(Rule::FirstBoot, Reason::FirstBoot, "publishing what this node was installed with")
-                .doing(Annotate::FirstBoot { annotations })
+            by(
+                Rule::FirstBoot,
+                Reason::FirstBoot,
+                "publishing the annotations of the image that this node was installed with",
+            )
+            .doing(Annotate::FirstBoot { annotations })
         };
         if self.machine.first_boot.is_some() {
             let Some(image) = value("currentImage") else {
                 return by(
                     Rule::NotLayered,
                     Reason::NotLayered,
-                    "this node was installed without a layered image; waiting for one",
+                    "this node was installed without a layered image; the agent waits until the pool has one",
                 );
             };
             let is_booted = |image| is_image(booted, &image, None) || is_named(booted, &image);
             if parse(image).is_ok_and(is_booted) && value("currentConfig").is_some() {
-                // What MCC has already decided stays.
+                // Values that MCC has already written stay.
                 let decided = |key: &str| match key {
                     "desiredConfig" => self.node.desired_config.is_some(),
                     "desiredImage" => self.node.desired_image.is_some(),
@@ -110,16 +115,15 @@ impl<'a> Rules<'a> {
                 ])
             }
             _ => {
-                let message = "the booted image carries no `machineconfig` label, so it cannot be told which rendered \
-                               config it stands for; build it with on-cluster layering, or annotate the Node with \
+                let message = "the booted image has no `machineconfig` label, so the rendered config that it was built \
+                               from is unknown; build it with on-cluster layering, or annotate the Node with \
                                currentConfig and currentImage";
                 by(Rule::FirstBoot, Reason::BootedConfigUnknown, message).state(NodeState::Degraded)
             }
         }
     }
 
-    /// While nothing valid is desired, what was begun for an image is stopped; a node that was drained is given back
-    /// first.
+    /// Stops work on an image while no valid image is desired. The uncordon of a drained node comes first.
     pub(super) fn without_work(&self, decision: Decision) -> Decision {
         match &self.observed.running {
             Some(running) if for_image(running).is_some() && decision.action == Action::Nothing => {
@@ -129,7 +133,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// Row 9, what we do ourselves for an image that is no longer desired.
+    /// Row 9: our own work on an image that is no longer desired.
     pub(super) fn obsolete(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         if let Some(running) = &self.observed.running {
             if let Some(image) = for_image(running).filter(|image| *image != wanted.image) {
@@ -152,8 +156,8 @@ impl<'a> Rules<'a> {
         Some(self.begin(decision, Work::CancelTransaction { digest: ours.clone() }))
     }
 
-    /// Row 9. Packages that a person layered onto the desired image make it another one, and a rebase would carry them
-    /// along. What is locked does not boot, and staging replaces it.
+    /// Row 9: a staged deployment that is not desired. The desired image with packages layered on it counts as another
+    /// one, because a rebase would keep the packages. A locked deployment does not boot, and staging replaces it.
     pub(super) fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let Some(staged) = self.host.staged() else { return self.left_first(wanted) };
         let unverified = wanted.facts.is_none() && is_named(staged, wanted.image);
@@ -171,8 +175,8 @@ impl<'a> Rules<'a> {
         self.drop_other(wanted, checksum, &what)
     }
 
-    /// Row 9 for a deployment of this agent's that the host went back from: the boot loader's fall-back leaves it first
-    /// in boot order. While it is desired, row 16 drops it.
+    /// Row 9: a deployment of an earlier attempt that the host went back from. The boot loader's fall-back leaves it first
+    /// in boot order. While its image is desired, row 16 drops it.
     fn left_first(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let attempted = self.node.attempt.as_ref()?.deployment.as_ref()?;
         let first = self.host.next_boot().filter(|next| !next.booted && next.id == *attempted)?;
@@ -183,10 +187,11 @@ impl<'a> Rules<'a> {
     fn drop_other(&self, wanted: &Wanted<'_>, checksum: String, what: &str) -> Option<Decision> {
         let stages = matches!(self.observed.running, Some(Work::Stage { .. }));
         if stages || self.host.transaction.is_some() {
-            // On the way row 19 waits for it; what has arrived must not settle meanwhile.
+            // If the desired image is not booted yet, row 19 waits for it. If it is, it must not settle meanwhile.
             let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
-            let message =
-                format!("{what} boots next and is not desired; dropping it when the host's transaction has ended");
+            let message = format!(
+                "{what} boots next and is not desired; the agent drops it when the host's transaction has ended"
+            );
             return arrived.then(|| by(Rule::NotDesired, Reason::StagedByOther, message).wake(SOON));
         }
         if self.memory.dropped.contains(&checksum) {
@@ -195,7 +200,7 @@ impl<'a> Rules<'a> {
         let drop = Work::DropStaged { checksum };
         let message = match self.failure(&drop) {
             Some(failure) if !self.is_running(&drop) => {
-                format!("{what} boots next and is not desired, and cannot be dropped: {}", failure.fault.message)
+                format!("{what} boots next and is not desired; dropping it failed: {}", failure.fault.message)
             }
             _ => format!("dropping {what}, which boots next and is not desired"),
         };
@@ -205,15 +210,15 @@ impl<'a> Rules<'a> {
 
     fn staged_again(&self, what: &str) -> Decision {
         let message = format!(
-            "{what} was staged again by hand after it had been dropped; waiting. {} drops it; a pool's own image is set \
-             in its MachineOSConfig",
+            "{what} was staged again by hand after the agent had dropped it; drop it with {}. To run another image, set \
+             it in the pool's MachineOSConfig",
             self.host.backend.drop_by_hand()
         );
         by(Rule::NotDesired, Reason::StagedByOther, message)
     }
 
-    /// Row 9 where nothing can be dropped: the desired image is staged over what is not desired. On the way, rows 17 to
-    /// 21 do that anyway. Where it runs already it is staged once more: that changes the host, so it is verified first.
+    /// Row 9 for a backend that cannot drop: the desired image is staged over the other one. If it is not booted, rows 17
+    /// to 21 do that anyway. If it is booted, it is staged again, and verified first, because that changes the host.
     fn stage_over(&self, wanted: &Wanted<'_>, checksum: &str, what: &str) -> Option<Decision> {
         let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
         let message = format!("staging the running image over {what}, which is staged and not desired");
@@ -229,7 +234,8 @@ impl<'a> Rules<'a> {
         }
         let by_hand = |why: &str| {
             let message = format!(
-                "{what} is staged and not desired, and the running image cannot be staged over it: {why}. {} drops it",
+                "{what} is staged and not desired, and the running image cannot be staged over it: {why}. Drop it with \
+                 {}",
                 self.host.backend.drop_by_hand()
             );
             by(Rule::NotDesired, Reason::StagedByOther, message)
@@ -239,13 +245,13 @@ impl<'a> Rules<'a> {
             Some(facts) if facts.bootable && facts.architecture == self.machine.architecture => {
                 Work::Stage { image: wanted.image.clone() }
             }
-            Some(_) => return Some(by_hand("it says of itself that this machine cannot boot it")),
+            Some(_) => return Some(by_hand("it is built for another architecture or is not bootable")),
         };
         Some(match self.failure(&work) {
             None => decision.doing(work),
             Some(failure) => {
                 let mut decision = by_hand(&printable(&failure.fault.message, 600));
-                // A node that is Done stays Done when a person stages something on it.
+                // A node that is Done stays Done when a person stages another image on it.
                 if self.is_coherently_done() {
                     decision = self.report_trust(decision, failure);
                 } else {

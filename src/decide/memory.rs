@@ -1,4 +1,4 @@
-//! What the process remembers between two decisions.
+//! The memory of the process between two decisions.
 
 use std::collections::BTreeMap;
 
@@ -10,36 +10,36 @@ use crate::model::{
     Severity, UnitState, Work,
 };
 
-/// How many dropped checksums are remembered; a host has few deployments.
+/// Most dropped checksums that are remembered; a host has few deployments.
 const DROPPED: usize = 32;
 
-/// How work has failed so far.
+/// The failures of one piece of work so far.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// What failed; it says nothing of work on something else.
+    /// The failed work. The failure does not count for the same kind of work on another object.
     pub work: Work,
     /// The last error.
     pub fault: Fault,
-    /// When the first of an unbroken row happened, on the monotonic clock.
+    /// Time of the first failure without a success since, on the monotonic clock.
     pub first: u64,
-    /// When the last one happened.
+    /// Time of the last failure.
     pub last: u64,
-    /// How many there were.
+    /// Number of failures since the first.
     pub count: u32,
 }
 
 /// How a task ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It did what it was for. Verification found out what is given here.
+    /// The work succeeded. Verification returns the facts of the image.
     Succeeded(Option<ImageFacts>),
-    /// It was told to stop, and did.
+    /// The task was cancelled.
     GaveUp,
-    /// It failed.
+    /// The work failed.
     Failed(Fault),
 }
 
-/// A wait whose length matters.
+/// A wait whose duration is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs, reason = "named after the rule that waits")]
@@ -55,46 +55,46 @@ pub enum Clock {
     OutOfService,
 }
 
-/// Since when, and for what.
+/// The start of a wait, and its subject.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Since {
-    /// A change of subject restarts the clock.
+    /// The subject. A new one restarts the clock.
     pub subject: String,
-    /// On the monotonic clock.
+    /// The start, on the monotonic clock.
     pub mono: u64,
 }
 
-/// What the process remembers. All of it may be lost at any moment without harm.
+/// The memory of the process. Its loss at a restart does no harm.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Memory {
     /// Images verified in this process.
     pub verified: BTreeMap<PinnedImage, ImageFacts>,
-    /// Failures that have not been followed by a success; at most one of each kind of work.
+    /// Failures without a success since; at most one for each kind of work.
     pub failures: Vec<Failure>,
-    /// Waits that are under way.
+    /// The current waits.
     pub clocks: BTreeMap<Clock, Since>,
-    /// Staged checksums that were dropped once.
+    /// Checksums of deployments that the agent has dropped.
     pub dropped: Vec<String>,
-    /// The deployment that was dropped because its rendered config cannot be used. A digest never changes.
+    /// The deployment that was dropped because its rendered config cannot be used. Another pull of the same digest would
+    /// have the same fault.
     pub unusable: Option<Deployment>,
-    /// The bootloader update unit has run for this image.
+    /// The image for which the bootloader update has run.
     pub bootloader_updated_for: Option<PinnedImage>,
-    /// The retry annotation when it was last looked at, empty for none; `None` before the first look.
+    /// The last value of the retry annotation, empty if there was none; `None` before the first read.
     pub retry: Option<String>,
-    /// How long this process waits before a drain that only a restored database asks for, in milliseconds; chosen at
-    /// random when it starts.
+    /// How long this process waits before a drain after a restore of etcd, in milliseconds. Random for each process.
     pub spread: u64,
 }
 
 impl Memory {
-    /// How `work` has failed so far.
+    /// The failures of `work` so far.
     #[must_use]
     pub fn failure(&self, work: &Work) -> Option<&Failure> {
         self.failures.iter().find(|failure| failure.work.is(work))
     }
 
-    /// Takes in how a task ended.
+    /// Records the outcome of a task.
     pub fn finished(&mut self, work: &Work, outcome: Outcome, now: Now) {
         match outcome {
             Outcome::Succeeded(verified) => {
@@ -116,7 +116,7 @@ impl Memory {
                     _ => {}
                 }
             }
-            // As the MCD: an old boot loader does not keep the node from its update.
+            // As in the MCD, a failed update of the boot loader does not prevent the update of the OS.
             Outcome::Failed(_) if let Work::UpdateBootloader { image } = work => {
                 self.bootloader_updated_for = Some(image.clone());
             }
@@ -143,37 +143,37 @@ impl Memory {
         });
     }
 
-    /// What was not staged has dropped nothing.
+    /// Staging that failed has replaced no deployment, so the checksums noted for it are forgotten.
     fn gave_up(&mut self, work: &Work) {
         if matches!(work, Work::Stage { .. }) {
             self.dropped.clear();
         }
     }
 
-    /// Forgets how work of this kind failed.
+    /// Forgets the failures of this kind of work.
     fn forget(&mut self, work: &Work) {
         self.failures.retain(|failure| !failure.work.is_like(work));
     }
 
-    /// Withdraws what was verified, and makes verification due: a file that it rests on has changed.
+    /// Discards the verified images and makes verification due, because a file that it depends on has changed.
     pub fn withdraw(&mut self) {
         self.verified.clear();
         self.failures.retain(|failure| !matches!(failure.work, Work::Verify { .. }));
     }
 
-    /// Makes all failed work due if the retry annotation has a new value. What it says when the process starts is no
-    /// request, nor is its removal.
+    /// Makes all failed work due if the retry annotation has a new value. The value at the start of the process and the
+    /// removal of the annotation are no requests.
     pub fn heed_retry(&mut self, node: &NodeFacts) {
         let now = node.retry.clone().unwrap_or_default();
         let before = self.retry.replace(now.clone());
         if before.is_some_and(|before| before != now) && !now.is_empty() {
-            // No delay follows no failure; `first` stays, and with it what has been waited for.
+            // A count of 0 has no delay. `first` stays, so that the time until Degraded goes on.
             self.failures.iter_mut().for_each(|failure| failure.count = 0);
             self.unusable = None;
         }
     }
 
-    /// Starts, keeps or restarts the clock that `decision` waits on; stops those whose cause is visibly gone.
+    /// Starts, keeps or restarts the clock of `decision`, and removes clocks whose cause is gone.
     pub fn note(&mut self, observed: &Observed, decision: &Decision, now: Now) {
         if observed.host.known().is_some() && observed.machine.known().is_some() {
             self.clocks.remove(&Clock::HostUnreadable);
@@ -205,7 +205,8 @@ impl Memory {
             self.unusable = unusable.cloned().or(self.unusable.take());
         }
         if matches!(decision.action, Action::Begin(Work::Stage { .. })) {
-            // What we stage ourselves may be dropped again; what it is staged over is dropped by that.
+            // The image that the agent stages now may be dropped again later. Staging drops the deployment that is staged
+            // now.
             let staged = observed.host.known().and_then(HostFacts::staged);
             self.dropped = staged.map(|staged| staged.checksum.clone()).into_iter().collect();
         }
@@ -238,7 +239,7 @@ mod tests {
             assert_eq!((failure.first, failure.last), (1, 2), "what was waited for stays");
             std::mem::replace(&mut failure.count, 7) == 0
         };
-        // What is there at start is no request, the same value again is none, nor is its removal.
+        // The first value, an unchanged value and the removal are no requests.
         let values = [Some("a"), Some("a"), Some("b"), None, Some("b"), Some(""), Some("c"), Some("c")];
         assert_eq!(values.map(&mut heed), [false, false, true, false, true, false, true, false]);
     }

@@ -1,8 +1,7 @@
-//! The rules, and the one decision that they come to. Pure: no clock, no randomness, no I/O, no panic.
+//! The rules, which make one decision. Pure: no clock, no randomness, no I/O, no panic.
 //!
 //! [`Rule`] is the table: its variants are evaluated in their order, and the first that applies decides. A *refusal*
-//! gives a drained node back to its workloads first: MCC never gives a cordoned node another image, so a refusal on a
-//! node that we drained would hold it for ever.
+//! uncordons a drained node first: MCC never gives a cordoned node another image, so the node would be stuck for ever.
 
 mod drain;
 mod follow;
@@ -29,7 +28,7 @@ use limits::{HOST_PATIENCE, HOST_TOLD, MINUTE, REBOOT_PATIENCE, SOON, TRANSIENT_
 
 macro_rules! rules {
     ($($name:ident $word:literal: when $when:literal, then $then:literal, state $state:literal;)*) => {
-        /// The table of the rules, in the order of their evaluation. A rule's number is its place, from 1.
+        /// The rules in the order of their evaluation. A rule's number is its position, from 1.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(rename_all = "kebab-case")]
         pub enum Rule {
@@ -37,16 +36,16 @@ macro_rules! rules {
         }
 
         impl Rule {
-            /// All of them, in order.
+            /// All rules, in order.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
-            /// Its name in output.
+            /// The name in output.
             #[must_use]
             pub fn name(self) -> &'static str {
                 match self { $(Self::$name => $word,)* }
             }
 
-            /// Its row: when it applies, what it does, and the state it reports.
+            /// The row of the table: when the rule applies, what it does, and the state that it reports.
             #[must_use]
             pub fn row(self) -> [&'static str; 3] {
                 match self { $(Self::$name => [$when, $then, $state],)* }
@@ -70,11 +69,11 @@ rules! {
         state "unchanged; Working after 1 min if it was Working, Degraded after 10 min";
     OtherDaemon "other-daemon":
         when "another daemon wrote `state` or `currentConfig` in the last 15 min",
-        then "stand aside; give a drained node back",
+        then "do nothing; uncordon a drained node",
         state "unchanged";
     FirstBoot "first-boot":
         when "`currentConfig` is missing",
-        then "publish the first-boot file's annotations if its image is booted, else what is booted",
+        then "publish the first-boot file's annotations if its image is booted, else those of the booted image",
         state "as published; Degraded if the booted image's rendered config is unknown";
     NotLayered "not-layered":
         when "neither `desiredImage` nor `currentImage` is set",
@@ -94,7 +93,7 @@ rules! {
         state "unchanged";
     Done "done":
         when "the desired image is booted and the Node says Done for it",
-        then "sleep; verify what is booted in the background",
+        then "wait for a change; verify the booted image in the background",
         state "unchanged";
     ConfigAhead "config-ahead":
         when "the desired image is booted and was built from another rendered config than `desiredConfig`",
@@ -117,13 +116,13 @@ rules! {
         then "write currentConfig, currentImage and Done in one patch",
         state "Done";
     GivenUp "given-up":
-        when "an earlier boot tried this image, and the host went back from it, or two boots did not reach it",
+        when "the host booted this image and went back from it, or two boots did not reach it",
         then "refuse; drop it if it is still first in boot order",
         state "Degraded";
     Verify "verify":
         when "this process has not verified the image",
         then "verify its signature",
-        state "Working; Degraded by the severity of what went wrong";
+        state "Working; Degraded by the severity of the error";
     Unfit "unfit":
         when "the verified image is for another architecture, is not bootable, is too old, or was built from another config",
         then "refuse, or wait for a rebuild",
@@ -139,7 +138,7 @@ rules! {
     Stage "stage":
         when "the image is not staged",
         then "stage it while workloads run",
-        state "Working; Degraded by the severity of what went wrong";
+        state "Working; Degraded by the severity of the error";
     KernelArguments "kernel-arguments":
         when "the staged deployment's kernel arguments differ from its rendered config",
         then "set them (rpm-ostree), or refuse (bootc)",
@@ -149,17 +148,17 @@ rules! {
         then "start the finalizer; else wait, before any drain",
         state "Working";
     Drain "drain":
-        when "the node is not drained, or no longer",
+        when "the node is not drained, or no longer drained",
         then "request the drain and wait for it; confirm it by a read of the whole Node",
         state "Working, Degraded after 1 h";
     Reboot "reboot":
-        when "all of the above holds",
-        then "record the attempt, update the boot loader, look once more, reboot",
+        when "no other rule applies",
+        then "record the attempt, update the boot loader, read everything again, reboot",
         state "Working, Degraded if logind refuses for 15 min";
 }
 
 impl Rule {
-    /// Its place in the table, from 1.
+    /// The position in the table, from 1.
     #[must_use]
     pub fn number(self) -> u8 {
         self as u8 + 1
@@ -172,28 +171,29 @@ impl fmt::Display for Rule {
     }
 }
 
-/// What [`decide`] concludes.
+/// The result of [`decide`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// The rule that applies.
     pub rule: Rule,
-    /// The one thing to do.
+    /// The next action.
     pub action: Action,
-    /// The stable word.
+    /// The reason word.
     pub reason: Reason,
-    /// A sentence with the way out. The same situation gives the same words: no counters, no clock times.
+    /// A sentence that also says what to do. It has no counters and no times, so that it is the same for the same
+    /// situation.
     pub message: String,
-    /// The state to report; `None` leaves what is there.
+    /// The state to report; `None` keeps the current one.
     pub state: Option<NodeState>,
-    /// May replace Degraded or Unreconcilable by Working.
+    /// The state may replace Degraded or Unreconcilable by Working.
     pub unsticks: bool,
-    /// Look again at the latest after so many milliseconds; `None`: when something changes.
+    /// Decide again after this time at the latest, in milliseconds; `None` waits for a change.
     pub wake: Option<u64>,
     /// The clock this decision waits on, and its subject.
     pub clock: Option<(Clock, String)>,
 }
 
-/// The one next action, why, and what to report.
+/// Decides the next action, the reason for it, and the state to report.
 #[must_use]
 pub fn decide(observed: &Observed, memory: &Memory, limits: &Limits, now: Now) -> Decision {
     let node = match &observed.cluster {
@@ -247,7 +247,7 @@ impl Decision {
     }
 }
 
-/// An accepted reboot keeps everything else still, but not for ever.
+/// Whether an accepted reboot is still expected to begin. Until then the agent starts no other work.
 fn going_down(memory: &Memory, now: Now) -> bool {
     memory.clocks.get(&Clock::RebootAccepted).is_some_and(|since| now.mono.saturating_sub(since.mono) < REBOOT_PATIENCE)
 }
@@ -263,7 +263,7 @@ fn unreadable(rule: Rule, fault: &Fault) -> Decision {
 fn host_unreadable(node: &NodeFacts, fault: &Fault, memory: &Memory, now: Now) -> Decision {
     let decision = unreadable(Rule::HostUnreadable, fault).clock(Clock::HostUnreadable, "").wake(SOON);
     let waited = memory.clocks.get(&Clock::HostUnreadable).map_or(0, |since| now.mono.saturating_sub(since.mono));
-    // A node that follows no image, or another daemon, is not ours to degrade.
+    // The agent does not report a node that follows no image, or that another daemon manages.
     let ours = node.desired_image.is_some() && node.other_writer.is_none();
     let works = node.state.as_deref() == Some(NodeState::Working.as_str());
     match waited {
@@ -284,7 +284,7 @@ struct Rules<'a> {
     now: Now,
 }
 
-/// What is wanted, once rows 5 to 8 are past.
+/// The desired image and config. They are known if none of rows 5 to 8 applies.
 struct Wanted<'a> {
     image: &'a PinnedImage,
     config: &'a str,
@@ -313,8 +313,8 @@ impl<'a> Rules<'a> {
         is_image(deployment, wanted.image, wanted.facts)
     }
 
-    /// Whether the booted deployment is the desired image. Of an index that this process has not verified yet, the
-    /// reference is believed where this agent booted it or has reported Done for it before.
+    /// Whether the booted deployment is the desired image. For an index that this process has not verified yet, the
+    /// reference is enough if this agent booted it or has reported Done for it.
     fn runs(&self, booted: &Deployment, wanted: &Wanted<'_>) -> bool {
         let tried =
             self.node.attempt.as_ref().is_some_and(|attempt| {
@@ -324,7 +324,7 @@ impl<'a> Rules<'a> {
         self.is_wanted(booted, wanted) || believed && is_named(booted, wanted.image)
     }
 
-    /// Whether the Node says Done for exactly what is desired.
+    /// Whether the Node reports Done for the desired image and config.
     fn is_coherently_done(&self) -> bool {
         self.node.state.as_deref() == Some(NodeState::Done.as_str())
             && self.node.current_config == self.node.desired_config
@@ -345,7 +345,7 @@ impl<'a> Rules<'a> {
         self.memory.failure(work)
     }
 
-    /// Milliseconds until `failure` may be tried again.
+    /// Milliseconds until the failed work is retried.
     fn due_in(&self, failure: &Failure, backoff: Backoff) -> u64 {
         failure.last.saturating_add(backoff.delay(failure.count)).saturating_sub(self.now.mono)
     }
@@ -363,7 +363,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// Work that has failed, in the failure's own words.
+    /// The decision for failed work, with the message of the failure.
     fn failed(&self, rule: Rule, failure: &Failure) -> Decision {
         let decision = by(rule, failure.fault.reason, failure.fault.message.clone());
         let lasts = failure.first.saturating_add(self.patience(failure.fault.reason));
@@ -373,7 +373,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// `decision` with `work`, unless that has failed and may not be tried again yet.
+    /// `decision` with `work` as its action, unless the work has failed and its retry is not due.
     fn begin(&self, decision: Decision, work: Work) -> Decision {
         match self.failure(&work) {
             None => decision.doing(work),
@@ -381,8 +381,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// `decision` until the work that failed may be tried again, then `work`; what the decision itself has to do comes
-    /// first.
+    /// `decision`, with `work` as its action once the retry is due. An action that the decision already has comes first.
     fn when_due(&self, decision: Decision, failure: &Failure, work: Work) -> Decision {
         let fatal = failure.fault.reason.severity() == Severity::Fatal;
         match self.due_in(failure, if fatal { Backoff::REFUSAL } else { Backoff::TRANSIENT }) {

@@ -1,14 +1,14 @@
-//! What a refusal and a long wait have in common: the node goes back into service, and what is refused does not boot.
+//! Refusals and long waits: the node is uncordoned, and a refused image is kept from booting.
 
 use super::limits::{MAX_REFUSAL, MAX_WAIT, OUT_OF_SERVICE_PATIENCE, SOON};
 use super::{Clock, Decision, Rule, Rules, Wanted, by};
 use crate::backoff::Backoff;
 use crate::model::{Action, Annotate, Deployment, NodeState, Reason, Work, is_named, printable};
 
-/// How another image reaches a node that is stuck: MCC counts it as unavailable and never as failing.
+/// How to give a stuck node another image. MCC counts such a node as unavailable, never as failing.
 pub(super) const RETARGET: &str = "set another image in the pool, and raise the pool's maxUnavailable until this node \
-                                   has it, because MCC gives a stuck node another image only where a slot is free";
-/// Makes an uncordon differ from one that was acknowledged before; to the controller the rest is opaque.
+                                   has it, because MCC gives a stuck node another image only if a slot is free";
+/// Suffix that makes an uncordon request differ from an acknowledged one. The drain controller does not interpret it.
 pub(super) const AGAIN: &str = "-again";
 
 impl Rules<'_> {
@@ -16,27 +16,27 @@ impl Rules<'_> {
         self.rest(by(rule, reason, message).state(NodeState::Degraded))
     }
 
-    /// Rows 12 and 22 for an image whose rendered config cannot be used: its demands are not known, which is not none.
+    /// Rows 12 and 22: refuses an image whose rendered config cannot be used, because its kernel arguments are unknown.
     pub(super) fn config_fault(&self, rule: Rule, deployment: &Deployment) -> Option<Decision> {
         let why = printable(deployment.config_fault.as_deref()?, 400);
         let message =
-            format!("the image carries a rendered config that cannot be used, {why}; build it again and {RETARGET}");
+            format!("the rendered config inside the image cannot be used, {why}; build the image again and {RETARGET}");
         Some(self.refuse(rule, Reason::ImageInvalid, message))
     }
 
-    /// Gives the node back if the decision is a refusal.
+    /// Uncordons a drained node if the decision is a refusal.
     pub(super) fn rest_if_refused(&self, decision: Decision) -> Decision {
         if decision.state == Some(NodeState::Degraded) { self.rest(decision) } else { decision }
     }
 
-    /// A refusal: reported at once, and the node given back if we had drained it.
+    /// Makes `decision` a refusal: it is reported at once, and a node that the agent has drained is uncordoned.
     pub(super) fn rest(&self, decision: Decision) -> Decision {
         let config = self.node.desired_config.as_deref().or(self.node.current_config.as_deref()).unwrap_or("unknown");
         match self.node.desired_drain.as_deref() {
             Some(drain) if drain.starts_with("drain-") => {
                 decision.doing(Annotate::RequestUncordon { value: self.uncordon(config) }).wake(SOON)
             }
-            // Not acknowledged yet: the decision's own action waits.
+            // The uncordon is not acknowledged yet, so the decision's own action waits.
             Some(_) if self.node.desired_drain != self.node.last_applied_drain => {
                 Decision { action: Action::Nothing, ..decision }
             }
@@ -44,9 +44,8 @@ impl Rules<'_> {
         }
     }
 
-    /// No wait keeps a drained node out of service for ever: in the end it is Degraded and given back, and drained again
-    /// once the wait is over. Rows 24 and 25 have limits of their own, the uptime floor ends by itself, and a hold is an
-    /// operator's wish.
+    /// Limits how long a drained node waits: then it is Degraded and uncordoned, and drained again after the wait. Rows 24
+    /// and 25 have their own limits, the uptime floor ends by itself, and a hold is the operator's decision.
     pub(super) fn not_for_ever(&self, decision: Decision) -> Decision {
         let drain = self.node.desired_drain.as_ref().filter(|drain| drain.starts_with("drain-"));
         let limited =
@@ -60,32 +59,34 @@ impl Rules<'_> {
             return decision.clock(clock, subject).wake(wake);
         }
         let message = format!(
-            "{}. The node has waited drained for over 30 min, so it is uncordoned, and drained again when it need not \
-             wait; see `journalctl -u rebase-agent`",
+            "{}. The node has been drained and waiting for over 30 min, so it is uncordoned now and drained again after \
+             the wait; see `journalctl -u rebase-agent`",
             printable(decision.message.trim_end_matches('.'), MAX_WAIT)
         );
         self.rest(Decision { message, ..decision }.state(NodeState::Degraded).clock(clock, subject))
     }
 
-    /// The uncordon to ask for. The drain controller compares strings: one that it acknowledged before a drain that it
-    /// may have begun would count as done already, and the node would stay cordoned.
+    /// The value of the uncordon request. The drain controller compares strings: a value that it acknowledged before the
+    /// last drain would count as done, and the node would stay cordoned.
     pub(super) fn uncordon(&self, config: &str) -> String {
         let value = format!("uncordon-{config}");
         let stale = self.node.last_applied_drain.as_ref() == Some(&value);
         if stale && self.node.desired_drain.as_ref() != Some(&value) { value + AGAIN } else { value }
     }
 
-    /// A refusal reaches the disk: what is refused must not boot at the next orderly reboot either. Dropping it goes
-    /// before the decision's own action. `rejected` is what would boot next.
+    /// Drops the refused deployment `rejected`, so that it does not boot at the next orderly reboot. This comes before the
+    /// decision's own action.
     pub(super) fn keep_from_booting(&self, decision: Decision, rejected: &Deployment) -> Decision {
         let checksum = &rejected.checksum;
         if !self.host.backend.drops_staged() || self.memory.dropped.contains(checksum) {
-            let how = if rejected.staged { "is staged" } else { "is first in boot order" };
-            let message = format!(
-                "{}. It {how} and boots next all the same; drop it with {}",
-                printable(decision.message.trim_end_matches('.'), MAX_REFUSAL),
-                self.host.backend.drop_by_hand()
-            );
+            let (why, command) =
+                (printable(decision.message.trim_end_matches('.'), MAX_REFUSAL), self.host.backend.drop_by_hand());
+            let message = match rejected.staged {
+                true => format!("{why}. The refused image is staged and boots next; drop it with {command}"),
+                false => {
+                    format!("{why}. The refused image is first in boot order and boots next; drop it with {command}")
+                }
+            };
             return Decision { message, ..decision };
         }
         if self.observed.running.is_some() || self.host.transaction.is_some() {
@@ -105,7 +106,7 @@ impl Rules<'_> {
         }
     }
 
-    /// [`Rules::keep_from_booting`] for a refusal of the desired image, if that boots next.
+    /// Applies [`Rules::keep_from_booting`] to a refusal of the desired image, if that boots next.
     pub(super) fn refused_on_disk(&self, decision: Decision, wanted: &Wanted<'_>) -> Decision {
         let is_it = |next: &&Deployment| self.is_wanted(next, wanted) || is_named(next, wanted.image);
         match self.host.next_boot().filter(|next| !next.booted).filter(is_it) {

@@ -1,4 +1,4 @@
-//! Rows 10 to 15: the desired image runs.
+//! Rows 10 to 15: the desired image is booted.
 
 use super::limits::{
     CONFIG_AHEAD_DEGRADED, CONFIG_AHEAD_WORKING, HEALTH_PATIENCE, HEALTH_POLL, MAX_UNTRUSTED, SOON, UNCORDON_PATIENCE,
@@ -7,7 +7,7 @@ use super::refuse::AGAIN;
 use super::{Clock, Decision, Failure, Rule, Rules, Wanted, by};
 use crate::backoff::Backoff;
 use crate::kernel_arguments::{missing, not_in_effect};
-use crate::model::{Action, Annotate, Deployment, Fault, NodeState, Reason, UnitState, Work, printable};
+use crate::model::{Action, Annotate, Backend, Deployment, Fault, NodeState, Reason, UnitState, Work, printable};
 
 impl Rules<'_> {
     pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
@@ -22,13 +22,21 @@ impl Rules<'_> {
         }
         let demanded = booted.wanted_arguments.as_deref().unwrap_or_default();
         if let Some(first) = not_in_effect(demanded, &self.machine.command_line, booted.arguments.as_deref()) {
-            let help = match booted.arguments.as_deref().is_some_and(|entry| missing(demanded, entry).is_none()) {
-                true => "its boot entry has them, so correct what the boot loader makes of them and reboot",
-                false => self.host.backend.set_arguments(),
+            let in_entry = booted.arguments.as_deref().is_some_and(|entry| missing(demanded, entry).is_none());
+            let help = match (in_entry, self.host.backend) {
+                (true, _) => {
+                    "The boot entry has them, so correct the boot loader's configuration, which changes them, and \
+                     reboot, or remove them from the config"
+                }
+                (false, Backend::RpmOstree) => {
+                    "Put them at the end with `rpm-ostree kargs --editor` and reboot, or remove them from the config"
+                }
+                (false, Backend::Bootc) => {
+                    "Let the image bring them in `/usr/lib/bootc/kargs.d`, or remove them from the config"
+                }
             };
             let message = format!(
-                "the kernel runs without `{}`, or not with all of `{}` in this order, which {} demands; {help}, or take \
-                 them out of the config",
+                "the running kernel lacks `{}`, or does not have all of `{}` in this order, which {} demands. {help}",
                 printable(first, 200),
                 printable(&demanded.join(" "), 300),
                 printable(wanted.config, 253)
@@ -41,8 +49,8 @@ impl Rules<'_> {
         self.uncordon_and_settle(wanted)
     }
 
-    /// Row 10. The booted image's trust is looked at in the background; the boot cannot be undone. A refusal is reported
-    /// on the Node and at warning, and a queued rollback is shown.
+    /// Row 10. The booted image is verified in the background; the boot cannot be undone. A refusal is reported on the Node
+    /// and logged as a warning. A queued rollback is reported, too.
     fn done(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
         let verify = Work::Verify { image: wanted.image.clone() };
         let ahead = match booted.rendered_config.as_deref().filter(|label| *label != wanted.config) {
@@ -57,8 +65,8 @@ impl Rules<'_> {
             None => by(Rule::Done, Reason::Done, format!("runs {image} for {}; {trust}{ahead}", wanted.config)),
             Some(next) => {
                 let message = format!(
-                    "runs {image} for {}; {trust}{ahead}; the next boot is {}, which is first in boot order: {} \
-                     turns that round",
+                    "runs {image} for {}; {trust}{ahead}; the next boot is {}, which is first in boot order: reverse the \
+                     boot order with {}",
                     wanted.config,
                     printable(next.reference.as_deref().unwrap_or(&next.id), 200),
                     self.host.backend.turn_boot_order()
@@ -80,7 +88,7 @@ impl Rules<'_> {
                 let reason = failure.fault.reason;
                 let decision = if reason.refuses_image() {
                     let message = format!(
-                        "runs {image} for {}, which the node's policy refuses: {reason}: {}",
+                        "runs {image} for {}, but the node's policy refuses the image: {reason}: {}",
                         wanted.config, failure.fault.message
                     );
                     by(Rule::Done, Reason::RunsUntrusted, printable(&message, MAX_UNTRUSTED))
@@ -97,7 +105,8 @@ impl Rules<'_> {
         }
     }
 
-    /// `decision`, but first the Node says that the image that runs is refused, as `failure` of its verification says.
+    /// `decision`, with the action to report on the Node that the policy refuses the booted image. `failure` is the failure
+    /// of its verification.
     pub(super) fn report_trust(&self, decision: Decision, failure: &Failure) -> Decision {
         let Fault { reason, message, .. } = &failure.fault;
         let untrusted = reason.refuses_image().then(|| printable(&format!("{reason}: {message}"), MAX_UNTRUSTED));
@@ -107,7 +116,8 @@ impl Rules<'_> {
         decision.doing(Annotate::ReportTrust { untrusted })
     }
 
-    /// Rows 11 and 18: MCC reuses an image for a change of files only, which an agent that writes none cannot apply.
+    /// Rows 11 and 18: MCC reuses an image if a new config only changes files. The agent writes no files, so it waits for a
+    /// rebuild.
     pub(super) fn config_ahead(&self, rule: Rule, wanted: &Wanted<'_>, label: Option<&str>) -> Option<Decision> {
         let built_from = label.filter(|label| *label != wanted.config)?;
         if self.limits.accept_config_ahead {
@@ -121,8 +131,8 @@ impl Rules<'_> {
             _ => (NodeState::Degraded, (CONFIG_AHEAD_WORKING + CONFIG_AHEAD_DEGRADED).saturating_sub(phase)),
         };
         let message = format!(
-            "the image was built from {} and the pool wants {}: the config changes files only and the image was not rebuilt. Annotate the \
-             pool's MachineOSConfig with machineconfiguration.openshift.io/rebuild",
+            "the image was built from {} but the pool wants {}, which only changes files, so MCO did not rebuild the \
+             image. Annotate the pool's MachineOSConfig with machineconfiguration.openshift.io/rebuild",
             printable(built_from, 253),
             printable(wanted.config, 253)
         );
@@ -130,7 +140,7 @@ impl Rules<'_> {
         Some(Decision { unsticks: true, ..self.rest(decision) }.clock(Clock::ConfigAhead, subject))
     }
 
-    /// Row 13: the one refusal that keeps the node cordoned.
+    /// Row 13. This is the only refusal that keeps the node cordoned.
     fn unhealthy(&self, wanted: &Wanted<'_>) -> Decision {
         let subject = wanted.image.to_string();
         let waited = self.waited(Clock::Health, &subject);
@@ -140,18 +150,23 @@ impl Rules<'_> {
                 .clock(Clock::Health, subject)
                 .wake(HEALTH_POLL);
         }
-        let message = format!(
-            "kubelet.service did not become active in this image, so the node stays cordoned; see `journalctl -u \
-             kubelet`. {} and a reboot go back, and set the pool back first",
-            self.host.backend.go_back()
-        );
+        let message = match self.host.backend {
+            Backend::RpmOstree => {
+                "kubelet.service did not become active in this image, so the node stays cordoned; see `journalctl -u \
+                 kubelet`. To go back, set the pool back first, then run `rpm-ostree rollback` and reboot"
+            }
+            Backend::Bootc => {
+                "kubelet.service did not become active in this image, so the node stays cordoned; see `journalctl -u \
+                 kubelet`. To go back, set the pool back first, then run `bootc rollback` once and reboot"
+            }
+        };
         by(Rule::Health, Reason::HealthFailed, message)
             .state(NodeState::Degraded)
             .clock(Clock::Health, subject)
             .wake(SOON)
     }
 
-    /// Rows 14 and 15. MCD asks for the uncordon on every update, on single-replica clusters too.
+    /// Rows 14 and 15. As the MCD, the agent requests the uncordon after every update, also on single-node clusters.
     fn uncordon_and_settle(&self, wanted: &Wanted<'_>) -> Decision {
         let asked = self.node.desired_drain.as_deref().filter(|drain| {
             let config = drain.strip_prefix("uncordon-").map(|rest| rest.strip_suffix(AGAIN).unwrap_or(rest));
@@ -171,7 +186,7 @@ impl Rules<'_> {
         if self.node.last_applied_drain.as_deref() != Some(value.as_str()) {
             return self.uncordon_pending(Rule::Uncordon, value);
         }
-        by(Rule::Settle, Reason::Settling, "runs the desired image; reporting it")
+        by(Rule::Settle, Reason::Settling, "runs the desired image; reporting Done")
             .state(NodeState::Done)
             .doing(Annotate::Settle)
     }
@@ -183,8 +198,8 @@ impl Rules<'_> {
                 .state(NodeState::Working)
                 .wake(UNCORDON_PATIENCE.saturating_sub(waited))
         } else {
-            let message = "the drain controller has not uncordoned the node; see the machine-config-controller's log. \
-                           The request stands";
+            let message = "the drain controller has not uncordoned the node for 10 min; see the \
+                           machine-config-controller's log. The agent keeps waiting";
             by(rule, Reason::UncordonLate, message).state(NodeState::Degraded)
         };
         decision.clock(Clock::Uncordon, value)

@@ -36,23 +36,18 @@ impl<'a> Rules<'a> {
         }
         let was_to_boot = |d: &Deployment| match &attempt.deployment {
             Some(id) => d.id == *id,
-            // Too long, or of an agent that did not record it.
+            // The id was too long, or an older agent did not record it.
             None => self.is_wanted(d, wanted),
         };
-        // A failed finalization left none, so one that is there is an older one.
+        // After a failed finalization an existing deployment of the image is an older one.
         let finalized = !self.machine.finalize_failed
             && self.host.deployments.iter().any(|d| !d.booted && !d.staged && was_to_boot(d));
-        let cause = if self.machine.finalize_failed {
-            ". The previous boot could not finalize it: see `journalctl -b -1 -u ostree-finalize-staged`"
-        } else {
-            ""
-        };
         let out = format!("delete the annotation {ATTEMPT} to try again, or {RETARGET}");
         let image = wanted.image.digest().short();
         if finalized || attempt.rolled_back {
-            let message = format!("{image} was booted and the host went back to the image before it; {out}");
+            let message = format!("the host booted {image} and went back to the image before it; {out}");
             let decision = self.refuse(Rule::GivenUp, Reason::RolledBack, message);
-            // A fall-back of the boot loader leaves it first in boot order: the next reboot would boot it again.
+            // The boot loader's fall-back leaves it first in boot order, so the next reboot would boot it again.
             let Some(first) = self.host.next_boot().filter(|next| !next.booted && !next.staged && was_to_boot(next))
             else {
                 return Some(decision);
@@ -64,7 +59,13 @@ impl<'a> Rules<'a> {
             return Some(self.keep_from_booting(decision, first));
         }
         (attempt.count >= MAX_BOOTS).then(|| {
-            let message = format!("{image} did not come up in {MAX_BOOTS} boots{cause}; {out}");
+            let message = match self.machine.finalize_failed {
+                true => format!(
+                    "{image} did not come up in {MAX_BOOTS} boots, because the host could not finalize it: see `journalctl \
+                     -b -1 -u ostree-finalize-staged`; {out}"
+                ),
+                false => format!("{image} did not come up in {MAX_BOOTS} boots; {out}"),
+            };
             self.refuse(Rule::GivenUp, Reason::NeverCameUp, message)
         })
     }
@@ -80,7 +81,7 @@ impl<'a> Rules<'a> {
                 .state(NodeState::Working)
         };
         if self.is_running(&verify) {
-            // Looking again must not turn a failure that is being looked at back into a new beginning.
+            // While the retry runs, keep reporting the failure.
             return Err(Box::new(match self.failure(&verify) {
                 Some(failure) => self.unverified(failure),
                 None => verifying(),
@@ -105,7 +106,7 @@ impl<'a> Rules<'a> {
         let image = wanted.image.digest().short();
         if facts.architecture != self.machine.architecture {
             let message = format!(
-                "{image} is built for {} and this machine is {}; build one for it, {RETARGET}",
+                "{image} is built for {} but this machine is {}; build an image for it, {RETARGET}",
                 printable(&facts.architecture, 50),
                 self.machine.architecture
             );
@@ -113,26 +114,28 @@ impl<'a> Rules<'a> {
         }
         if !facts.bootable {
             let message = format!(
-                "{image} is not a bootable image: it carries neither the label ostree.bootable nor containers.bootc; \
-                 build one from an image-mode base, {RETARGET}"
+                "{image} is not a bootable image: it has neither the label ostree.bootable nor containers.bootc; build \
+                 an image from an image-mode base, {RETARGET}"
             );
             return Some(self.refuse(Rule::Unfit, Reason::NotBootable, message));
         }
         if let Some(floor) = self.limits.minimum_created
             && facts.created.is_none_or(|created| created < floor)
         {
-            let created = match facts.created {
-                Some(created) => format!("was created at {}", time::text(created)),
-                None => "has no usable time of creation in its config".to_owned(),
+            let floor = time::text(floor);
+            let message = match facts.created.map(time::text) {
+                Some(created) => format!(
+                    "{image} was created at {created}, before --minimum-created {floor}; lower that \
+                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, {RETARGET}"
+                ),
+                None => format!(
+                    "{image} has no usable time of creation in its config, and --minimum-created is {floor}; unset that \
+                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, {RETARGET}"
+                ),
             };
-            let message = format!(
-                "{image} {created}, and no image from before {} may be booted; lower --minimum-created \
-                 (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer one, {RETARGET}",
-                time::text(floor)
-            );
             return Some(self.refuse(Rule::Unfit, Reason::TooOld, message));
         }
-        // It was staged once, and dropped for this; to stage it again would only find the same.
+        // It was staged once and dropped for this fault, which the same digest has again.
         let unusable = self.memory.unusable.as_ref().filter(|it| is_staged(it, wanted.image, wanted.facts));
         if let Some(refusal) = unusable.and_then(|deployment| self.config_fault(Rule::Unfit, deployment)) {
             return Some(refusal);
@@ -140,40 +143,42 @@ impl<'a> Rules<'a> {
         self.config_ahead(Rule::Unfit, wanted, facts.rendered_config.as_deref())
     }
 
-    /// Row 19, as far as it is not obsolete.
+    /// Row 19, for work and transactions that are not obsolete.
     fn transaction(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let subject = wanted.image.to_string();
         if let Some(running) = &self.observed.running {
             let (reason, message) = match running {
                 Work::Stage { .. } => (Reason::Staging, self.staging(wanted)),
                 Work::SetKernelArguments { .. } => (Reason::KernelArguments, "applying kernel arguments".to_owned()),
-                Work::StartFinalizer => (Reason::Finalizer, "starting the finalizer".to_owned()),
+                Work::StartFinalizer => (Reason::Finalizer, "starting ostree-finalize-staged.service".to_owned()),
                 Work::UpdateBootloader { .. } => {
                     (Reason::Rebooting, "updating the boot loader before the reboot".to_owned())
                 }
                 Work::Reboot { .. } => (Reason::Rebooting, format!("rebooting into {}", wanted.image.digest().short())),
                 Work::Verify { .. } | Work::DropStaged { .. } | Work::CancelTransaction { .. } => {
-                    (Reason::HostBusy, "finishing the work that is under way".to_owned())
+                    (Reason::HostBusy, "finishing the running task".to_owned())
                 }
             };
             return Some(by(Rule::Transaction, reason, message).state(NodeState::Working));
         }
         let active = self.host.transaction.as_ref()?;
         if active.ours.is_some() {
-            // Row 19 of an earlier run of the agent: staging attaches to it.
+            // An earlier run of the agent started it: staging attaches to it.
             let decision = by(Rule::Transaction, Reason::Staging, self.staging(wanted)).state(NodeState::Working);
             return Some(self.begin(decision, Work::Stage { image: wanted.image.clone() }));
         }
         let waited = self.waited(Clock::ForeignTransaction, &subject);
-        let message = if waited < TRANSACTION_PATIENCE {
-            format!("waiting for the transaction `{}` to end", active.title)
-        } else {
-            format!(
-                "the transaction `{}` of {} has blocked the update for over 30 min; {}",
-                active.title,
-                active.client,
-                self.host.backend.end_transaction()
-            )
+        let (title, client) = (&active.title, &active.client);
+        let message = match self.host.backend {
+            _ if waited < TRANSACTION_PATIENCE => format!("waiting for the transaction `{title}` to end"),
+            Backend::RpmOstree => format!(
+                "the transaction `{title}` of {client} has blocked the update for over 30 min; see `rpm-ostree status` \
+                 and end it with `rpm-ostree cancel`"
+            ),
+            Backend::Bootc => format!(
+                "the transaction `{title}` of {client} has blocked the update for over 30 min; see `lslocks` and \
+                 `systemctl list-units '*bootc*'`, and end the program that holds the lock"
+            ),
         };
         Some(
             by(Rule::Transaction, Reason::ForeignTransaction, message)
@@ -190,18 +195,24 @@ impl<'a> Rules<'a> {
     /// Rows 20 and 21.
     fn stage(&self, wanted: &Wanted<'_>) -> Decision {
         if self.host.booted().is_some_and(|booted| booted.layered) {
-            let message = format!(
-                "packages are layered on this host by hand, {}, or put them into the image",
-                self.host.backend.unlayer()
-            );
+            let message = match self.host.backend {
+                Backend::RpmOstree => {
+                    "packages are layered on this host by hand, and a rebase would keep them; remove them with \
+                     `rpm-ostree reset`, or put them into the image"
+                }
+                Backend::Bootc => {
+                    "packages are layered on this host by hand, and `bootc switch` would silently drop them; remove them \
+                     with `rpm-ostree reset`, or put them into the image"
+                }
+            };
             return self.refuse(Rule::NoRoom, Reason::LayeredPackages, message);
         }
         if let (Some(free), Some(needed)) = (self.machine.boot_free, self.machine.boot_needed) {
-            // The rollback's kernel makes room at finalization (libostree 2023.7 and later).
+            // Finalization removes the rollback's kernel if it needs the space (libostree 2023.7 and later).
             let reclaimable = self.host.rollback().filter(|rollback| !rollback.pinned).map_or(0, |_| needed);
             if free.saturating_add(reclaimable) < needed.saturating_add(BOOT_MARGIN) {
                 let message = format!(
-                    "/boot has {} MiB free and another kernel needs {}; remove deployments with {}",
+                    "/boot has {} MiB free but another kernel needs {} MiB; remove the rollback deployment with {}",
                     free >> 20,
                     needed >> 20,
                     self.host.backend.remove_rollback()
@@ -230,7 +241,7 @@ impl<'a> Rules<'a> {
         let update = Update {
             booted: entry.unwrap_or(&self.machine.command_line),
             old: booted.and_then(|booted| booted.wanted_arguments.as_deref()),
-            // What is not known is set: a backend that cannot says so.
+            // If the staged arguments are unknown, compare with the boot entry. A backend that cannot set them refuses.
             staged: staged.arguments.as_deref().or(entry).unwrap_or_default(),
             new: demanded,
         };
@@ -241,7 +252,7 @@ impl<'a> Rules<'a> {
         let set = Work::SetKernelArguments { image: wanted.image.clone(), append, delete };
         match self.failure(&set) {
             None => {
-                let message = format!("giving the staged image the kernel arguments of {}", wanted.config);
+                let message = format!("setting the kernel arguments of {} on the staged image", wanted.config);
                 Some(by(Rule::KernelArguments, Reason::KernelArguments, message).state(NodeState::Working).doing(set))
             }
             Some(failure) => {

@@ -1,15 +1,15 @@
-//! Every annotation of the Node that the agent reads or writes, and who writes it.
+//! Every annotation of the Node that the agent reads or writes, each with its writer.
 
 /// The prefix of MCO's annotations. MCC, the machine-config-controller, writes `desiredConfig`, `desiredImage`,
-/// `lastAppliedDrain` and `controlPlaneTopology`; the agent writes `currentConfig`, `currentImage`, `state`, `reason`
-/// and `desiredDrain`, and of a new node also what the first-boot file holds.
+/// `lastAppliedDrain` and `controlPlaneTopology`. The agent writes `currentConfig`, `currentImage`, `state`, `reason` and
+/// `desiredDrain`, and on a new node also the annotations of the first-boot file.
 pub const MCO: &str = "machineconfiguration.openshift.io/";
 
-/// Written by the agent: the boots that have tried an image, see [`super::Attempt`]. Deleting it allows two more.
+/// Written by the agent: the attempts to boot an image, see [`super::Attempt`]. Deleting it allows two more.
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
-/// Written by an operator: holds drain and reboot, and says why.
+/// Written by an operator: holds drain and reboot. The value is the reason.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
-/// Written by an operator: any new value has failed work tried at once.
+/// Written by an operator: a new value makes the agent retry failed work at once.
 pub const RETRY: &str = "rebase-agent.openshift.io/retry";
-/// Written by the agent: why the policy refuses the image that runs.
+/// Written by the agent: why the policy refuses the booted image.
 pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";

@@ -1,35 +1,36 @@
-//! What is observed, and what may be done about it.
+//! The observations that the rules decide on, and the actions that they decide.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Attempt, Digest, HostFacts, MachineFacts, NodeFacts, PinnedImage, Reason};
-/// Two clocks, both in milliseconds: one that never jumps, for every wait, and the calendar, for what servers stamp.
+
+/// Two clocks in milliseconds: a monotonic one for waits, and the calendar's for timestamps of servers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Now {
-    /// Milliseconds since an arbitrary start in this process.
+    /// Milliseconds since an arbitrary time in this process.
     pub mono: u64,
     /// Milliseconds since the UNIX epoch.
     pub unix: u64,
 }
 
-/// Why a neighbour could not be read, or an action failed.
+/// The error of a failed read or action.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
-    /// The stable word.
+    /// The reason word.
     pub reason: Reason,
-    /// One sentence: what, where, what to do. Sanitised and bounded.
+    /// One sentence: what, where, what to do. Printable and bounded.
     pub message: String,
 }
 
-/// A neighbour's answer, or why there is none. Never both, never silently neither.
+/// The result of a read: its answer or its error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reading<T> {
-    /// What it said when it was last asked.
+    /// The last answer.
     Known(T),
-    /// Why nothing is known.
+    /// Why there is no answer.
     Unknown(Fault),
 }
 
@@ -43,21 +44,21 @@ impl<T> Reading<T> {
     }
 }
 
-/// Everything that [`crate::decide::decide`] may look at, besides memory, limits and the time.
+/// The observations that [`crate::decide::decide`] uses, besides memory, limits and the time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Observed {
-    /// Neighbour 1, the API server: our own Node.
+    /// Our own Node, from the API server.
     pub cluster: Reading<NodeFacts>,
-    /// Neighbour 3, the OS: deployments.
+    /// Deployments and transaction, from the host tool.
     pub host: Reading<HostFacts>,
-    /// Neighbour 3, the OS: kernel, systemd, logind.
+    /// Facts from kernel, systemd and logind.
     pub machine: Reading<MachineFacts>,
-    /// The agent's own task.
+    /// The work of the agent's running task.
     #[serde(default)]
     pub running: Option<Work>,
 }
 
-/// What runs as a task, may take long, may fail and is tried again.
+/// Work that runs as a task. It may take long, and is retried when it fails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Work {
@@ -76,7 +77,7 @@ pub enum Work {
         /// Its ostree checksum.
         checksum: String,
     },
-    /// Cancel the host's transaction that an earlier run of this agent started.
+    /// Cancel the host's transaction, which an earlier run of this agent started.
     CancelTransaction {
         /// The digest that the transaction stages.
         digest: Digest,
@@ -85,12 +86,12 @@ pub enum Work {
     SetKernelArguments {
         /// The image that is staged.
         image: PinnedImage,
-        /// To append.
+        /// The arguments to append.
         append: Vec<String>,
-        /// To delete.
+        /// The arguments to delete.
         delete: Vec<String>,
     },
-    /// Start the unit whose stop finalizes the staged deployment.
+    /// Start the unit that finalizes the staged deployment when it is stopped.
     StartFinalizer,
     /// Start `bootloader-update.service` and wait for it.
     UpdateBootloader {
@@ -99,14 +100,14 @@ pub enum Work {
     },
     /// Ask logind to reboot.
     Reboot {
-        /// Into what.
+        /// The image that boots next.
         image: PinnedImage,
     },
 }
 
 impl Work {
-    /// Whether `other` is the same work: a failure of one says something about the other. The arguments of
-    /// [`Work::SetKernelArguments`] follow from the image.
+    /// Whether `other` is the same work, so that a failure of one counts for the other. The arguments of
+    /// [`Work::SetKernelArguments`] are not compared, because they follow from the image.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
         match (self, other) {
@@ -115,14 +116,14 @@ impl Work {
         }
     }
 
-    /// Whether `other` is work of the same kind, perhaps on something else.
+    /// Whether `other` is work of the same kind, on any object.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
 }
 
-/// What changes nothing but annotations of our own Node.
+/// An action that only changes annotations of our own Node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Annotate {
@@ -146,16 +147,16 @@ pub enum Annotate {
         /// The new value.
         attempt: Attempt,
     },
-    /// Write the one Done patch.
+    /// Write currentConfig, currentImage and Done in one patch.
     Settle,
-    /// Write, or delete, the annotation that says that the policy refuses what runs.
+    /// Write or delete the annotation that says why the policy refuses the booted image.
     ReportTrust {
         /// The reason word and its sentence; `None` deletes it.
         untrusted: Option<String>,
     },
 }
 
-/// What to do next: one thing.
+/// The next action.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {

@@ -1,4 +1,4 @@
-//! The OS: deployments, the host tool and its transaction, kernel, systemd and logind.
+//! Facts about the OS: deployments, the host tool and its transaction, kernel, systemd and logind.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Digest;
 
-/// The kernel's `boot_id`: a new one for every boot, and the only proof that a reboot happened.
+/// The kernel's `boot_id`. It is new for every boot, and the only proof that a reboot happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootId(pub String);
 
@@ -21,15 +21,15 @@ impl fmt::Display for BootId {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backend {
-    /// rpm-ostreed, over its own D-Bus interface.
+    /// rpm-ostreed, over D-Bus.
     #[default]
     RpmOstree,
-    /// bootc, as units that systemd is asked to start.
+    /// bootc, in units that systemd starts.
     Bootc,
 }
 
 impl Backend {
-    /// As in `--backend`.
+    /// The value of `--backend`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,14 +38,14 @@ impl Backend {
         }
     }
 
-    /// Whether it can take away what is staged. bootc has only `rollback`, which besides turns the boot order around,
-    /// and back when it is called again; what is staged is staged over instead.
+    /// Whether it can drop a staged deployment. bootc has only `rollback`, which also reverses the boot order, and reverses
+    /// it back at the next call. With bootc another image is staged over the deployment instead.
     #[must_use]
     pub fn drops_staged(self) -> bool {
         self == Self::RpmOstree
     }
 
-    /// What drops a staged deployment by hand.
+    /// The command that drops a staged deployment.
     pub(crate) fn drop_by_hand(self) -> &'static str {
         match self {
             Self::RpmOstree => "`rpm-ostree cleanup -p`",
@@ -53,15 +53,7 @@ impl Backend {
         }
     }
 
-    /// What gives the kernel its arguments.
-    pub(crate) fn set_arguments(self) -> &'static str {
-        match self {
-            Self::RpmOstree => "put them at the end with `rpm-ostree kargs --editor` and reboot",
-            Self::Bootc => "let the image bring them in `/usr/lib/bootc/kargs.d`",
-        }
-    }
-
-    /// What turns the boot order of two deployments around.
+    /// The command that reverses the boot order of the booted deployment and the rollback.
     pub(crate) fn turn_boot_order(self) -> &'static str {
         match self {
             Self::RpmOstree => "`rpm-ostree rollback`",
@@ -69,31 +61,7 @@ impl Backend {
         }
     }
 
-    /// What goes back to the image before.
-    pub(crate) fn go_back(self) -> &'static str {
-        match self {
-            Self::RpmOstree => "`rpm-ostree rollback`",
-            Self::Bootc => "`bootc rollback`, once,",
-        }
-    }
-
-    /// Where to look for a transaction that does not end.
-    pub(crate) fn end_transaction(self) -> &'static str {
-        match self {
-            Self::RpmOstree => "see `rpm-ostree status`, end it with `rpm-ostree cancel`",
-            Self::Bootc => "see `lslocks` and `systemctl list-units '*bootc*'`, and end what holds it",
-        }
-    }
-
-    /// What takes layered packages away.
-    pub(crate) fn unlayer(self) -> &'static str {
-        match self {
-            Self::RpmOstree => "and a rebase would drag them along; remove them with `rpm-ostree reset`",
-            Self::Bootc => "and a switch would silently drop them; remove them with `rpm-ostree reset`",
-        }
-    }
-
-    /// What removes the rollback deployment.
+    /// The command that removes the rollback deployment.
     pub(crate) fn remove_rollback(self) -> &'static str {
         match self {
             Self::RpmOstree => "`rpm-ostree cleanup -r`",
@@ -108,7 +76,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// One ostree deployment, as the host's own tool reports it.
+/// One ostree deployment, as the host tool reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Deployment {
@@ -118,70 +86,72 @@ pub struct Deployment {
     pub osname: String,
     /// The ostree commit.
     pub checksum: String,
-    /// This is what runs.
+    /// The deployment is booted.
     pub booted: bool,
-    /// This is finalized at shutdown and boots next.
+    /// The deployment is staged: it is finalized at shutdown and boots next.
     pub staged: bool,
-    /// Staged, and left out of the next boot until it is unlocked.
+    /// The deployment is staged but locked: it does not boot until it is unlocked.
     pub locked: bool,
-    /// Kept until unpinned.
+    /// The deployment is kept until it is unpinned.
     pub pinned: bool,
     /// Image version label, for people.
     pub version: Option<String>,
     /// `host/repository[:tag|@digest]` without the signature prefix.
     pub reference: Option<String>,
-    /// Manifest digest that the host recorded at the pull; for an index, the instance's.
+    /// Manifest digest that the host recorded at the pull; for an index, that of the instance.
     pub digest: Option<Digest>,
-    /// Packages, overrides or a local initramfs on top of the image.
+    /// The deployment has packages, overrides or a local initramfs on top of the image.
     pub layered: bool,
     /// The image's `machineconfig` label: the rendered config it was built from.
     pub rendered_config: Option<String>,
-    /// `spec.kernelArguments` of the rendered config that the image carries, split; `None` if it carries none.
+    /// `spec.kernelArguments` of the rendered config inside the image, split; `None` if the image has no rendered config.
     pub wanted_arguments: Option<Vec<String>>,
-    /// Why the rendered config that the image carries cannot be used: which arguments it wants is not known then.
+    /// Why the rendered config inside the image cannot be used. Its kernel arguments are then unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config_fault: Option<String>,
-    /// The kernel arguments of its boot entry, for the staged one those that it will have; read for these two only.
+    /// The kernel arguments of the boot entry, or of the future one of a staged deployment. Only set for the booted and
+    /// the staged deployment.
     pub arguments: Option<Vec<String>>,
 }
 
 /// The host tool's active transaction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transaction {
-    /// Its title: for ours `rebase-agent <digest>`.
+    /// The title, `rebase-agent <digest>` for our own.
     pub title: String,
-    /// Who started it, as the host tool describes them.
+    /// The client that started it, as the host tool describes it.
     pub client: String,
     /// The digest in the title, if the transaction is ours.
     pub ours: Option<Digest>,
 }
 
-/// What rpm-ostree or bootc say. Reading it wakes their daemon, so it is read around changes only.
+/// The facts from rpm-ostree or bootc. Reading them starts a daemon, so they are read only when something may have
+/// changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostFacts {
-    /// Who was asked, and will be asked to change anything.
+    /// The host tool that was asked, and that makes all changes.
     pub backend: Backend,
     /// Boot order: staged first, then the next boot's default.
     pub deployments: Vec<Deployment>,
-    /// What the host tool is busy with.
+    /// The active transaction.
     pub transaction: Option<Transaction>,
 }
 
 impl HostFacts {
-    /// What runs now.
+    /// The booted deployment.
     #[must_use]
     pub fn booted(&self) -> Option<&Deployment> {
         self.deployments.iter().find(|d| d.booted)
     }
 
-    /// What is staged, also while it is locked.
+    /// The staged deployment, also while it is locked.
     #[must_use]
     pub fn staged(&self) -> Option<&Deployment> {
         self.deployments.iter().find(|d| d.staged)
     }
 
-    /// What an orderly reboot boots: the first in boot order that is not locked.
+    /// The deployment that an orderly reboot boots: the first in boot order that is not locked.
     #[must_use]
     pub fn next_boot(&self) -> Option<&Deployment> {
         self.deployments.iter().find(|d| !d.locked)
@@ -195,7 +165,7 @@ impl HostFacts {
     }
 }
 
-/// systemd's view of one unit.
+/// The state of a systemd unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the names are systemd's ActiveState values")]
@@ -205,23 +175,23 @@ pub enum UnitState {
     #[default]
     Inactive,
     Failed,
-    /// No unit file of that name.
+    /// No unit file of that name, or a masked unit.
     Absent,
 }
 
 /// A block-mode inhibitor lock that covers shutdown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inhibitor {
-    /// Who holds it, in their own words.
+    /// The program that holds it, by its own name.
     pub who: String,
-    /// Why, in their own words.
+    /// The reason that the program gives.
     pub why: String,
 }
 
-/// What the kernel, systemd and logind say. Cheap: all of them run anyway.
+/// The facts from the kernel, systemd and logind. Reading them is cheap and starts no daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineFacts {
-    /// This boot.
+    /// The id of this boot.
     pub boot_id: BootId,
     /// Milliseconds since the kernel started.
     pub uptime: u64,
@@ -231,7 +201,7 @@ pub struct MachineFacts {
     pub command_line: Vec<String>,
     /// Bytes free for root on `/boot`.
     pub boot_free: Option<u64>,
-    /// Bytes that the running kernel and its initramfs take, the measure of what the next one needs.
+    /// Bytes that the running kernel and its initramfs take on `/boot`: the estimate for the next kernel.
     pub boot_needed: Option<u64>,
     /// `ostree-finalize-staged.service`.
     pub finalizer: UnitState,
@@ -247,7 +217,7 @@ pub struct MachineFacts {
     /// logind is preparing a shutdown.
     #[serde(default)]
     pub shutting_down: bool,
-    /// The Ignition-written first-boot annotations, if the file is there.
+    /// The first-boot annotations, which Ignition wrote; `None` if the file does not exist.
     #[serde(default)]
     pub first_boot: Option<BTreeMap<String, String>>,
 }

@@ -1,4 +1,4 @@
-//! Images: digests, pullspecs pinned by digest, and which deployment is which image.
+//! Images: digests, pullspecs pinned by digest, and the comparison of deployments with images.
 
 use std::fmt;
 
@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::Deployment;
 use crate::text::printable;
 
-/// Longest reference accepted. MCO's own admission stops at 447 characters before the digest.
+/// Longest reference accepted, in characters. MCO's own admission accepts 447 characters before the digest.
 const MAX_LENGTH: usize = 520;
 
-/// Longest repository, without its host.
+/// Longest repository without its host, in characters.
 const MAX_REPOSITORY: usize = 255;
 
 /// An OCI manifest digest, `sha256:` and 64 lowercase hex digits. No other algorithm is accepted: the signature
@@ -20,7 +20,7 @@ const MAX_REPOSITORY: usize = 255;
 pub struct Digest(String);
 
 impl Digest {
-    /// Parses the canonical spelling; anything else is `None`.
+    /// Parses the canonical spelling; `None` for any other text.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let hex = text.strip_prefix("sha256:")?;
@@ -66,8 +66,8 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// A canonical image reference pinned by digest, `host[:port]/repository@sha256:<64 hex>`. Made by
-/// [`parse`]; the name is canonical (no tag, `docker.io` spelt out).
+/// A canonical image reference pinned by digest, `host[:port]/repository@sha256:<64 hex>`. Only [`parse`] creates one; the
+/// name is canonical (no tag, `docker.io` spelt out).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PinnedImage {
@@ -114,27 +114,20 @@ impl fmt::Debug for PinnedImage {
     }
 }
 
-/// Why a text is no reference that may be followed.
+/// Why a text is not an accepted reference.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 pub enum ReferenceError {
-    /// Longer than any real one.
     #[error("the image reference has {0} characters, more than {MAX_LENGTH}")]
     TooLong(usize),
-    /// No `@sha256:`.
     #[error("`{0}` is not pinned: expected host/repository@sha256:<64 hex digits>")]
     NotPinned(String),
-    /// Outside the grammar.
     #[error("`{text}` is not a valid image reference: {why}")]
-    Malformed {
-        /// The text, made printable.
-        text: String,
-        /// What is wrong with it.
-        why: String,
-    },
+    Malformed { text: String, why: String },
 }
 
 /// Parses `host[:port]/repository@sha256:<64 hex>` and nothing else: no tag, no short name, no other digest, no IPv6
-/// literal. What passes cannot be read as an option, a shell word or a systemd specifier either.
+/// literal. An accepted text can also not be read as an option, a shell word or a systemd specifier.
 ///
 /// # Errors
 /// Says what is wrong with the text.
@@ -150,7 +143,7 @@ pub fn parse(text: &str) -> Result<PinnedImage, ReferenceError> {
     if path.contains(':') {
         return Err(malformed("a tag beside a digest is refused by the host tools; leave the tag out"));
     }
-    // containers/image takes a first component without dot, colon or "localhost" for a docker.io namespace.
+    // containers/image treats a first component without dot, colon or "localhost" as a namespace of docker.io.
     if !(host.contains(['.', ':']) || host == "localhost") {
         return Err(malformed("the registry host must be spelt out"));
     }
@@ -165,15 +158,15 @@ pub fn parse(text: &str) -> Result<PinnedImage, ReferenceError> {
         "index.docker.io" => ("docker.io", path.to_owned()),
         _ => (host, path.to_owned()),
     };
-    // As it is spelt in full: what is accepted must be accepted when it is read back.
+    // Checked in the canonical spelling, so that an accepted reference is accepted again when it is read back.
     if path.len() > MAX_REPOSITORY {
         return Err(malformed("the repository's name is too long"));
     }
     Ok(PinnedImage { name: format!("{host}/{path}"), digest })
 }
 
-/// The specification's own grammar, without the regular expression for it: compiled, that takes 15 MiB for as long as
-/// the process lives.
+/// Whether `host` follows the specification's grammar. Not a regular expression, which takes 15 MiB while the process
+/// runs.
 fn is_host(host: &str) -> bool {
     let (name, port) = host.split_once(':').map_or((host, None), |(name, port)| (name, Some(port)));
     let label = |label: &str| {
@@ -185,7 +178,8 @@ fn is_host(host: &str) -> bool {
     name.split('.').all(label) && port.is_none_or(digits)
 }
 
-/// Runs of letters and digits, with one dot, up to two underscores or any number of dashes between them.
+/// Whether `component` is runs of letters and digits with one dot, one or two underscores or any number of dashes between
+/// them.
 fn is_component(component: &str) -> bool {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let separator = |between: &str| matches!(between, "." | "_" | "__") || between.bytes().all(|b| b == b'-');
@@ -202,7 +196,7 @@ pub fn name_of(reference: &str) -> &str {
     }
 }
 
-/// `desiredImage` as the cluster wrote it, parsed where it enters.
+/// `desiredImage` as the cluster wrote it, parsed when it is read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub struct Pullspec {
@@ -220,7 +214,7 @@ impl Pullspec {
     /// The image that it names.
     ///
     /// # Errors
-    /// Why it cannot be followed.
+    /// Why the text is not an accepted reference.
     pub fn image(&self) -> Result<&PinnedImage, &ReferenceError> {
         self.image.as_ref()
     }
@@ -238,20 +232,20 @@ impl From<Pullspec> for String {
     }
 }
 
-/// What verification found out about an image, all of it covered by the verified digest.
+/// The facts in an image's manifest and config, all covered by the verified digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageFacts {
-    /// What was verified.
+    /// The verified image.
     pub image: PinnedImage,
-    /// The manifest that this architecture boots: the pinned digest itself, or the index's instance.
+    /// The manifest of this machine's architecture: the pinned digest itself, or the index's instance.
     pub instance: Digest,
     /// The image config's architecture, by its OCI name.
     pub architecture: String,
-    /// Whether the image says it is a bootable ostree or bootc image.
+    /// Whether the image has the label of a bootable ostree or bootc image.
     pub bootable: bool,
     /// The `machineconfig` label.
     pub rendered_config: Option<String>,
-    /// When the image was created, as its config says, in milliseconds since the epoch; `None` if it does not say so.
+    /// The time of creation in the image's config, in milliseconds since the epoch; `None` if it has no usable one.
     #[serde(default)]
     pub created: Option<u64>,
     /// Compressed size of all layers, in bytes.
@@ -260,9 +254,9 @@ pub struct ImageFacts {
     pub vouched_by: String,
 }
 
-/// Whether a deployment is `image`: by the manifest digest that the pull recorded, which is the image's own or that of
-/// the instance that the verified index selects. The reference counts only where no digest was recorded: an origin can
-/// be edited, the recorded digest is part of the commit.
+/// Whether a deployment is `image`, by the manifest digest that the pull recorded: the image's own, or that of the
+/// instance in the verified index. The reference counts only if no digest was recorded: an origin can be edited, but the
+/// recorded digest is part of the commit.
 #[must_use]
 pub fn is_image(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
     match &deployment.digest {
@@ -274,8 +268,8 @@ pub fn is_image(deployment: &Deployment, image: &PinnedImage, facts: Option<&Ima
     }
 }
 
-/// Whether a deployment's reference names `image`, which proves nothing while the image is an index that was not
-/// verified yet.
+/// Whether a deployment's reference names `image`. Until an index is verified, this is no proof that the deployment is
+/// its instance.
 #[must_use]
 pub fn is_named(deployment: &Deployment, image: &PinnedImage) -> bool {
     deployment.reference.as_deref().and_then(|text| parse(text).ok()).is_some_and(|named| named == *image)

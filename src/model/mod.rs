@@ -1,4 +1,4 @@
-//! What the agent knows, as plain data. Depends on no neighbour and does nothing.
+//! The agent's facts, as plain data. Depends on no other module and has no effects.
 
 pub mod annotations;
 mod decision;

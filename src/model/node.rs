@@ -1,4 +1,4 @@
-//! Our own Node object, as far as the protocol goes.
+//! The parts of our own Node object that the protocol uses.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BootId, PinnedImage, Pullspec};
 
-/// The four values of the `machineconfiguration.openshift.io/state` annotation; no fifth exists.
+/// The four values of the `machineconfiguration.openshift.io/state` annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the annotation's own values")]
 pub enum NodeState {
@@ -29,7 +29,7 @@ impl NodeState {
     }
 }
 
-/// What the agent remembers across reboots, kept in its annotation on its own Node.
+/// The attempt to boot an image. Kept across reboots in an annotation of our Node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     /// The image whose boot was attempted.
@@ -37,12 +37,12 @@ pub struct Attempt {
     /// The boot in which the attempt was recorded.
     #[serde(rename = "bootID")]
     pub boot_id: BootId,
-    /// How many boots have tried this image, this one included.
+    /// Number of boots into this image that were attempted, including this one.
     pub count: u32,
-    /// The [`Deployment::id`] that was to boot: the image may have another deployment, the one before the booted one.
+    /// The [`Deployment::id`] that should have booted: the image may also have an older deployment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deployment: Option<String>,
-    /// The host went back from it. Recorded before that deployment is dropped, which was the proof.
+    /// The host went back from the image. Recorded before the deployment is dropped, because the deployment is the proof.
     #[serde(default, rename = "rolledBack", skip_serializing_if = "std::ops::Not::not")]
     pub rolled_back: bool,
     /// Fields of a newer agent, kept as they are.
@@ -50,24 +50,24 @@ pub struct Attempt {
     pub unknown: BTreeMap<String, serde_json::Value>,
 }
 
-/// Someone else who wrote `state` or `currentConfig` after our last write.
+/// Another manager that wrote `state` or `currentConfig` after our last write.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OtherWriter {
-    /// The field manager, for the MCD `machine-config-daemon`.
+    /// The field manager, `machine-config-daemon` for the MCD.
     pub manager: String,
-    /// When the API server stamped its write, in milliseconds since the epoch.
+    /// The API server's time of its write, in milliseconds since the epoch.
     pub unix: u64,
 }
 
-/// The node's own Node object, as far as the protocol goes.
+/// The parts of our own Node object that the protocol uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NodeFacts {
     /// `metadata.name`.
     pub name: String,
-    /// `desiredConfig`, the rendered config MCC wants.
+    /// `desiredConfig`, the rendered config that MCC wants.
     pub desired_config: Option<String>,
-    /// `currentConfig`, the rendered config last reported.
+    /// `currentConfig`, the rendered config that was last reported.
     pub current_config: Option<String>,
     /// `desiredImage`.
     pub desired_image: Option<Pullspec>,
@@ -79,21 +79,21 @@ pub struct NodeFacts {
     pub reason: Option<String>,
     /// `desiredDrain`: `drain-…` or `uncordon-…`.
     pub desired_drain: Option<String>,
-    /// `lastAppliedDrain`: the drain controller's copy of what it has done.
+    /// `lastAppliedDrain`: the drain controller's copy of the last request that it has finished.
     pub last_applied_drain: Option<String>,
     /// `controlPlaneTopology`.
     pub topology: Option<String>,
-    /// The attempt, if the annotation is there and well formed.
+    /// The attempt, if the annotation exists and is well formed.
     pub attempt: Option<Attempt>,
     /// The reason given in the hold annotation.
     pub hold: Option<String>,
-    /// Why the policy refuses what runs, as this agent reported it.
+    /// The annotation with the reason why the policy refuses the booted image.
     pub untrusted: Option<String>,
-    /// The retry annotation; a new value asks for failed work to be tried at once.
+    /// The retry annotation. A new value makes the agent retry failed work at once.
     pub retry: Option<String>,
     /// `!spec.unschedulable`, known only after a full GET.
     pub schedulable: Option<bool>,
-    /// Another daemon that writes our fields.
+    /// Another daemon that writes our annotations.
     pub other_writer: Option<OtherWriter>,
 }
 
@@ -104,7 +104,7 @@ impl NodeFacts {
         self.current_image.as_deref() == self.desired_image.as_ref().map(Pullspec::as_str)
     }
 
-    /// The desired image, if there is one that can be followed.
+    /// The desired image, if its pullspec is valid.
     #[must_use]
     pub fn desired(&self) -> Option<&PinnedImage> {
         self.desired_image.as_ref()?.image().ok()

@@ -1,21 +1,21 @@
-//! The stable words for everything that the agent does and meets, each with its severity and its help.
+//! The reason words, each with its severity, its meaning and its help.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How much a reason matters, and how work that failed with it is treated.
+/// The severity of a reason, which also decides how failed work is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
-    /// Work goes on, or is done.
+    /// The update makes progress, or is done.
     Progress,
     /// The agent waits for something that it does not control.
     Waiting,
-    /// Others are expected to provide what is missing. Retried with backoff; Degraded after `--signature-grace`.
+    /// The signature or image is expected to arrive later. Retried with backoff; Degraded after `--signature-grace`.
     Awaited,
-    /// May pass by itself. Retried with backoff; Degraded after 15 minutes, for an unreadable host after 10.
+    /// The error may pass by itself. Retried with backoff; Degraded after 15 minutes, for an unreadable host after 10.
     Transient,
-    /// A person has to change something. Degraded at once, and checked again every 10 minutes.
+    /// A person must act. Degraded at once, and retried every 10 minutes.
     Fatal,
 }
 
@@ -35,13 +35,13 @@ impl Severity {
 
 macro_rules! reasons {
     ($(#[doc = $meaning:literal] $name:ident: $severity:ident, $help:literal;)*) => {
-        /// Every reason the agent can give, in one word that never changes its meaning: first word of the `reason`
-        /// annotation, `REBASE_AGENT_REASON` in the journal, later condition reason and metric label.
+        /// Every reason that the agent reports, in one word whose meaning never changes: the first word of the `reason`
+        /// annotation, and `REBASE_AGENT_REASON` in the journal.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         pub enum Reason { $(#[doc = $meaning] $name,)* }
 
         impl Reason {
-            /// All of them.
+            /// All reasons.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
             /// The word.
@@ -50,19 +50,19 @@ macro_rules! reasons {
                 match self { $(Self::$name => stringify!($name),)* }
             }
 
-            /// How much it matters.
+            /// The severity.
             #[must_use]
             pub fn severity(self) -> Severity {
                 match self { $(Self::$name => Severity::$severity,)* }
             }
 
-            /// What it means, in one sentence.
+            /// The meaning, in one sentence.
             #[must_use]
             pub fn meaning(self) -> &'static str {
                 match self { $(Self::$name => $meaning.trim_ascii(),)* }
             }
 
-            /// What to do about it.
+            /// The remedy, for people.
             #[must_use]
             pub fn help(self) -> &'static str {
                 match self { $(Self::$name => $help,)* }
@@ -74,10 +74,10 @@ macro_rules! reasons {
 reasons! {
     /// The node runs the desired image and has reported it.
     Done: Progress, "Nothing to do.";
-    /// The node runs the desired image, and its policy refuses that image.
+    /// The node runs the desired image, but the node's policy refuses it.
     RunsUntrusted: Waiting, "Sign the image, correct the policy, or set another image in the pool. The annotation `rebase-agent.openshift.io/untrusted` says why.";
-    /// The node runs the desired image, and another deployment boots next.
-    RollbackQueued: Waiting, "Turn the boot order round with `rpm-ostree rollback` or `bootc rollback`, or set the pool to that image.";
+    /// The node runs the desired image, but another deployment boots next.
+    RollbackQueued: Waiting, "Reverse the boot order with `rpm-ostree rollback` or `bootc rollback`, or set the pool to that image.";
     /// The machine is going down; the agent starts nothing.
     ShuttingDown: Progress, "Nothing to do.";
     /// The API server does not answer, or its answer cannot be understood.
@@ -101,18 +101,18 @@ reasons! {
     /// The host has no tool that can rebase it.
     HostUnsupported: Fatal, "Composefs-native hosts are not supported; else install rpm-ostree or bootc in the image, as the message says.";
     /// The host tool is in use, or a task is being finished.
-    HostBusy: Transient, "Wait, or see `rpm-ostree status` for who uses it.";
+    HostBusy: Transient, "Wait, or see the active transaction in `rpm-ostree status`.";
     /// The host tool gave an answer that cannot be right.
     HostConfused: Transient, "Compare `rpm-ostree status --json` and `journalctl -u rpm-ostreed`.";
-    /// Another daemon writes this Node's state, so the agent stands aside.
+    /// Another daemon writes this Node's state, so the agent does nothing.
     OtherDaemon: Waiting, "Keep the Machine Config Daemon off the node, or run `systemctl disable --now rebase-agent`.";
     /// The annotations of a new Node are being published.
     FirstBoot: Progress, "Nothing to do.";
     /// The rendered config of the booted image is not known.
     BootedConfigUnknown: Fatal, "Build the image with on-cluster layering, or annotate the Node with `currentConfig` and `currentImage`.";
     /// The pool has no layered image, so there is nothing to follow.
-    NotLayered: Waiting, "Give the pool a MachineOSConfig, if it is to have one.";
-    /// The pool had a layered image and has none now.
+    NotLayered: Waiting, "Give the pool a MachineOSConfig if it needs a layered image.";
+    /// The pool no longer has a layered image.
     LayeringReverted: Fatal, "Hand the node back to the Machine Config Daemon, or give the pool a MachineOSConfig again and raise `maxUnavailable` for a while.";
     /// `desiredImage` is not a pullspec pinned by digest.
     ImageMalformed: Fatal, "Correct `status.currentImagePullSpec` of the pool's MachineOSConfig.";
@@ -133,7 +133,7 @@ reasons! {
     /// The agent waits for the drain controller to uncordon the node.
     UncordonPending: Waiting, "Wait; after 10 minutes the node is Degraded.";
     /// The drain controller has not uncordoned the node for 10 minutes.
-    UncordonLate: Fatal, "See the machine-config-controller's log. The request stands.";
+    UncordonLate: Fatal, "See the machine-config-controller's log. The agent keeps waiting.";
     /// The node runs the desired image and reports it.
     Settling: Progress, "Nothing to do.";
     /// The host booted the image and went back to the one before.
@@ -148,7 +148,7 @@ reasons! {
     SignatureRejected: Fatal, "Sign with the policy's key. cosign's default identity has no tag: sign as `repository:tag`, or use `matchRepository` in the policy.";
     /// The policy rejects the image outright.
     PolicyRejects: Fatal, "Change the policy with a ClusterImagePolicy, or set another image in the pool.";
-    /// The policy demands no signature for the image.
+    /// The policy accepts the image without a signature.
     PolicyAcceptsAnything: Fatal, "Create a ClusterImagePolicy for the image's repository.";
     /// The signature policy, or a key that it names, cannot be read or parsed.
     PolicyInvalid: Fatal, "The message names the file and what is wrong with it.";
@@ -159,7 +159,7 @@ reasons! {
     /// The node's registries.conf or registries.d has an error, or blocks the registry.
     RegistryConfigInvalid: Fatal, "The message names the file and the line.";
     /// The node has no file descriptor, process or memory left for the engine.
-    ResourcesExhausted: Transient, "Find what uses them up: `systemctl status`, `free`, `cat /proc/sys/fs/file-nr`.";
+    ResourcesExhausted: Transient, "Find the process that uses them: `systemctl status`, `free`, `cat /proc/sys/fs/file-nr`.";
     /// The registry does not have the image.
     ManifestMissing: Awaited, "Push the image, or mirror it by digest.";
     /// The registry rejects the credentials.
@@ -168,18 +168,18 @@ reasons! {
     RegistryUntrusted: Transient, "Add its CA to `/etc/containers/certs.d`, and check the node's clock.";
     /// The registry does not answer, or its answer cannot be understood.
     RegistryUnreachable: Transient, "Check the network, the proxy and the registry that the message names.";
-    /// The image's manifest or config is damaged, missing or too large, or is no bootable image's.
+    /// The image's manifest or config is damaged, missing or too large, or not that of an OS image.
     ImageInvalid: Fatal, "Build or push the image again.";
     /// The image is built for another architecture.
     WrongArchitecture: Fatal, "Build the image for this architecture, or as an index of several.";
     /// The image has neither the label `ostree.bootable` nor `containers.bootc`.
     NotBootable: Fatal, "Build the image from an image-mode base.";
-    /// The image was created before `--minimum-created`, or does not say when.
+    /// The image was created before `--minimum-created`, or has no usable time of creation.
     TooOld: Fatal, "Build and sign a newer image, or lower `--minimum-created`.";
-    /// A transaction or lock of someone else blocks the host tool.
+    /// A transaction or lock of another program blocks the host tool.
     ForeignTransaction: Waiting, "See `rpm-ostree status`, and end it with `rpm-ostree cancel`.";
     /// The image is pulled and staged while workloads run.
-    Staging: Progress, "Nothing to do: `systemctl status rebase-agent` shows how far it is.";
+    Staging: Progress, "Nothing to do: `systemctl status rebase-agent` shows the progress.";
     /// Packages are layered on the host by hand.
     LayeredPackages: Fatal, "Remove them with `rpm-ostree reset`, or put them into the image.";
     /// `/boot` has no room for another kernel.
@@ -187,30 +187,30 @@ reasons! {
     /// The disk has no room for the image.
     DiskFull: Fatal, "Free space in `/sysroot`: `df -h /sysroot`, `rpm-ostree cleanup -r`.";
     /// The host tool could not stage the image.
-    StageFailed: Transient, "The message has rpm-ostree's words; for bootc see the journal of the unit that it names.";
+    StageFailed: Transient, "The message has rpm-ostree's error; for bootc see the journal of the unit that it names.";
     /// The transaction was cancelled.
     Cancelled: Transient, "Nothing to do: it is started again if the image is still desired.";
-    /// The staged image is given the kernel arguments of its rendered config.
+    /// The agent sets the kernel arguments of the rendered config on the staged image.
     KernelArguments: Progress, "Nothing to do.";
-    /// bootc cannot give the staged image its kernel arguments.
+    /// bootc cannot set the kernel arguments of the staged image.
     KernelArgumentsUnsupported: Fatal, "Let the image bring them in `/usr/lib/bootc/kargs.d`.";
     /// The hold annotation keeps the node from drain and reboot.
     Held: Waiting, "Remove the annotation `rebase-agent.openshift.io/hold`.";
     /// A block inhibitor keeps the machine from rebooting.
-    Inhibited: Waiting, "See `systemd-inhibit --list` for who holds it.";
+    Inhibited: Waiting, "See `systemd-inhibit --list` for the program that holds it.";
     /// The machine has not been up for `--uptime-floor`.
     UptimeFloor: Waiting, "Wait.";
     /// `ostree-finalize-staged.service` is started; without it the image would not boot.
     Finalizer: Progress, "Nothing to do.";
-    /// The Node names an image as current that does not run, as after a restore of etcd; the drain waits a random time.
+    /// The Node names an image as current that is not booted, as after a restore of etcd; the drain waits a random time.
     RestoreSpread: Waiting, "Wait; at most 30 minutes.";
     /// The agent waits for the drain controller to drain the node.
     DrainPending: Waiting, "Wait; after an hour the node is Degraded.";
     /// The drain has taken over an hour.
-    DrainStuck: Fatal, "Look for a PodDisruptionBudget that allows no eviction: `oc get pdb -A`. The request stands.";
-    /// The node was uncordoned by hand after the drain, and is drained once more.
+    DrainStuck: Fatal, "Look for a PodDisruptionBudget that allows no eviction: `oc get pdb -A`. The drain controller keeps trying.";
+    /// The node was uncordoned by hand after the drain, and is drained again.
     UncordonedByOther: Waiting, "Use the annotation `rebase-agent.openshift.io/hold` to keep the node in service.";
-    /// Everything holds; the machine is being rebooted.
+    /// The machine is being rebooted.
     Rebooting: Progress, "Nothing to do.";
     /// logind refused the reboot.
     RebootRefused: Transient, "See `systemd-inhibit --list` and `journalctl -u systemd-logind`.";
@@ -221,7 +221,7 @@ reasons! {
 }
 
 impl Reason {
-    /// Whether the image itself is refused, rather than that no answer could be had.
+    /// Whether the image itself is refused, as opposed to an error that gave no result.
     #[must_use]
     pub fn refuses_image(self) -> bool {
         matches!(
@@ -240,7 +240,7 @@ impl Reason {
         )
     }
 
-    /// Whether the node runs what is desired and nothing is left to do, even where a warning remains.
+    /// Whether the node runs the desired image and the agent has nothing left to do, also if it reports a warning.
     #[must_use]
     pub fn is_at_rest(self) -> bool {
         matches!(self, Self::Done | Self::RunsUntrusted | Self::RollbackQueued)
