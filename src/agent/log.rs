@@ -1,4 +1,4 @@
-//! What people and systemd are told.
+//! Log messages, and the notifications of systemd.
 
 use std::io;
 
@@ -12,10 +12,10 @@ use crate::lane::Lane;
 use crate::model::{NodeState, Reason, Severity, printable};
 use crate::report::Patch;
 
-/// Longest rule in `STATUS=`, in characters.
+/// Longest decision in `STATUS=`, in characters.
 const STATUS: usize = 400;
 
-/// What systemd is told.
+/// A notification of systemd.
 pub(super) enum Notice {
     Ready,
     Stopping,
@@ -23,7 +23,7 @@ pub(super) enum Notice {
     Status(String),
 }
 
-/// The thread that tells systemd, which may be slow to listen.
+/// Starts the thread that notifies systemd, whose socket may block.
 pub(super) fn systemd() -> io::Result<Lane<Notice>> {
     let work = |notice| {
         let state = match &notice {
@@ -33,17 +33,20 @@ pub(super) fn systemd() -> io::Result<Lane<Notice>> {
             Notice::Status(text) => NotifyState::Status(text),
         };
         if let Err(error) = sd_notify::notify(&[state]) {
-            tracing::debug!("systemd cannot be notified: {error}");
+            tracing::debug!("cannot notify systemd: {error}");
         }
     };
     let lost = |number| {
-        tracing::warn!(message_id = id::FAILED, "{number} notices were dropped: systemd did not take them in time");
+        tracing::warn!(
+            message_id = id::FAILED,
+            "{number} notifications were dropped, because systemd did not accept them in time"
+        );
     };
     Lane::new("notify", work, lost)
 }
 
 impl Agent {
-    /// Logs a decision that differs from the last one in its words.
+    /// Logs a decision whose message or state differs from the last one.
     pub(super) fn say(&self, decision: &Decision) {
         let refuses = |of: &Decision| matches!(of.state, Some(NodeState::Degraded | NodeState::Unreconcilable));
         let words = |of: &Decision| (of.reason, of.message.clone(), refuses(of));
@@ -68,21 +71,21 @@ impl Agent {
         }
     }
 
-    /// Gives systemd the last decision and the progress of its work as the unit's status.
+    /// Sets the unit's status to the last decision and the progress of the work.
     pub(super) fn tell_status(&mut self) {
         let Some(last) = &self.last else { return };
         let progress = self.progress.as_deref().map(|line| format!(" [{line}]")).unwrap_or_default();
         let status = printable(&format!("{}: {}{progress}", last.reason, last.message), STATUS);
         let status = format!("{status}{CONFINEMENT}{}", self.settings.confinement.sentence());
         if status != self.status {
-            // systemd takes a message apart as it does command lines, and takes single backslashes out.
+            // systemd parses the message like a command line and removes single backslashes.
             self.systemd.send(Notice::Status(status.replace('\\', r"\\")));
             self.status = status;
         }
     }
 }
 
-/// Logs annotations that were changed. The reason is left out: the decision was logged with the same words.
+/// Logs the changed annotations, except the reason, which was logged with the decision.
 pub(super) fn patched(patch: &Patch) {
     let changes: Vec<String> = patch
         .iter()

@@ -1,4 +1,4 @@
-//! Looking at the neighbours, and how far what was seen can be trusted.
+//! Reads the Node, the host and the machine, and tracks how current the results are.
 
 use tokio::time::Instant;
 
@@ -9,47 +9,47 @@ use crate::model::{HostFacts, MachineFacts, Reading, Work};
 use crate::observe;
 use crate::trust::TrustStamp;
 
-/// How far to look.
+/// The extent of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Look {
     /// Kernel, systemd, logind.
     Machine,
-    /// The deployments, too.
+    /// Also the deployments.
     Host,
-    /// And the whole Node: what a reboot needs.
+    /// Also the whole Node, as a reboot needs.
     Everything,
 }
 
-/// One look around, as far as it went.
+/// The results of one read.
 pub(super) struct Readings {
     node: Option<Told>,
-    /// With the stamp from before it was read: what changes meanwhile must be read once more.
+    /// With the stamp from before the read, so that a change during the read is noticed.
     host: Option<(DeploymentsStamp, Reading<HostFacts>)>,
     machine: Reading<MachineFacts>,
 }
 
-/// How old the readings are.
+/// The age of the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Age {
-    /// The deployments have changed since they were read. Nothing is decided until they are read again.
+    /// The deployments have changed since they were read. The agent decides nothing until they are read again.
     Stale,
-    /// Nothing is known to have changed since. Enough for everything but a reboot.
+    /// No change since the read is known. This is enough for all actions but a reboot.
     Current,
-    /// Everything was read just now, the whole Node too. A reboot may follow from the next decision.
+    /// Everything has just been read, also the whole Node. The next decision may begin a reboot.
     Confirmed,
 }
 
-/// What is known of the readings: their age, the look that is under way, and the files they come from.
+/// The state of reading: the age of the results, the running read, and the stamps of the files.
 #[derive(Debug)]
 pub(super) struct Sight {
     age: Age,
-    /// A look is under way.
+    /// A read is running.
     looking: bool,
-    /// What to look at next: the look under way may have begun before the change that asked for this one.
+    /// The next read: the running one may have begun before the change that requested it.
     next: Option<Look>,
-    /// The deployments' files before they were read.
+    /// The stamp of the deployments before they were read.
     deployments: DeploymentsStamp,
-    /// The trust files before the last verification began, whichever way it ended.
+    /// The stamp of the trust files before the last verification, successful or not.
     pub(super) trust: Option<TrustStamp>,
 }
 
@@ -58,7 +58,7 @@ impl Sight {
         Self { age: Age::Current, looking: false, next: None, deployments, trust: None }
     }
 
-    /// Whether a look may begin now; if not, one follows the look that is under way.
+    /// Whether a read may begin now. If not, it follows the running one.
     fn may_look(&mut self, how: Look) -> bool {
         if self.looking {
             self.next = self.next.max(Some(how));
@@ -68,7 +68,8 @@ impl Sight {
         true
     }
 
-    /// A look has ended. `deployments` if it read them, `confirmed` if it read a Node that no event has overtaken.
+    /// Records the end of a read. `deployments` is set if it read them; `confirmed` if it read the whole Node and no newer
+    /// state arrived meanwhile.
     fn looked(&mut self, deployments: Option<DeploymentsStamp>, confirmed: bool) {
         self.looking = false;
         self.age = match (deployments, self.age) {
@@ -81,7 +82,7 @@ impl Sight {
         };
     }
 
-    /// The look that was asked for while another was under way, as far as `furthest`.
+    /// Takes the read that was requested while another one ran, limited to `furthest`.
     fn take_next(&mut self, furthest: Look) -> Option<Look> {
         let how = self.next.take()?.min(furthest);
         if how >= Look::Host {
@@ -90,12 +91,12 @@ impl Sight {
         Some(how)
     }
 
-    /// The deployments have changed.
+    /// Records that the deployments have changed.
     pub(super) fn spoil(&mut self) {
         self.age = Age::Stale;
     }
 
-    /// A decision was made: what was confirmed for it is confirmed no longer.
+    /// Records that a decision was made. A confirmed read serves only one.
     pub(super) fn decided(&mut self) {
         if self.age == Age::Confirmed {
             self.age = Age::Current;
@@ -139,8 +140,8 @@ impl Agent {
                 }
                 self.take_node(Ok(node));
             }
-            // The watch says when the Node is gone; this read is only asked for again.
-            Some(Err(error)) => self.cluster_failed(&error, "the Node cannot be read"),
+            // The watch reports a deleted Node, so a failed read is only retried.
+            Some(Err(error)) => self.cluster_failed(&error, "cannot read the Node"),
             None => {}
         }
         let stamp = readings.host.map(|(stamp, host)| {
@@ -150,27 +151,28 @@ impl Agent {
         });
         self.observed.machine = readings.machine;
         self.sight.looked(stamp, confirmed);
-        // The decision that follows asks for the Node again, if it still needs it.
+        // The next decision requests the Node again if it still needs it.
         let furthest = if Instant::now() < self.cluster.not_before { Look::Host } else { Look::Everything };
         if let Some(how) = self.sight.take_next(furthest) {
             self.look(how);
         }
     }
 
-    /// Withdraws the proof when a file that it rests on is not what it was, and has the deployments read again when
-    /// they changed. Costs a few calls of stat(2), so every step begins with it: also the last before the reboot.
+    /// Discards the verified image when a file that verification depends on has changed, and reads the deployments again
+    /// when they have changed. This costs a few calls of stat(2), so every step begins with it, also the last one before
+    /// the reboot.
     pub(super) fn check_stamps(&mut self) {
         let settings = self.neighbours.engine.settings();
         let changed = self.sight.trust.as_ref().and_then(|trust| trust.changed(settings));
         if let Some(path) = changed {
-            tracing::info!("{} changed, which decides about signatures; verifying again", path.display());
+            tracing::info!("{} changed, and verification depends on it; verifying the image again", path.display());
             self.withdraw_proof();
-            // What is being verified may have read the file before it changed.
+            // The running verification may have read the file before the change.
             if matches!(self.running(), Some(Work::Verify { .. })) {
                 self.abort();
             }
         }
-        // What we change ourselves is read when that has ended.
+        // Our own changes of the host are read when the task has ended.
         let changes_host = self.running().is_some_and(|work| !matches!(work, Work::Verify { .. }));
         if !self.sight.is_stale()
             && !changes_host

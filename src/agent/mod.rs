@@ -1,15 +1,15 @@
-//! The loop: observe, decide, act, report, then wait for a change, a deadline or a poll. It never waits for a neighbour:
-//! what may take time runs as a task of tokio and comes back as an [`Event`].
+//! The loop: observe, decide, act, report, then wait for a change, a deadline or a poll. The loop itself never blocks:
+//! slow operations run as tokio tasks and send an [`Event`].
 //!
-//! | task or thread | begun by | comes back as |
+//! | task or thread | started by | sends |
 //! |---|---|---|
 //! | `follow`: list and watch our Node, poll it | [`run`], once | [`Event::Node`], on its own channel |
-//! | a look at host, machine and perhaps the whole Node | [`looking`], one at a time | [`Event::Looked`] |
+//! | a read of host, machine and, for a reboot, the whole Node | [`looking`], one at a time | [`Event::Looked`] |
 //! | the agent's work: verify, stage, … reboot | [`task`], one at a time | [`Event::Progress`], [`Event::Ended`] |
 //! | a patch of our Node's annotations | [`reporting`], one at a time | [`Event::Patched`] |
 //! | the thread `notify`, which writes to systemd | [`log`], once | nothing |
 //!
-//! `events` carries everything but the Node's changes; both channels hold [`QUEUE`] events and are read here only.
+//! `events` carries all events but the Node's changes. Both channels hold [`QUEUE`] events and are only read here.
 
 mod log;
 mod looking;
@@ -39,32 +39,32 @@ use looking::{Look, Readings, Sight};
 use reporting::Cluster;
 use task::{Ended, Task};
 
-/// The longest sleep: what nothing tells us (a deployment written by hand, a changed policy) is noticed by then. Also
-/// the one own timer of an idle agent, which tokio's wheel splits into up to three: one a minute.
+/// The longest sleep, after which the agent checks for changes without a signal: a deployment written by hand, a changed
+/// policy. It is the only timer of an idle agent; tokio's timer wheel splits it into up to three wake-ups, one a minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(180);
-/// systemd hears `READY=1` by then, even if a neighbour is still unknown.
+/// The latest time of `READY=1`, even if the Node or the host could not be read yet.
 const FIRST_PASS: Duration = Duration::from_secs(30);
-/// A read of the whole Node that an event overtook is not repeated before that.
+/// How long to wait before the whole Node is read again, if a newer state arrived during the read.
 const OVERTAKEN: Duration = Duration::from_secs(1);
-/// Events that may wait for the loop.
+/// Most queued events of each channel.
 const QUEUE: usize = 64;
-/// How long the end of the process waits for systemd to take its last notices.
+/// How long the process waits at its end until systemd accepts the last notifications.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// What a task came to.
+/// An event from one of the tasks.
 enum Event {
     Node(Told),
     Looked(Box<Readings>),
     Patched(Told, Patch),
     Progress(String),
-    /// The number of the task, and what it came to.
+    /// The number of the task, and its result.
     Ended(u64, Box<Ended>),
 }
 
-/// What the agent was started with.
+/// The settings of the agent.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What an operator may set.
+    /// The limits that an operator may set.
     pub limits: Limits,
     /// Time between two reads of our Node.
     pub poll: Duration,
@@ -81,11 +81,11 @@ struct Agent {
     proof: Option<VerifiedImage>,
     node: Option<NodeObject>,
     observed: Observed,
-    /// The API server was asked at least once, and so was the host.
+    /// Whether the API server has answered at least once, and whether the host has been read.
     node_seen: bool,
     host_seen: bool,
     task: Option<Task>,
-    /// Tasks begun so far.
+    /// Number of tasks started so far.
     tasks: u64,
     systemd: Lane<Notice>,
     sight: Sight,
@@ -131,11 +131,11 @@ pub async fn run(neighbours: Neighbours, settings: Settings) -> io::Result<()> {
     Ok(())
 }
 
-/// When systemd has to hear of us, and how long the loop may sleep.
+/// The times of the notifications of systemd, and of the loop's next wake-up.
 struct Timer {
     began: Instant,
     ready: bool,
-    /// Half of `WatchdogSec=`, and when the next ping is due.
+    /// Half of `WatchdogSec=`, and the time of the next ping.
     watchdog: Option<(Duration, Instant)>,
 }
 
@@ -144,7 +144,8 @@ impl Timer {
         Self { began, ready: false, watchdog: watchdog.map(|limit| (limit / 2, began)) }
     }
 
-    /// What is due now, however many events there are. Ready is who has seen all neighbours, or waited long enough.
+    /// The notifications that are due. The service is ready when Node and host have been read once, or after
+    /// [`FIRST_PASS`].
     fn due(&mut self, now: Instant, seen_all: bool) -> Vec<Notice> {
         let mut notices = Vec::new();
         if let Some((period, ping)) = self.watchdog.as_mut().filter(|(_, ping)| now >= *ping) {
@@ -158,7 +159,7 @@ impl Timer {
         notices
     }
 
-    /// Until when the loop sleeps if nothing happens and the agent would sleep until `wake`.
+    /// The time of the next wake-up without an event, `wake` at the latest.
     fn next(&self, now: Instant, wake: Instant) -> Instant {
         let wake = wake.min(now + HOUSEKEEPING);
         let wake = self.watchdog.map_or(wake, |(_, ping)| wake.min(ping));
@@ -211,7 +212,7 @@ impl Agent {
         Now { mono: milliseconds(self.began.elapsed()), unix: self.neighbours.api.time().unwrap_or_else(here) }
     }
 
-    /// Nothing has to be followed up: the next change will be told.
+    /// Whether the agent only waits for the next change, which the watch reports.
     fn is_idle(&self) -> bool {
         self.task.is_none()
             && self.last.as_ref().is_some_and(|last| last.reason.is_at_rest() || last.reason == Reason::NotLayered)
@@ -246,13 +247,13 @@ impl Agent {
         self.sight.decided();
     }
 
-    /// Decides on what is known, and does, reports and logs it.
+    /// Decides, logs, reports and acts.
     fn step(&mut self) {
         if !self.has_seen_all() && self.began.elapsed() < FIRST_PASS {
             return;
         }
         self.check_stamps();
-        // What is being written, or was just done, decides what is true next.
+        // Wait for the result of the patch, or of the read after a change.
         if self.cluster.patching || self.sight.is_stale() {
             return;
         }
@@ -274,18 +275,18 @@ impl Agent {
 
     fn act(&mut self, action: &Action) {
         match action {
-            // Annotations are what `report` writes.
+            // `report` writes the annotations.
             Action::Nothing | Action::Annotate(_) => {}
             Action::Abort => self.abort(),
             Action::ConfirmDrain => self.confirm(),
-            // Everything is looked at once more, and only what is decided on that look is done.
+            // Read everything again first. Only a decision on that read begins the reboot.
             Action::Begin(Work::Reboot { .. }) if !self.sight.is_confirmed() => self.confirm(),
             Action::Begin(work) if self.task.is_none() => self.begin(work.clone()),
             Action::Begin(_) => {}
         }
     }
 
-    /// Looks at everything, as soon as the API server may be asked.
+    /// Reads everything, as soon as the API server may be asked.
     fn confirm(&mut self) {
         if Instant::now() >= self.cluster.not_before {
             self.look(Look::Everything);

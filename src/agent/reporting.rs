@@ -1,4 +1,4 @@
-//! Our Node: what the API server says of it, and what is written to it.
+//! Our Node: takes over its states from the API server, and patches its annotations.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use crate::journal::id;
 use crate::observe;
 use crate::report::{Patch, report};
 
-/// When the API server may be asked.
+/// When the API server may be asked again.
 pub(super) struct Cluster {
-    /// Our own requests that failed in a row.
+    /// Number of our own requests that have failed in a row.
     pub(super) failures: u32,
-    /// No request of our own before that.
+    /// Earliest time of the next own request.
     pub(super) not_before: Instant,
-    /// When our last request failed, and until when the server told us to stay away.
+    /// Time of the last failed request, and the end of the wait that the server requested.
     failed: Option<(Instant, Instant)>,
-    /// A patch is on its way; what it changes decides what is true next.
+    /// A patch is running, so the agent decides nothing until its result.
     pub(super) patching: bool,
 }
 
@@ -37,7 +37,7 @@ impl Agent {
         self.node.as_ref().is_some_and(|current| node.is_older_than(current))
     }
 
-    /// Takes a state of our Node over, unless it is an older one; true if a new decision is due.
+    /// Takes over a state of our Node, unless it is older than the current one. Returns whether a new decision is due.
     pub(super) fn take_node(&mut self, told: Told) -> bool {
         let first = !std::mem::replace(&mut self.node_seen, true);
         match told {
@@ -51,7 +51,7 @@ impl Agent {
                 let facts = observe::cluster(Ok(node.facts.clone()));
                 let changed = facts != self.observed.cluster;
                 if changed {
-                    // A write whose reply was lost may be what we see.
+                    // The change may be a patch of ours whose reply was lost.
                     self.cluster.failures = 0;
                 }
                 self.observed.cluster = facts;
@@ -70,8 +70,8 @@ impl Agent {
         }
     }
 
-    /// A read that was asked for after our last request failed, and answered: what failed may be tried at once, except
-    /// where the server named a time. An event of a watch proves nothing: one that is open outlives its certificate.
+    /// Makes the retry of a failed request due at once after a read that was requested later and succeeded, unless the
+    /// server requested a wait. An event of a watch is no proof, because an open watch outlives its certificate.
     fn heed_answer(&mut self, node: &NodeObject) -> bool {
         let Some(asked) = node.asked() else { return false };
         let Some((_, until)) = self.cluster.failed.take_if(|(at, _)| asked > *at) else { return false };
@@ -117,7 +117,7 @@ impl Agent {
                 log::patched(patch);
                 self.take_node(Ok(node));
             }
-            Err(error) => self.cluster_failed(&error, "the Node's annotations cannot be changed"),
+            Err(error) => self.cluster_failed(&error, "cannot change the Node's annotations"),
         }
     }
 }

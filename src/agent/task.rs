@@ -1,5 +1,5 @@
-//! The agent's one task at a time: the only place with effects beyond the Node object. Each kind of work is bounded in
-//! time and safe to repeat.
+//! Runs the agent's work, one task at a time. This is the only module with effects beyond the Node object. Each kind of
+//! work has a time limit and is safe to repeat.
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -14,16 +14,16 @@ use crate::model::{Fault, PinnedImage, Reason, Work};
 use crate::observe::Neighbours;
 use crate::trust::{TrustStamp, VerifiedImage, verify};
 
-/// Work that is under way.
+/// A running task.
 pub(super) struct Task {
-    /// Tells it from an aborted task of the same work, whose end may still be on its way.
+    /// Distinguishes it from an aborted task of the same work, whose last event may still be queued.
     number: u64,
     pub(super) work: Work,
     pub(super) handle: JoinHandle<()>,
     cancel: watch::Sender<bool>,
 }
 
-/// How a task ended: verification gives the proof.
+/// The result of a task. Verification returns the verified image.
 pub(super) type Ended = Result<Option<VerifiedImage>, Fault>;
 
 impl Agent {
@@ -33,7 +33,7 @@ impl Agent {
 
     pub(super) fn begin(&mut self, work: Work) {
         if let Work::Verify { image } = &work {
-            // From here on only the files that this verification rests on are watched.
+            // From now on only the files of this verification are watched.
             self.withdraw_proof();
             self.sight.trust = Some(TrustStamp::read(self.neighbours.engine.settings(), image));
         }
@@ -44,7 +44,7 @@ impl Agent {
         let handle = tokio::spawn(async move {
             let telling = events.clone();
             let progress = move |line: String| {
-                // A full queue loses a line of progress, nothing else.
+                // If the queue is full, only a line of progress is lost.
                 let _ = telling.try_send(Event::Progress(line));
             };
             let outcome = perform(done, &neighbours, proof, cancelled, &progress).await;
@@ -54,7 +54,7 @@ impl Agent {
         self.task = Some(Task { number, work, handle, cancel });
     }
 
-    /// Verification is simply dropped; a transaction must be cancelled at its daemon, and its end awaited.
+    /// Aborts a verification at once. Other work is cancelled, and ends when its daemon has cancelled the transaction.
     pub(super) fn abort(&mut self) {
         let Some(task) = &self.task else { return };
         if matches!(task.work, Work::Verify { .. }) {
@@ -67,7 +67,7 @@ impl Agent {
     }
 
     pub(super) fn ended(&mut self, number: u64, ended: Ended) {
-        // The end of an aborted task may still have been on its way.
+        // The event may be from an aborted task.
         let Some(Task { work, cancel, .. }) = self.task.take_if(|task| task.number == number) else { return };
         self.progress = None;
         let outcome = match ended {
@@ -77,7 +77,7 @@ impl Agent {
                         tracing::info!(message_id = id::STAGED, rebase_agent_image = %image, "staged {image}");
                     }
                     (Work::Reboot { .. }, _) => {
-                        tracing::info!(message_id = id::REBOOTING, "the reboot was accepted");
+                        tracing::info!(message_id = id::REBOOTING, "logind accepted the reboot");
                     }
                     (_, Some(verified)) => log_verified(verified),
                     _ => {}
@@ -88,7 +88,7 @@ impl Agent {
             }
             Err(_) if *cancel.borrow() => Outcome::GaveUp,
             Err(fault) => {
-                // Of every other work, the decision that follows says the same.
+                // For all other work the next decision has the same message.
                 if matches!(work, Work::UpdateBootloader { .. } | Work::CancelTransaction { .. }) {
                     let reason = fault.reason.as_str();
                     tracing::warn!(message_id = id::FAILED, rebase_agent_reason = reason, "{}", fault.message);
@@ -117,14 +117,14 @@ fn log_verified(verified: &VerifiedImage) {
     tracing::info!(
         message_id = id::VERIFIED,
         rebase_agent_image = %image,
-        "verified {image}: signed as rule {rule} of the node's policy requires; {} MiB, built from {}",
+        "verified {image}: its signature meets rule {rule} of the node's policy; {} MiB, built from {}",
         facts.size >> 20,
         facts.rendered_config.as_deref().unwrap_or("no rendered config")
     );
 }
 
-/// Does `work`. What changes the host's image, its kernel arguments or its boot needs `proof`, which only verification
-/// gives.
+/// Performs `work`. A change of the host's image, its kernel arguments or its boot needs `proof`, which only verification
+/// returns.
 async fn perform(
     work: Work,
     neighbours: &Neighbours,
@@ -150,10 +150,10 @@ async fn perform(
     done.map(|()| None).map_err(|error| Fault::from(&error))
 }
 
-/// The proof, if it is of `image`. The policy may have changed between decision and deed; the next step verifies again.
+/// The proof, if it is for `image`. The policy may have changed since the decision; then the next step verifies again.
 fn proven(proof: Option<VerifiedImage>, image: &PinnedImage) -> Result<VerifiedImage, Fault> {
     proof.filter(|proof| proof.image() == image).ok_or_else(|| {
-        let message = format!("{image} must be verified again first");
+        let message = format!("{image} must be verified again before this step");
         Fault { reason: Reason::Verifying, message }
     })
 }
