@@ -1,4 +1,4 @@
-//! The command line, and what the commands that only look print.
+//! The command line.
 
 use std::path::PathBuf;
 
@@ -7,49 +7,52 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::decide::{Limits, limits};
 use crate::model::{Backend, Reason};
 
-/// What stands in `StatusText` before the sentence about confinement.
+/// Separates the sentence about confinement from the rest of `StatusText`.
 pub const CONFINEMENT: &str = " | ";
 
-/// Follows the pool's desired OS image on this node: verifies its signature, has it staged, drains, reboots, reports.
+/// Updates this node to the pool's desired OS image: verifies its signature, stages it, drains, reboots, reports.
 #[derive(Debug, Parser)]
 #[command(name = "rebase-agent", version, after_help = notes())]
 pub struct Cli {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
-    /// Where things are.
+    /// Paths and settings of the node.
     #[command(flatten)]
     pub paths: Paths,
-    /// error, warn, info, debug or trace.
+    /// Log level: error, warn, info, debug or trace.
     #[arg(long, global = true, env = "REBASE_AGENT_LOG", default_value = "info", value_name = "LEVEL")]
     pub log: tracing::Level,
-    /// Do not start unless Landlock denies every change of a file.
+    /// Exit with an error unless Landlock denies every change of a file.
     #[arg(long, global = true, env = "REBASE_AGENT_REQUIRE_LANDLOCK",
           value_parser = clap::builder::FalseyValueParser::new())]
     pub require_landlock: bool,
 }
 
-/// Exit codes, and what each says.
+/// The exit codes and their meanings.
 pub const EXIT_CODES: &[(&str, &str)] = &[
     ("0", "run: stopped by a signal; status, explain: Done, or nothing to follow; verify: verified"),
-    ("1", "something needed for the answer could not be read"),
+    ("1", "the Node, the host, or a file that is needed cannot be read"),
     ("2", "the command line is wrong"),
-    ("3", "status, explain: refused (Degraded, Unreconcilable), or the policy refuses what runs; verify: refused"),
-    ("4", "status, explain: on the way (Working); verify: not known yet, try again"),
+    (
+        "3",
+        "status, explain: refused (Degraded, Unreconcilable), or the policy refuses the booted image; verify: refused",
+    ),
+    ("4", "status, explain: update in progress (Working); verify: no result yet, try again"),
     ("5", "this host is not image-mode (no ostree deployment is booted)"),
 ];
 
-/// What the agent reads, and who writes it.
+/// The files that the agent reads, each with its writer.
 pub const FILES: &[(&str, &str)] = &[
     ("/var/lib/kubelet/kubeconfig", "The kubelet's credentials for the API server; the kubelet writes it."),
     ("/etc/containers/policy.json", "The signature policy, and the keys that it names; MCO writes it."),
     (
         "/etc/containers/registries.d, /etc/containers/registries.conf",
-        "Where signatures are, mirrors; MCO writes them.",
+        "Signature storage and mirrors; MCO writes them.",
     ),
     (
         "/run/ostree/auth.json, /etc/ostree/auth.json, /usr/lib/ostree/auth.json",
-        "Registry credentials, the first that is there.",
+        "Registry credentials; the first file that exists is used.",
     ),
     ("/etc/systemd/system/rebase-agent.service.d/*.conf", "Drop-ins with REBASE_AGENT_ variables: the configuration."),
 ];
@@ -57,7 +60,7 @@ pub const FILES: &[(&str, &str)] = &[
 fn notes() -> String {
     let codes: Vec<String> = EXIT_CODES.iter().map(|(code, text)| format!("  {code}  {text}")).collect();
     format!(
-        "Every option has an environment form, so a unit drop-in is the configuration.
+        "Every option has an environment variable, so a unit drop-in is the configuration.
 
 Exit codes:
 {}",
@@ -70,35 +73,35 @@ Exit codes:
 
 /// Exit codes beyond success.
 pub mod exit {
-    /// Something could not be read.
+    /// The Node, the host, or a file that is needed cannot be read.
     pub const UNREADABLE: u8 = 1;
-    /// Refused.
+    /// The image is refused.
     pub const REFUSED: u8 = 3;
-    /// Not yet.
+    /// The update is in progress, or there is no result yet.
     pub const NOT_YET: u8 = 4;
-    /// Not image-mode.
+    /// The host is not image-mode.
     pub const NOT_IMAGE_MODE: u8 = 5;
 }
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Be the service.
+    /// Run the service.
     Run(Tuning),
-    /// What is desired, booted, staged, and what the node waits for.
+    /// Show the desired, booted and staged image, and what the node waits for.
     Status(Look),
-    /// Which rule applies to what is observed now, and what it would do; or what a reason means. Changes nothing.
+    /// Show which rule applies now and what it would do, or what a reason means. Changes nothing.
     Explain {
         /// The reason to explain, as in the Node's `reason` annotation and in the journal.
         #[arg(value_parser = reason)]
         reason: Option<Reason>,
-        /// How to look.
+        /// Options of the output.
         #[command(flatten)]
         look: Look,
     },
-    /// Verify an image as the service would; changes nothing.
+    /// Verify an image as the service does. Changes nothing.
     Verify {
-        /// host/repository@sha256:<64 hex digits>
+        /// The image: host/repository@sha256:<64 hex digits>
         pullspec: String,
         /// Print JSON.
         #[arg(long)]
@@ -106,7 +109,7 @@ pub enum Command {
     },
 }
 
-/// Options of the commands that look.
+/// Options of `status` and `explain`.
 #[derive(Debug, Args)]
 pub struct Look {
     /// Print JSON.
@@ -115,29 +118,29 @@ pub struct Look {
     /// Verify the desired image first, instead of showing verification as the next step.
     #[arg(long)]
     pub verify: bool,
-    /// What the rules depend on.
+    /// Settings of the rules.
     #[command(flatten)]
     pub tuning: Tuning,
 }
 
-/// What an operator may tune.
+/// Settings of the rules.
 #[derive(Debug, Args)]
 pub struct Tuning {
-    /// Seconds between two reads of the Node; the watch in between only makes it quicker.
+    /// Seconds between two reads of the Node; a watch reports changes sooner.
     #[arg(long, env = "REBASE_AGENT_POLL", default_value_t = limits::POLL / limits::SECOND,
           value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=86_400))]
     pub poll: u64,
-    /// Seconds for which a missing signature or manifest is awaited before the node is Degraded.
+    /// Seconds to wait for a missing signature or manifest before the node is Degraded.
     #[arg(long, env = "REBASE_AGENT_SIGNATURE_GRACE", default_value_t = limits::SIGNATURE_GRACE / limits::SECOND,
           value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub signature_grace: u64,
-    /// Seconds the machine must have been up before it is drained and rebooted.
+    /// Seconds that the machine must have been up before it is drained and rebooted.
     #[arg(long, env = "REBASE_AGENT_UPTIME_FLOOR", default_value_t = limits::UPTIME_FLOOR / limits::SECOND,
           value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub uptime_floor: u64,
-    /// Refuse an image whose config says that it was created before this RFC 3339 time, or does not say when.
+    /// Refuse an image that was created before this RFC 3339 time by its config, or whose config has no such time.
     #[arg(long, env = "REBASE_AGENT_MINIMUM_CREATED", value_name = "TIME", value_parser = time)]
     pub minimum_created: Option<u64>,
     /// When the desired config is newer than the image: wait for a rebuild, or accept the image as it is.
@@ -146,7 +149,7 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// As the rules take them.
+    /// The limits for the rules.
     #[must_use]
     pub fn limits(&self) -> Limits {
         Limits {
@@ -160,14 +163,18 @@ impl Tuning {
 
 fn reason(text: &str) -> Result<Reason, String> {
     let named = |reason: &&Reason| reason.as_str().eq_ignore_ascii_case(text);
-    Reason::ALL.iter().find(named).copied().ok_or_else(|| "no reason of this name; README lists them".to_owned())
+    Reason::ALL
+        .iter()
+        .find(named)
+        .copied()
+        .ok_or_else(|| "there is no reason of this name; README lists all reasons".to_owned())
 }
 
 fn time(text: &str) -> Result<u64, String> {
-    crate::time::unix(text).ok_or_else(|| "a time from 1970 on as in 2026-11-22T08:00:00Z is expected".to_owned())
+    crate::time::unix(text).ok_or_else(|| "it must be a time since 1970 such as 2026-11-22T08:00:00Z".to_owned())
 }
 
-/// What to do about a config that is newer than its image.
+/// How to handle a config that is newer than its image.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ConfigAhead {
     /// Wait for a rebuild.
@@ -179,7 +186,7 @@ pub enum ConfigAhead {
 /// The host tool to use.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum BackendOption {
-    /// What is there.
+    /// The installed one; rpm-ostree if both are.
     Auto,
     /// rpm-ostreed.
     RpmOstree,
@@ -188,7 +195,7 @@ pub enum BackendOption {
 }
 
 impl BackendOption {
-    /// The one that was asked for.
+    /// The backend, or `None` to detect it.
     #[must_use]
     pub fn backend(self) -> Option<Backend> {
         match self {
@@ -199,7 +206,7 @@ impl BackendOption {
     }
 }
 
-/// Where things are on the node.
+/// Paths and settings of the node.
 #[derive(Clone, Debug, Args)]
 pub struct Paths {
     /// The kubelet's kubeconfig.
@@ -211,10 +218,10 @@ pub struct Paths {
         value_name = "FILE"
     )]
     pub kubeconfig: PathBuf,
-    /// The Node's name, for a kubeconfig whose credentials are not the kubelet's and do not tell it.
+    /// The Node's name, if the credentials in the kubeconfig are not the kubelet's and do not contain it.
     #[arg(long, global = true, env = "REBASE_AGENT_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
-    /// What lists deployments and stages images: rpm-ostree, bootc, or what is there (rpm-ostree where both are).
+    /// The tool that lists deployments and stages images; auto uses the installed one, and rpm-ostree if both are.
     #[arg(long, global = true, env = "REBASE_AGENT_BACKEND", default_value = "auto", value_name = "TOOL")]
     pub backend: BackendOption,
     /// The signature policy, as rpm-ostreed sees it.
@@ -245,10 +252,10 @@ pub struct Paths {
     #[arg(long, global = true, env = "REBASE_AGENT_VERIFY_TIMEOUT", default_value_t = 60, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub verify_timeout: u64,
-    /// Writable directory for GnuPG; set by the drop-in 10-gpg.conf.
+    /// Writable directory for GnuPG, which the drop-in 10-gpg.conf sets.
     #[arg(long, global = true, env = "REBASE_AGENT_SCRATCH", value_name = "DIRECTORY", hide = true)]
     pub scratch: Option<PathBuf>,
-    /// A tree that stands in for /.
+    /// Directory to use instead of /.
     #[arg(long, global = true, env = "REBASE_AGENT_ROOT", default_value = "/", value_name = "DIRECTORY", hide = true)]
     pub root: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! `explain`: which rule applies to what is observed now, or what a reason means.
+//! `explain`: prints the rule that applies to the current observations, or the meaning of a reason.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ use crate::model::{NodeState, Observed, Reason};
 use crate::observe::Neighbours;
 use crate::report::{Patch, report};
 
-/// Prints the rule that applies; the exit code.
+/// Prints the rule that applies and returns the exit code.
 pub(super) async fn explain(neighbours: &Neighbours, look: &Look) -> u8 {
     if let Some(code) = foreign(neighbours, look.json) {
         return code;
@@ -26,7 +26,7 @@ pub(super) async fn explain(neighbours: &Neighbours, look: &Look) -> u8 {
     code
 }
 
-/// Prints what `reason` means and what to do about it.
+/// Prints the meaning of `reason` and its remedy.
 pub(super) fn reason(reason: Reason, json: bool) -> u8 {
     let (severity, meaning, help) = (reason.severity().as_str(), reason.meaning(), reason.help());
     let value = json!({ "reason": reason, "severity": severity, "meaning": meaning, "help": help });
@@ -48,21 +48,21 @@ pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) ->
     serde_json::to_value(super::Versioned::new(&explanation)).unwrap()
 }
 
-/// Everything `explain` shows.
+/// The output of `explain`.
 #[derive(Debug, Serialize)]
 struct Explanation {
-    /// What was observed; in the form of the golden cases.
+    /// The observations, in the form of the golden cases.
     observed: Observed,
-    /// What follows from it.
+    /// The decision on them.
     decision: Decided,
     /// The rule's row: when, then, state.
     row: [&'static str; 3],
-    /// The annotations that would be written.
+    /// The annotations that the service would write.
     patch: Patch,
 }
 
 impl Explanation {
-    /// For people.
+    /// The text for people.
     fn text(&self) -> String {
         let mut out = String::new();
         line(&mut out, "Rule", &rule(&self.decision));
@@ -70,7 +70,7 @@ impl Explanation {
         line(&mut out, "", &format!("when {when}: {then}; state {state}"));
         let action = serde_json::to_string(&self.decision.action).unwrap_or_default();
         line(&mut out, "Action", action.trim_matches('"'));
-        let state = self.decision.state.map_or("left as it is", NodeState::as_str);
+        let state = self.decision.state.map_or("unchanged", NodeState::as_str);
         line(&mut out, "State", state);
         if self.patch.is_empty() {
             line(&mut out, "Patch", "none");

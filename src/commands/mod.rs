@@ -1,4 +1,4 @@
-//! What a person asks on the node: each command gathers, makes one value of it, and prints that as text or as JSON.
+//! The commands: each reads its facts, makes one value from them, and prints it as text or as JSON.
 //!
 //! The JSON is a contract: its `version` changes when a field is renamed or removed, not when one is added.
 
@@ -22,14 +22,14 @@ use crate::observe::{Neighbours, everything};
 use crate::trust;
 use status::Trust;
 
-/// The version of all JSON.
+/// The version of all JSON output.
 const VERSION: u32 = 1;
-/// Width of a terminal, in characters.
+/// Width of the output, in characters.
 const WIDTH: usize = 80;
-/// Column where values begin.
+/// Column of the values.
 const INDENT: usize = 10;
 
-/// Does what `command` says.
+/// Runs `command`.
 pub async fn dispatch(command: Command, neighbours: Neighbours, confinement: Confinement) -> ExitCode {
     let code = match command {
         Command::Run(tuning) => run::run(neighbours, confinement, &tuning).await,
@@ -41,7 +41,7 @@ pub async fn dispatch(command: Command, neighbours: Neighbours, confinement: Con
     ExitCode::from(code)
 }
 
-/// What is observed now, and what a fresh process would remember: nothing, or the verification it was asked for.
+/// The current observations, and the memory of a new process: empty, or the result of `--verify`.
 struct Seen {
     observed: Observed,
     memory: Memory,
@@ -72,7 +72,7 @@ async fn see(neighbours: &Neighbours, look: &Look) -> Seen {
     Seen { observed, memory, trust }
 }
 
-/// A process that only looks has no past: its monotonic clock stands at zero.
+/// The time for a decision. A command measures no waits, so its monotonic clock is zero.
 fn now(neighbours: &Neighbours) -> Now {
     let unix = neighbours.api.time().unwrap_or_else(|| {
         let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -81,7 +81,7 @@ fn now(neighbours: &Neighbours) -> Now {
     Now { mono: 0, unix }
 }
 
-/// A decision, as the JSON has it.
+/// A decision in the JSON output.
 #[derive(Debug, Serialize)]
 struct Decided {
     /// The rule's name and number.
@@ -90,9 +90,9 @@ struct Decided {
     action: Action,
     reason: Reason,
     message: String,
-    /// The state to report; `null` leaves it as it is.
+    /// The state to report; `null` keeps the current one.
     state: Option<NodeState>,
-    /// Seconds until the service looks again at the latest; `null`: when something changes.
+    /// Seconds until the service decides again at the latest; `null` waits for a change.
     next_look: Option<u64>,
 }
 
@@ -110,7 +110,7 @@ impl From<&Decision> for Decided {
     }
 }
 
-/// On a host that is not image-mode there is nothing to look at: says so in one line, and gives the exit code.
+/// On a host that is not image-mode, prints one line that says so and returns the exit code.
 fn foreign(neighbours: &Neighbours, json: bool) -> Option<u8> {
     let error = neighbours.host.check_kind().err()?;
     let code = if matches!(error, HostError::NotImageMode) { exit::NOT_IMAGE_MODE } else { exit::REFUSED };
@@ -147,7 +147,7 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
     let _ = std::io::stdout().write_all(out.as_bytes());
 }
 
-/// The exit code for a decision.
+/// The exit code of a decision.
 fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
     let not_image_mode = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostNotImageMode);
     let unsupported = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostUnsupported);
@@ -163,12 +163,12 @@ fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
     }
 }
 
-/// The running service's rule is in its status text; this is the rule for what was just read, by a fresh process.
+/// The rule that a new process applies to the current observations. The running service's rule is in its status text.
 fn rule(decision: &Decided) -> String {
     format!("{} ({}): {}: {}", decision.rule, decision.number, decision.reason, decision.message)
 }
 
-/// `label`, then `value` wrapped and indented.
+/// Writes `label`, then `value` wrapped and indented.
 fn line(out: &mut String, label: &str, value: &str) {
     let mut column = INDENT;
     let _ = write!(out, "{label:INDENT$}");

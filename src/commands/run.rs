@@ -1,4 +1,4 @@
-//! `run`: be the service.
+//! `run`: runs the service.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::confine::Confinement;
 use crate::journal::id;
 use crate::observe::Neighbours;
 
-/// Until a signal ends it; the exit code.
+/// Runs the service until a signal stops it and returns the exit code.
 pub(super) async fn run(neighbours: Neighbours, confinement: Confinement, tuning: &Tuning) -> u8 {
     if let Err(error) = neighbours.host.check_kind() {
         tracing::error!("{error}");

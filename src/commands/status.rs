@@ -1,4 +1,4 @@
-//! `status`: what is desired, booted, staged, and what the node waits for.
+//! `status`: prints the desired, booted and staged image, and the rule that the node waits on.
 
 use std::fmt::Write as _;
 
@@ -15,7 +15,7 @@ use crate::model::{
 use crate::observe::Neighbours;
 use crate::trust::NodePolicy;
 
-/// Prints it; the exit code.
+/// Prints the status and returns the exit code.
 pub(super) async fn status(neighbours: &Neighbours, look: &Look) -> u8 {
     if let Some(code) = foreign(neighbours, look.json) {
         return code;
@@ -40,10 +40,10 @@ pub(super) async fn status(neighbours: &Neighbours, look: &Look) -> u8 {
     code
 }
 
-/// Everything `status` shows; the text is made from it, and `--json` prints it.
+/// The output of `status`.
 #[derive(Debug, Serialize)]
 struct Status {
-    /// Which host tool is used, and why that one; or why none.
+    /// The host tool and why it was chosen, or why there is none.
     backend: String,
     /// The Node, or why it cannot be read.
     cluster: Reading<NodeFacts>,
@@ -51,13 +51,13 @@ struct Status {
     host: Reading<HostFacts>,
     /// The machine, or why it cannot be read.
     machine: Reading<MachineFacts>,
-    /// The rule of the policy that the desired image must meet, or why it cannot.
+    /// The rule of the policy that demands a signature of the desired image, or why the image is refused.
     trust: Option<Trust>,
-    /// What the MCD left in `/etc`.
+    /// The files of the MCD in `/etc`.
     leftovers: Option<Leftovers>,
-    /// What the running service says of itself.
+    /// The status of the running service.
     service: Service,
-    /// The rule that applies to what is shown here.
+    /// The decision of a new process on these facts.
     decision: Decided,
 }
 
@@ -78,31 +78,31 @@ pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) ->
     serde_json::to_value(super::Versioned::new(&status)).unwrap()
 }
 
-/// What is known of the desired image's signature without, or with, asking the registry.
+/// The result of the policy for the desired image.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Trust {
-    /// This rule demands a signature; not checked by this command.
+    /// This rule demands a signature, which was not checked.
     Required(String),
-    /// Checked by this command.
+    /// The signature was verified by this command.
     Verified(Box<ImageFacts>),
-    /// Refused, and why.
+    /// The image is refused, for this reason.
     Refused(String),
 }
 
-/// systemd's word on rebase-agent.service.
+/// The state of rebase-agent.service.
 #[derive(Debug, Serialize)]
 struct Service {
     /// `ActiveState`.
     active: String,
     /// `StatusText`: the rule that the running service applies.
     status: String,
-    /// How far the kernel confines it, in its own words.
+    /// The sentence about its confinement, from its status text.
     confinement: Option<String>,
 }
 
 impl Service {
-    /// From systemd's properties of the running service.
+    /// Splits the status text into the rule and the sentence about confinement.
     fn new(active: String, status_text: &str) -> Self {
         let (status, confinement) = match status_text.rsplit_once(CONFINEMENT) {
             Some((status, confinement)) => (status, Some(confinement.to_owned())),
@@ -112,7 +112,8 @@ impl Service {
     }
 }
 
-/// What the policy demands of `desired`; asks nobody. `None` while nothing valid is desired.
+/// Returns the rule of the policy that applies to `desired`, without asking the registry; `None` if no valid image is
+/// desired.
 pub(super) fn required(policy: &std::path::Path, desired: Option<&PinnedImage>) -> Option<Trust> {
     let image = desired?;
     Some(match NodePolicy::read(policy).and_then(|policy| policy.gate(image)) {
@@ -122,7 +123,7 @@ pub(super) fn required(policy: &std::path::Path, desired: Option<&PinnedImage>) 
 }
 
 impl Status {
-    /// For people: at a glance, in 80 columns.
+    /// The text for people, in 80 columns.
     fn text(&self) -> String {
         let mut out = String::new();
         match &self.cluster {
@@ -130,7 +131,7 @@ impl Status {
             Reading::Unknown(fault) => line(&mut out, "Node", &format!("unknown: {}", fault.message)),
         }
         match &self.host {
-            // bootc cannot be asked while it works.
+            // `bootc status` cannot run during a transaction.
             Reading::Known(host) if host.deployments.is_empty() && host.transaction.is_some() => {
                 line(&mut out, "Host", "not readable until the transaction has ended");
                 busy(&mut out, host);
@@ -143,7 +144,7 @@ impl Status {
                 line(&mut out, "Booted", &row(host.booted()));
                 line(&mut out, "Staged", &row(host.staged()));
                 line(&mut out, "Rollback", &row(host.rollback()));
-                // Usually clear from the rows above: what is staged, or else what is booted.
+                // Only shown if it is neither the staged nor the booted deployment.
                 if let Some(next) = host.next_boot().filter(|next| !next.booted && !next.staged) {
                     let text = format!("{}; it is first in boot order", describe(next, desired.as_ref()));
                     line(&mut out, "Next boot", &text);
@@ -154,12 +155,12 @@ impl Status {
         }
         line(&mut out, "Backend", &self.backend);
         let trust = match &self.trust {
-            None => "nothing to trust: no valid image is desired".to_owned(),
+            None => "no valid image is desired".to_owned(),
             Some(Trust::Required(scope)) => {
                 format!("rule {scope} demands a signature (`status --verify` checks it)")
             }
             Some(Trust::Verified(facts)) => {
-                format!("verified: signed as rule {} demands, {} MiB", facts.vouched_by, facts.size >> 20)
+                format!("verified: the signature meets rule {}, {} MiB", facts.vouched_by, facts.size >> 20)
             }
             Some(Trust::Refused(why)) => format!("refused: {why}"),
         };
@@ -189,7 +190,7 @@ impl Status {
         if let Some(confinement) = &self.service.confinement {
             line(&mut out, "Confined", confinement);
         }
-        // The service has seen more than a command that just came; its own word goes, unless it is another.
+        // The running service knows more than this command. Print this command's rule only if it differs.
         if !self.service.status.starts_with(self.decision.reason.as_str()) {
             line(&mut out, "Rule", &rule(&self.decision));
         }
@@ -209,7 +210,7 @@ impl Status {
         let image = match (&node.desired_image, self.desired()) {
             (None, _) => "no image".to_owned(),
             (Some(_), Some(image)) => format!("{} {}", image.name(), image.digest().short()),
-            (Some(text), None) => format!("`{}`, which cannot be followed", text.as_str()),
+            (Some(text), None) => format!("`{}`, which is not usable", text.as_str()),
         };
         let config = node.desired_config.as_deref().unwrap_or("no config");
         line(out, "Desired", &format!("{image} for {config}"));
@@ -248,7 +249,7 @@ fn drain(node: &NodeFacts) -> String {
     let cordoned = match node.schedulable {
         Some(true) => "schedulable",
         Some(false) => "cordoned",
-        None => "unknown whether cordoned",
+        None => "not known whether cordoned",
     };
     match (&node.desired_drain, &node.last_applied_drain) {
         (None, _) => cordoned.to_owned(),
@@ -257,11 +258,11 @@ fn drain(node: &NodeFacts) -> String {
     }
 }
 
-/// Files of the MCD in `/etc` that shadow the image's.
+/// Lists files of the MCD in `/etc` that hide the image's.
 fn shadows(Leftovers { managed, differing }: &Leftovers) -> String {
     const SHOWN: usize = 3;
-    let mut text = format!("{} of the {managed} paths in /etc that the config names differ", differing.len());
-    text.push_str(" from the image's /usr/etc and shadow it: ");
+    let mut text = format!("{} of the {managed} paths in /etc that the rendered config names differ", differing.len());
+    text.push_str(" from the image's /usr/etc and hide its files: ");
     text.push_str(&differing.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "));
     if differing.len() > SHOWN {
         text.push_str(", … (`--json` lists them)");

@@ -1,4 +1,4 @@
-//! `verify`: verify an image as the service would.
+//! `verify`: verifies an image as the service does.
 
 use super::{answer, print};
 use crate::cli::exit;
@@ -7,7 +7,7 @@ use crate::observe::Neighbours;
 use crate::time;
 use crate::trust::{self, TrustError};
 
-/// Prints what verification finds; the exit code.
+/// Prints the result of the verification and returns the exit code.
 pub(super) async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) -> u8 {
     let image: PinnedImage = match parse(pullspec) {
         Ok(image) => image,
@@ -26,7 +26,7 @@ pub(super) async fn verify(neighbours: &Neighbours, pullspec: &str, json: bool) 
                     facts.architecture,
                     if facts.bootable { "yes" } else { "no" },
                     facts.rendered_config.as_deref().unwrap_or("(no machineconfig label)"),
-                    facts.created.map_or_else(|| "(not told)".to_owned(), time::text),
+                    facts.created.map_or_else(|| "(not in the config)".to_owned(), time::text),
                     facts.size >> 20,
                     verified.to_pull()
                 )
