@@ -1,6 +1,6 @@
-//! When to look again: backoff, jitter. Pure; randomness is passed in.
+//! Backoff and jitter of retries. Pure but for [`random`].
 
-/// Exponential backoff in milliseconds: `first`, doubled by every further failure, never above `cap`.
+/// Exponential backoff in milliseconds: `first`, doubled by every further failure, up to `cap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
     first: u64,
@@ -8,15 +8,15 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Transient failures: the network, a busy daemon.
+    /// For transient failures: the network, a busy daemon.
     pub const TRANSIENT: Self = Self { first: 5_000, cap: 5 * 60_000 };
-    /// Refusals that only a change of policy, image or node can lift; looked at again because that change may happen
-    /// where the agent does not see it.
+    /// For refusals, which only a change of policy, image or node can lift. Retried, because the agent may not notice that
+    /// change.
     pub const REFUSAL: Self = Self { first: 10 * 60_000, cap: 10 * 60_000 };
-    /// The API server.
+    /// For requests to the API server.
     pub const CLUSTER: Self = Self { first: 1_000, cap: 60_000 };
 
-    /// The delay after `failures` failures in a row (0: none).
+    /// The delay after `failures` failures in a row; 0 after none.
     #[must_use]
     pub fn delay(self, failures: u32) -> u64 {
         match failures.checked_sub(1) {
@@ -26,19 +26,19 @@ impl Backoff {
     }
 }
 
-/// `delay` and up to a quarter more. `random` is uniform over all of `u64`.
+/// Adds up to a quarter to `delay`. `random` is uniform over all of `u64`.
 #[must_use]
 pub fn jittered(delay: u64, random: u64) -> u64 {
     delay.saturating_add(random.checked_rem(delay / 4 + 1).unwrap_or(0))
 }
 
-/// Uniform in `0..=delay`: the first poll, so that a fleet that starts together does not ask together.
+/// A time in `0..=delay`, uniformly distributed, so that nodes that start together do not send requests together.
 #[must_use]
 pub fn full_jitter(delay: u64, random: u64) -> u64 {
     random.checked_rem(delay.saturating_add(1)).unwrap_or(0)
 }
 
-/// Randomness that is good enough to spread nodes: the standard library seeds every hasher from the kernel.
+/// A random number that is good enough to spread nodes: the standard library seeds every hasher from the kernel.
 #[must_use]
 pub fn random() -> u64 {
     use std::hash::{BuildHasher, RandomState};

@@ -1,5 +1,5 @@
-//! Landlock: this process and its children cannot change the file system, whatever the unit file says. Applied before
-//! any thread exists and before any byte from outside is read.
+//! Landlock: this process and its children cannot change the file system, independent of the unit file. Applied before
+//! any thread exists and before any untrusted input is read.
 
 use std::path::Path;
 
@@ -8,25 +8,25 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus,
 };
 
-/// Where the kernel lists its security modules, if securityfs is mounted.
+/// The kernel's list of security modules, if securityfs is mounted.
 const MODULES: &str = "/sys/kernel/security/lsm";
-/// The first ABI that knows every way to change a file: it adds truncation. Linux 6.2.
+/// The first Landlock ABI that covers every change of a file: it adds truncation (Linux 6.2).
 const WRITES: ABI = ABI::V3;
 
-/// How far the kernel went along.
+/// The confinement that the kernel enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Confinement {
-    /// Every right to change something that this agent knows of is given up.
+    /// All rights that the agent asks to deny are denied.
     On,
-    /// No file can be changed; the kernel knows no rights yet for device ioctls, or for binding ports.
+    /// No file can be changed; the kernel is too old to deny device ioctls or the binding of ports.
     FilesOnly,
-    /// The kernel is so old that it knows no right to truncate.
+    /// The kernel is too old to deny truncation.
     Partial,
-    /// The kernel has Landlock, but a seccomp filter, or whoever else made this sandbox, denies its calls.
+    /// The kernel has Landlock, but a seccomp filter or another sandbox denies its system calls.
     Denied,
-    /// The kernel was built without Landlock, or it is switched off.
+    /// The kernel was built without Landlock, or Landlock is switched off.
     Lacking,
-    /// One of the two; without securityfs they cannot be told apart.
+    /// Denied or lacking; without securityfs the two cannot be distinguished.
     Unclear,
 }
 
@@ -37,40 +37,37 @@ impl Confinement {
         matches!(self, Self::On | Self::FilesOnly)
     }
 
-    /// For people: `StatusText` and the first message of a run end with it.
+    /// A sentence for people, at the end of `StatusText` and of the first log message.
     #[must_use]
     pub fn sentence(self) -> &'static str {
         match self {
             Self::On => "Landlock denies every write",
             Self::FilesOnly => "Landlock denies every write to files; this kernel cannot deny more",
-            Self::Partial => "Landlock denies what this old kernel knows of writing, which is not truncation",
-            Self::Denied => "Landlock's calls are denied: is SystemCallFilter= of a drop-in in the way?",
-            Self::Lacking => "this kernel lacks Landlock; the unit's own sandbox is all there is",
-            Self::Unclear => "Landlock's calls fail: this kernel lacks it, or a sandbox denies them",
+            Self::Partial => "Landlock denies every write but truncation, which this kernel is too old to deny",
+            Self::Denied => "a sandbox denies Landlock's system calls: check SystemCallFilter= in the unit's drop-ins",
+            Self::Lacking => "this kernel lacks Landlock; only the unit's own sandbox confines the agent",
+            Self::Unclear => "Landlock's system calls fail: this kernel lacks Landlock, or a sandbox denies them",
         }
     }
 }
 
-/// Why confinement failed.
+/// An error of confinement.
+#[allow(missing_docs, reason = "each variant's message is its documentation")]
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {
-    /// prctl(2).
     #[error("cannot set no_new_privs: {0}")]
     NoNewPrivileges(#[from] nix::Error),
-    /// Landlock's own calls.
     #[error("cannot restrict file access with Landlock: {0}")]
     Landlock(#[from] landlock::RulesetError),
-    /// A path that must stay writable.
-    #[error("cannot open a path that stays writable: {0}")]
+    #[error("cannot open a path that must stay writable: {0}")]
     Path(#[from] landlock::PathFdError),
-    /// It was demanded.
-    #[error("--require-landlock: {}", .0.sentence())]
+    #[error("--require-landlock is set, but {}", .0.sentence())]
     Required(Confinement),
 }
 
-/// Gives up every right to write, create, delete, link or truncate, to use devices and to listen on TCP ports; all
-/// that stays writable is `/dev/null`, which children get for their output, and `scratch`, which only a unit drop-in
-/// sets. Whatever falls short of that for files is an error if it is `required`.
+/// Gives up every right to write, create, delete, link or truncate files, to use devices and to listen on TCP ports. Only
+/// `/dev/null`, for the output of children, and `scratch`, which a unit drop-in sets, stay writable. If `required`, a
+/// kernel that cannot deny every change of a file is an error.
 ///
 /// # Errors
 /// See [`ConfineError`].
@@ -95,7 +92,8 @@ pub fn confine(scratch: Option<&Path>, required: bool) -> Result<Confinement, Co
     }
 }
 
-/// A denied call looks like one that the kernel does not know; the kernel's own list of modules tells them apart. Pure.
+/// Classifies the result. A denied system call looks like one that the kernel lacks; the kernel's list of modules
+/// distinguishes them. Pure.
 fn classify(kernel: &LandlockStatus, ruleset: &RulesetStatus, modules: Option<&str>) -> Confinement {
     let listed = modules.map(|modules| modules.trim().split(',').any(|module| module == "landlock"));
     match (kernel, ruleset) {

@@ -1,16 +1,16 @@
-//! Files: reads that are bounded, and what identifies a file without reading it, so that a change is noticed.
+//! Bounded reads of files, and stamps that identify a file without reading it, to notice a change.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Device, inode, time of change in seconds and nanoseconds, size in bytes. The time of modification is left out:
-/// ostree sets all of them to the same, and everyone who may write a file may set it.
+/// Device, inode, time of change in seconds and nanoseconds, size in bytes. The time of modification is not used: ostree
+/// sets it to the same value for all files, and every writer of a file can set it.
 type Identity = (u64, u64, i64, i64, u64);
 
-/// What stood at a path: the name itself, which may be a symbolic link, and the file that it led to. `None` where
-/// there was nothing, or nothing that this process may look at. Opens nothing, so a pipe does not block it.
+/// Identifies the file at a path: the name itself, which may be a symbolic link, and the file that it leads to. Each is
+/// `None` if it does not exist or is not accessible. Opens no file, so a pipe does not block it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stamp {
     name: Option<Identity>,
@@ -18,7 +18,7 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    /// Looks at `path` now.
+    /// The current stamp of `path`.
     #[must_use]
     pub fn of(path: &Path) -> Self {
         let identity = |metadata: Metadata| {
@@ -29,12 +29,12 @@ impl Stamp {
     }
 }
 
-/// Reads at most `limit` bytes of a regular file; a longer one is an error, not a truncation.
+/// Reads a regular file of at most `limit` bytes; a longer file is an error.
 ///
 /// # Errors
-/// The usual, and `InvalidData` for a file that is longer or not regular.
+/// Errors of the file system, and `InvalidData` for a file that is longer or not regular.
 pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    // Opening a pipe would wait for its other end.
+    // Opening a pipe would block.
     if !std::fs::metadata(path)?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
     }
@@ -47,14 +47,14 @@ pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a file below a deployment, which is its image's content. An image may contain links that lead out of it, to what
-/// is another machine's or this one's own, so none is followed.
+/// Reads a file of a deployment, whose content is the image's. Follows no symbolic link, because an image may contain
+/// links to files outside of it.
 pub fn read_beneath(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut at = directory.to_owned();
     for component in path.components() {
         at.push(component);
         if std::fs::symlink_metadata(&at)?.is_symlink() {
-            let why = format!("{} is a symbolic link, and none is followed inside an image", at.display());
+            let why = format!("{} is a symbolic link, which the agent does not follow inside an image", at.display());
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
     }

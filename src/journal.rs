@@ -1,4 +1,4 @@
-//! The journal: structured fields and stable message ids when standard error is the journal, plain text otherwise.
+//! Logging: structured fields and stable message ids if standard error is the journal, plain text otherwise.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,38 +13,38 @@ use tracing_subscriber::prelude::*;
 
 use crate::lane::Lane;
 
-/// How long the end of the process waits for its last messages to be written.
+/// How long the process waits at its end until the last messages are written.
 const FLUSH: Duration = Duration::from_secs(1);
-/// Most fields of one event; ours have four at most.
+/// Most fields of one event; ours have at most four.
 const FIELDS: usize = 16;
 
-/// `MESSAGE_ID`s; each is explained in the journal catalog, so none ever changes its meaning.
+/// The `MESSAGE_ID`s. The journal catalog explains each, so its meaning never changes.
 pub mod id {
     /// The agent started.
     pub const STARTED: &str = "4d6ba9b1f6f94b0a9e4c6a7d2f0c1e35";
     /// The agent stops.
     pub const STOPPING: &str = "0c9a2f4be7d84e6f8f1f3c5d7a90b264";
-    /// Another rule applies now.
+    /// The decision changed.
     pub const DECIDED: &str = "b3f1d2c47a5e4f0c9b8e6d1a2c3f4e57";
-    /// The node is Degraded or Unreconcilable now.
+    /// The decision makes the node Degraded or Unreconcilable.
     pub const REFUSED: &str = "7e2c4a9d1b3f4856a0c9e8d7f6b5a413";
     /// An image's signature was verified.
     pub const VERIFIED: &str = "e5a8c1d03f7b4926b4d7f0a1c2e3d486";
-    /// An action failed and will be tried again.
+    /// An action failed and is retried later.
     pub const FAILED: &str = "19d4b7e2c5f04a83966e1f0d8c7b2a35";
     /// The image is staged.
     pub const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
     /// The Node's annotations were changed.
     pub const REPORTED: &str = "a1f3c5e7092b4d6f8a0c2e4f61738594";
-    /// The reboot was accepted.
+    /// logind accepted the reboot.
     pub const REBOOTING: &str = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
-    /// The node runs what is desired.
+    /// The node runs the desired image.
     pub const DONE: &str = "62b0d9f8e7c6453a94b1a2d3c4e5f607";
 
-    /// The node runs what is desired, and its policy refuses the image.
+    /// The node runs the desired image, but the node's policy refuses it.
     pub const UNTRUSTED: &str = "f0a6d3b81c2e4795a8b4c7d9e1f20356";
 
-    /// All of them with their names, for the catalog test.
+    /// All ids with their names, for the test of the catalog.
     pub const ALL: &[(&str, &str)] = &[
         ("STARTED", STARTED),
         ("STOPPING", STOPPING),
@@ -60,7 +60,7 @@ pub mod id {
     ];
 }
 
-/// One event, owned: what the journal is sent, on the thread that may block.
+/// An owned copy of an event, for the thread that writes to the journal and may block.
 struct Record {
     metadata: &'static Metadata<'static>,
     fields: Vec<(Field, String)>,
@@ -73,10 +73,10 @@ impl Record {
         record
     }
 
-    /// Tells the current subscriber.
+    /// Sends the event to the current subscriber.
     fn dispatch(&self) {
         let set = self.metadata.fields();
-        // A pair without a value is passed over.
+        // Pairs without a value are ignored.
         let Some(spare) = set.iter().next() else { return };
         let values: [(&Field, Option<&dyn Value>); FIELDS] = std::array::from_fn(|at| match self.fields.get(at) {
             Some((field, text)) => (field, Some(text as &dyn Value)),
@@ -96,7 +96,7 @@ impl Visit for Record {
     }
 }
 
-/// Hands every event to the thread that writes to the journal: its socket blocks while journald is busy.
+/// Queues every event for the thread that writes to the journal, whose socket blocks while journald is busy.
 struct Queue(&'static Lane<Record>);
 
 impl<S: Subscriber> tracing_subscriber::Layer<S> for Queue {
@@ -105,12 +105,12 @@ impl<S: Subscriber> tracing_subscriber::Layer<S> for Queue {
     }
 }
 
-/// The way to the journal, for [`Journal::flush`].
+/// The queue to the journal; `None` if messages go to standard error.
 #[derive(Debug)]
 pub struct Journal(Option<&'static Lane<Record>>);
 
 impl Journal {
-    /// Waits a moment for the last messages to be written.
+    /// Waits up to one second until the last messages are written.
     pub fn flush(&self) {
         if let Some(lane) = self.0 {
             lane.flush(FLUSH);
@@ -124,7 +124,7 @@ impl std::fmt::Debug for Record {
     }
 }
 
-/// Sets up logging for the whole process. Without a journal, messages go to standard error, and a warning first.
+/// Sets up logging for the whole process. If the journal's socket fails, messages go to standard error after a warning.
 pub fn init(level: Level) -> Journal {
     let filter = LevelFilter::from_level(level);
     let registry = tracing_subscriber::registry().with(filter);
@@ -136,7 +136,7 @@ pub fn init(level: Level) -> Journal {
         Some(Err(error)) => Some(error),
         None => None,
     };
-    // A person reads this: the sentence alone, without the fields that repeat it for programs.
+    // For a person at a terminal, print only the message, without the fields for programs.
     let fields = format::debug_fn(|writer, field, value| match field.name() {
         "message" => write!(writer, "{value:?}"),
         _ => Ok(()),
@@ -145,14 +145,14 @@ pub fn init(level: Level) -> Journal {
     registry.with(layer.without_time().with_target(false).fmt_fields(fields)).init();
     if let Some(error) = failure {
         tracing::warn!(
-            "the journal's socket /run/systemd/journal/socket cannot be used: {error}; messages go to standard error, \
-             without their fields. See `systemctl status systemd-journald.socket`"
+            "cannot use the journal's socket /run/systemd/journal/socket: {error}; messages go to standard error without \
+             their fields. See `systemctl status systemd-journald.socket`"
         );
     }
     Journal(None)
 }
 
-/// The thread that writes to the journal. It lives as long as the process, as the global subscriber does.
+/// Starts the thread that writes to the journal. It runs as long as the process, as the global subscriber does.
 fn lane(filter: LevelFilter) -> io::Result<&'static Lane<Record>> {
     let layer = tracing_journald::layer()?.with_field_prefix(None);
     let journal = Dispatch::new(tracing_subscriber::registry().with(filter).with(layer));
@@ -161,7 +161,7 @@ fn lane(filter: LevelFilter) -> io::Result<&'static Lane<Record>> {
         dispatcher::with_default(&other, || {
             tracing::warn!(
                 message_id = id::FAILED,
-                "{number} messages were dropped: the journal did not take them in time"
+                "{number} messages were dropped, because the journal did not accept them in time"
             );
         });
     };
@@ -170,7 +170,8 @@ fn lane(filter: LevelFilter) -> io::Result<&'static Lane<Record>> {
     Ok(Box::leak(Box::new(lane)))
 }
 
-/// systemd sets `JOURNAL_STREAM` to device and inode of the stream it connected; a redirected one differs.
+/// Whether standard error is the journal. systemd sets `JOURNAL_STREAM` to device and inode of the stream that it
+/// connected; a redirected stream has others.
 fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     nix::sys::stat::fstat(io::stderr().as_fd()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))

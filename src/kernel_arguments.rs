@@ -1,16 +1,16 @@
 //! Kernel arguments: compared as the kernel parses them, in order and with repetition. Pure.
 //!
-//! A rendered config's arguments stand behind the platform's own, in one block, as the MCD leaves them: on a change it
-//! deletes all of the old config's and appends all of the new one's (`generateKargs`). What the platform set stays, also
-//! where a config demands the same argument: the boot entry holds it twice then, once for each.
+//! The arguments of a rendered config follow the platform's own in one block, as with the MCD: on a change it deletes all
+//! arguments of the old config and appends all of the new one (`generateKargs`). The platform's arguments stay, also if a
+//! config demands the same argument. Then the boot entry has it twice.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-/// What boot loaders take away, add or move when they make the command line out of the boot entry.
+/// Characters that boot loaders remove, add or move when they make the command line from the boot entry.
 const REWRITTEN: &[char] = &['"', '\'', '\\', '$', ';', '|', '&', '<', '>', '{', '}'];
 
-/// One argument, as `next_arg` of the kernel's lib/cmdline.c takes it apart and `parameq` of kernel/params.c compares it.
+/// One argument, parsed as `next_arg` in the kernel's lib/cmdline.c does, and compared as `parameq` in kernel/params.c.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Parameter<'a> {
     name: Cow<'a, str>,
@@ -57,13 +57,13 @@ fn counted(arguments: &[String]) -> BTreeMap<Parameter<'_>, usize> {
     counts
 }
 
-/// Splits at white space outside double quotes, as the kernel does; quotes stay.
+/// Splits at white space outside double quotes, as the kernel does. The quotes are kept.
 #[must_use]
 pub fn split(text: &str) -> Vec<String> {
     let mut quoted = false;
     text.split(|c: char| {
         quoted ^= c == '"';
-        // isspace(), which knows the vertical tab, too.
+        // The kernel's isspace() includes the vertical tab.
         !quoted && (c.is_ascii_whitespace() || c == '\u{b}')
     })
     .filter(|argument| !argument.is_empty())
@@ -71,8 +71,7 @@ pub fn split(text: &str) -> Vec<String> {
     .collect()
 }
 
-/// The first of `demanded` that `present` does not hold behind those before it; `None` if it holds all, in this order
-/// and as often.
+/// The first of `demanded` that is missing in `present`, compared in order and with repetition; `None` if none is.
 #[must_use]
 pub fn missing<'a>(demanded: &'a [String], present: &[String]) -> Option<&'a str> {
     first_missing(demanded.iter(), present)
@@ -89,8 +88,8 @@ fn first_missing<'a>(mut demanded: impl Iterator<Item = &'a String>, present: &[
         .map(String::as_str)
 }
 
-/// The first of `demanded` that the running kernel was not given in this order. Where a boot loader rewrites arguments,
-/// `entry`, the boot entry's arguments, tells what it was given.
+/// The first of `demanded` that the running kernel lacks in this order. For arguments that a boot loader rewrites, the
+/// boot entry's arguments, `entry`, are compared instead.
 #[must_use]
 pub fn not_in_effect<'a>(demanded: &'a [String], command_line: &[String], entry: Option<&[String]>) -> Option<&'a str> {
     let missing_there = missing(demanded, command_line)?;
@@ -100,30 +99,30 @@ pub fn not_in_effect<'a>(demanded: &'a [String], command_line: &[String], entry:
     Some(missing_there)
 }
 
-/// What makes a staged deployment's arguments right.
+/// The change of a staged deployment's arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// To append, in this order.
+    /// The arguments to append, in this order.
     pub append: Vec<String>,
-    /// To delete, each once, as [`apply`] does.
+    /// The arguments to delete, each once, as [`apply`] does.
     pub delete: Vec<String>,
 }
 
-/// The arguments around an update.
+/// The arguments before and after an update.
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
-    /// What the running deployment was booted with; what `old` does not demand of it is the platform's own.
+    /// The arguments of the booted deployment. Those that `old` does not demand are the platform's own.
     pub booted: &'a [String],
-    /// What the running deployment's config demands; `None` if it carries none, and then what `new` demands and is
-    /// there already was set for a config, not by the platform.
+    /// The arguments that the booted deployment's config demands; `None` if it has no config. Then an argument of `new`
+    /// that is already there counts as a config's, not the platform's.
     pub old: Option<&'a [String]>,
-    /// What the staged deployment has.
+    /// The arguments of the staged deployment.
     pub staged: &'a [String],
-    /// What the staged deployment's config demands.
+    /// The arguments that the staged deployment's config demands.
     pub new: &'a [String],
 }
 
-/// How often each argument stands there.
+/// How often each argument occurs in each list.
 struct Counts<'a> {
     booted: BTreeMap<Parameter<'a>, usize>,
     old: BTreeMap<Parameter<'a>, usize>,
@@ -136,7 +135,7 @@ impl Counts<'_> {
         number(&self.booted, argument).saturating_sub(number(&self.old, argument))
     }
 
-    /// How often the staged deployment may have it.
+    /// How often the staged deployment may have the argument.
     fn most(&self, argument: &Parameter<'_>) -> usize {
         self.platform(argument).saturating_add(number(&self.new, argument))
     }
@@ -147,7 +146,7 @@ impl Counts<'_> {
 }
 
 fn number(counts: &BTreeMap<Parameter<'_>, usize>, argument: &Parameter<'_>) -> usize {
-    // `get` would want both to live equally long.
+    // `get` would need equal lifetimes.
     counts.iter().find(|(key, _)| *key == argument).map_or(0, |(_, count)| *count)
 }
 
@@ -158,8 +157,7 @@ impl<'a> Update<'a> {
         Counts { booted, old, staged, new }
     }
 
-    /// The change that leaves the platform's arguments and behind them, in one block, the new config's; `None` where
-    /// they are so.
+    /// The change to the platform's arguments followed by the new config's in one block; `None` if no change is needed.
     #[must_use]
     pub fn change(&self) -> Option<Change> {
         let counts = self.counts();
@@ -182,8 +180,8 @@ impl<'a> Update<'a> {
                 delete.push(text.clone());
             }
         }
-        // What of the platform's own was taken out of the staged deployment comes back, or the next look would take the
-        // config's for it.
+        // Restore platform arguments that the staged deployment lost. Otherwise the next update would treat the config's
+        // as the platform's.
         let booted = parse(self.booted);
         let mut append = Vec::new();
         for argument in counts.new.keys() {
@@ -195,8 +193,8 @@ impl<'a> Update<'a> {
         Some(Change { append, delete })
     }
 
-    /// What the staged deployment lacks or has too much of, where only the image can change it; `None` if it has the
-    /// new config's arguments in order, and none that only the old one demands.
+    /// The arguments that the staged deployment lacks or has too many of, for a backend where only the image can change
+    /// them; `None` if it has the new config's arguments in order, and none that only the old config demands.
     #[must_use]
     pub fn shortfall(&self) -> Option<Change> {
         let counts = self.counts();
@@ -223,15 +221,15 @@ impl<'a> Update<'a> {
         });
         let mut append = beyond(self.new, &|argument| number(&counts.staged, argument));
         if append.is_empty() && delete.is_empty() {
-            // They are all there, in another order.
+            // All arguments are present, but in another order.
             append = self.new.to_vec();
         }
         Some(Change { append, delete })
     }
 }
 
-/// `arguments` without the last occurrences of those in `delete`, and with those in `append` behind them. The first
-/// occurrences are the platform's.
+/// Deletes the last occurrence of each argument in `delete`, because the first ones are the platform's, and appends those
+/// in `append`.
 #[must_use]
 pub fn apply(arguments: &[String], append: &[String], delete: &[String]) -> Vec<String> {
     let mut changed = arguments.to_vec();
@@ -244,8 +242,8 @@ pub fn apply(arguments: &[String], append: &[String], delete: &[String]) -> Vec<
     changed
 }
 
-/// `arguments` as one line; `None` where splitting that would not give them back, or a quote is never closed: it would
-/// take in what libostree appends.
+/// Joins `arguments` to one line; `None` if splitting the line would not return them, or if a quote is not closed, which
+/// would swallow the arguments that libostree appends.
 #[must_use]
 pub fn join(arguments: &[String]) -> Option<String> {
     let line = arguments.join(" ");

@@ -1,5 +1,5 @@
-//! A bounded queue to a thread of its own, for writes that may block: the journal and systemd must not be able to stop
-//! the thread that does everything else.
+//! A bounded queue to a separate thread, for writes to the journal and systemd, which may block and must not stop the
+//! agent's loop.
 
 use std::io;
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Items that may wait.
+/// Most queued items.
 const QUEUE: usize = 256;
-/// How soon a flush tries again to enter a full queue.
+/// Interval at which a flush tries again to enter a full queue.
 const FULL_POLL: Duration = Duration::from_millis(5);
 /// Stack of the thread, in bytes; it only writes datagrams.
 const STACK: usize = 256 << 10;
@@ -20,7 +20,7 @@ enum Item<T> {
     Flush(SyncSender<()>),
 }
 
-/// The near end of the queue. What does not fit is dropped and counted.
+/// The sender of the queue. Items that do not fit are dropped and counted.
 #[derive(Debug)]
 pub struct Lane<T> {
     queue: SyncSender<Item<T>>,
@@ -28,7 +28,8 @@ pub struct Lane<T> {
 }
 
 impl<T: Send + 'static> Lane<T> {
-    /// Starts the thread: `work` writes one item, `lost` hears how many were dropped, once one could be written again.
+    /// Starts the thread. `work` writes one item. After a written item, `lost` receives the number of items that were
+    /// dropped before.
     ///
     /// # Errors
     /// When the thread cannot be started.
@@ -50,7 +51,7 @@ impl<T: Send + 'static> Lane<T> {
                             number => lost(number),
                         }
                     }
-                    // Who asked may have stopped waiting.
+                    // The caller of the flush may have stopped waiting.
                     Item::Flush(done) => drop(done.try_send(())),
                 }
             }
@@ -59,14 +60,14 @@ impl<T: Send + 'static> Lane<T> {
         Ok(Self { queue, dropped })
     }
 
-    /// Queues `item`, or drops it; never waits.
+    /// Queues `item`, or drops it if the queue is full. Never waits.
     pub fn send(&self, item: T) {
         if self.queue.try_send(Item::Work(item)).is_err() {
             self.dropped.fetch_add(1, Relaxed);
         }
     }
 
-    /// Waits until all that was queued is written, at most `patience`.
+    /// Waits until all queued items are written, for at most `patience`.
     pub fn flush(&self, patience: Duration) {
         let until = Instant::now() + patience;
         let (done, heard) = sync_channel(1);
@@ -78,7 +79,7 @@ impl<T: Send + 'static> Lane<T> {
             }
             thread::sleep(FULL_POLL);
         }
-        // Late is as good as never: the process ends.
+        // A timeout does not matter, because the process exits next.
         let _ = heard.recv_timeout(until.saturating_duration_since(Instant::now()));
     }
 }

@@ -1,7 +1,6 @@
 //! The rebase agent: observe, decide, act, report.
 //!
-//! Each directory is one neighbour: nothing outside `host` speaks D-Bus, nothing outside `cluster` HTTP, nothing
-//! outside `trust` reads a signature policy.
+//! Only `host` speaks D-Bus, only `cluster` speaks HTTP, and only `trust` reads a signature policy.
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests lay out the files that the agent only reads"))]
 
 pub mod agent;

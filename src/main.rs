@@ -1,4 +1,4 @@
-//! The one file that knows production paths: parse, confine before any thread exists, run.
+//! The program: parses the command line, confines the process before any thread exists, and runs the command.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use rebase_agent::journal;
 use rebase_agent::observe::Neighbours;
 use rebase_agent::trust::{Engine, Settings};
 
-/// As ostree-ext looks for them, so that the agent asks with the credentials that the pull will use.
+/// The auth files in the order of ostree-ext, so that the agent uses the same credentials as the pull.
 const AUTH_FILES: [&str; 3] = ["run/ostree/auth.json", "etc/ostree/auth.json", "usr/lib/ostree/auth.json"];
 
 fn main() -> ExitCode {
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error),
     };
     let code = runtime.block_on(dispatch(cli.command, neighbours, confinement));
-    // A thread may still wait for an engine that its own deadline ends; the kernel ends it with us.
+    // A thread may still wait for an engine. The kernel terminates the engine with this process.
     runtime.shutdown_background();
     journal.flush();
     code

@@ -1,5 +1,5 @@
-//! Three neighbours into one [`Observed`]. A neighbour that cannot be read leaves an unknown in its place; it fails no
-//! pass and hides nobody else.
+//! Reads the API server and the OS into one [`Observed`]. A failed read becomes an unknown reading and does not affect
+//! the others.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::host::{Host, HostError};
 use crate::model::{Fault, HostFacts, MachineFacts, NodeFacts, Observed, Reading};
 use crate::trust::Engine;
 
-/// The three neighbours.
+/// The systems that the agent works with.
 #[derive(Clone, Debug)]
 pub struct Neighbours {
     /// The API server.
     pub api: Arc<Api>,
     /// The OS.
     pub host: Host,
-    /// The image's judge.
+    /// The signature engine.
     pub engine: Arc<Engine>,
 }
 
@@ -46,7 +46,7 @@ pub async fn machine(host: &Host) -> Reading<MachineFacts> {
     reading(host.read_machine().await)
 }
 
-/// Everything at once, for the commands that only look.
+/// Reads everything at once, for the commands that change nothing.
 pub async fn everything(neighbours: &Neighbours) -> Observed {
     let (node, deployments, machine) =
         tokio::join!(neighbours.api.full(), deployments(&neighbours.host), machine(&neighbours.host));

@@ -1,4 +1,4 @@
-//! What the cluster is told: a decision becomes the smallest patch of our own Node's annotations. Pure.
+//! Makes the smallest patch of our own Node's annotations that reports a decision. Pure.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,13 @@ use crate::decide::Decision;
 use crate::model::annotations::{ATTEMPT, MCO, UNTRUSTED};
 use crate::model::{Action, Annotate, NodeFacts, NodeState, printable};
 
-/// MCC's own bound for the reason annotation, in characters.
+/// MCC's own limit for the reason annotation, in characters.
 const MAX_REASON: usize = 2000;
 
 /// Annotations to change: a full key and its new value, `None` to delete it.
 pub type Patch = BTreeMap<String, Option<String>>;
 
-/// The patch for `decision`; empty when the Node says it all already.
+/// The patch for `decision`; empty if the Node already has all values.
 #[must_use]
 pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
     let mut patch = Patch::new();
@@ -27,7 +27,7 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             NodeState::Done => String::new(),
             _ => printable(&format!("{}: {}", decision.reason, decision.message), MAX_REASON),
         };
-        // A node that never had a reason and is Done needs none.
+        // A Done node that never had the annotation does not need an empty one.
         if !(reason.is_empty() && node.reason.is_none()) {
             set("reason", node.reason.as_deref(), &reason);
         }
@@ -43,7 +43,7 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             set("desiredDrain", node.desired_drain.as_deref(), value);
         }
         Annotate::Settle => {
-            // All of it in one patch: MCC takes a half of it for a node that is not done, or done with the wrong image.
+            // In one patch: MCC reads a part of it as a node that is not done, or done with the wrong image.
             if let (Some(config), Some(image)) = (&node.desired_config, &node.desired_image) {
                 set("currentConfig", node.current_config.as_deref(), config);
                 set("currentImage", node.current_image.as_deref(), image.as_str());
@@ -51,13 +51,13 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             if node.attempt.is_some() {
                 patch.insert(ATTEMPT.to_owned(), None);
             }
-            // It was about the image before.
+            // It is about the image before.
             if node.untrusted.is_some() {
                 patch.insert(UNTRUSTED.to_owned(), None);
             }
         }
         Annotate::RecordAttempt { attempt } => {
-            // An Attempt is plain fields and what was parsed as JSON before: serializing cannot fail.
+            // Serializing cannot fail: an Attempt has plain fields and parsed JSON.
             if let Ok(text) = serde_json::to_string(attempt) {
                 patch.insert(ATTEMPT.to_owned(), Some(text));
             }
@@ -71,8 +71,8 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
     patch
 }
 
-/// Degraded and Unreconcilable stay until Done, as with the MCD: MCC takes a node that went back to Working for one
-/// that is no longer failing.
+/// The state to write. Degraded and Unreconcilable stay until Done, as with the MCD: MCC treats a node that goes back to
+/// Working as one that no longer fails.
 fn effective(node: &NodeFacts, wanted: NodeState, unsticks: bool) -> &str {
     let sticky = [NodeState::Degraded.as_str(), NodeState::Unreconcilable.as_str()];
     match node.state.as_deref() {

@@ -1,7 +1,7 @@
-//! Foreign text, made fit to be shown. Pure; [`crate::model`] re-exports it.
+//! Makes foreign text safe to print. Pure; [`crate::model`] re-exports it.
 
-/// Foreign text made safe to print: control and invisible characters escaped, runs of white space joined, fewer than `max` characters before an ellipsis.
-/// Registries, daemons and annotations put newlines and terminal escapes into their errors.
+/// Makes foreign text safe to print: escapes control and invisible characters, joins runs of white space, and cuts the text
+/// before `max` characters with an ellipsis. Errors of registries and daemons may contain newlines and terminal escapes.
 #[must_use]
 pub fn printable(text: &str, max: usize) -> String {
     let mut out = String::new();
@@ -24,9 +24,9 @@ pub fn printable(text: &str, max: usize) -> String {
     out
 }
 
-/// Whether a terminal shows nothing for it, or lets it move or join what stands beside it: with these a text reads otherwise
-/// than it is. They are the ranges of Unicode 16.0 with category Cf (format), Zl, Zp (separators of lines), Co (private
-/// use) or property `Default_Ignorable_Code_Point`, and the noncharacters.
+/// Whether a terminal shows no glyph for the character, or changes the characters beside it, so that a text looks different
+/// from its content. These are the ranges of Unicode 16.0 with category Cf (format), Zl, Zp (separators of lines), Co
+/// (private use) or property `Default_Ignorable_Code_Point`, and the noncharacters.
 fn is_invisible(c: char) -> bool {
     matches!(c,
         // Soft hyphen, grapheme joiner, Arabic number signs and letter mark.

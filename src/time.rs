@@ -1,12 +1,12 @@
-//! RFC 3339 times, as API servers stamp, image configs carry and people write them. Pure.
+//! RFC 3339 times, as in API objects, image configs and options. Pure.
 
 use openssl::asn1::Asn1Time;
 
 const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 const SHAPE: &[u8; 19] = b"0000-00-00T00:00:00";
 
-/// `2026-08-22T10:00:00Z`, with a fraction of a second and an offset if there are any, in milliseconds since the
-/// epoch. `None` for anything else, a leap second or a time before 1970: Go's zero time is of the year 1.
+/// Parses `2026-08-22T10:00:00Z`, optionally with a fraction of a second and an offset, to milliseconds since the epoch.
+/// `None` for any other text, a leap second or a time before 1970, such as Go's zero time in the year 1.
 #[must_use]
 pub fn unix(text: &str) -> Option<u64> {
     let (date, rest) = text.split_at_checked(SHAPE.len())?;
@@ -38,7 +38,7 @@ fn fraction(text: &str) -> Option<(u64, &str)> {
     Some((milliseconds.parse().ok()?, zone))
 }
 
-/// `+01:30` or `-01:30`, in minutes.
+/// Parses `+01:30` or `-01:30` to minutes.
 fn offset(zone: &str) -> Option<i64> {
     let two = |text: &str, limit: i64| {
         let digits = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -53,11 +53,11 @@ fn offset(zone: &str) -> Option<i64> {
     }
 }
 
-/// `2026-08-22T10:00:00Z`, fractions left out, from milliseconds since the epoch.
+/// Formats milliseconds since the epoch as `2026-08-22T10:00:00Z`, without the fraction.
 #[must_use]
 pub fn text(unix: u64) -> String {
     let time = i64::try_from(unix / 1000).ok().and_then(|seconds| Asn1Time::from_unix(seconds).ok());
-    // As OpenSSL prints it: `Aug 22 10:00:00 2026 GMT`.
+    // OpenSSL prints `Aug 22 10:00:00 2026 GMT`.
     let printed = time.map(|time| time.to_string()).unwrap_or_default();
     match printed.split_whitespace().collect::<Vec<_>>().as_slice() {
         [month, day, clock, year, ..] => {
