@@ -5,9 +5,9 @@ use super::{Clock, Decision, Rule, Rules, Wanted, by};
 use crate::backoff::Backoff;
 use crate::model::{Action, Annotate, Deployment, NodeState, Reason, Work, is_named, printable};
 
-/// How to give a stuck node another image. MCC counts such a node as unavailable, never as failing.
-pub(super) const RETARGET: &str = "set another image in the pool, and raise the pool's maxUnavailable until this node \
-                                   has it, because MCC gives a stuck node another image only if a slot is free";
+/// How a stuck node gets an image that was set in its pool. MCC counts such a node as unavailable, never as failing.
+pub(super) const NEEDS_SLOT: &str = "raise the pool's maxUnavailable until this node has it, because MCC gives a stuck \
+                                     node another image only if a slot is free";
 /// Suffix that makes an uncordon request differ from an acknowledged one. The drain controller does not interpret it.
 pub(super) const AGAIN: &str = "-again";
 
@@ -19,8 +19,9 @@ impl Rules<'_> {
     /// Rows 12 and 22: refuses an image whose rendered config cannot be used, because its kernel arguments are unknown.
     pub(super) fn config_fault(&self, rule: Rule, deployment: &Deployment) -> Option<Decision> {
         let why = printable(deployment.config_fault.as_deref()?, 400);
-        let message =
-            format!("the rendered config inside the image cannot be used, {why}; build the image again and {RETARGET}");
+        let message = format!(
+            "the rendered config inside the image cannot be used, {why}; build the image again, set it in the pool, and {NEEDS_SLOT}"
+        );
         Some(self.refuse(rule, Reason::ImageInvalid, message))
     }
 

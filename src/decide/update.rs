@@ -1,7 +1,7 @@
 //! Rows 16 to 22: from the desired image to a staged deployment.
 
 use super::limits::{BOOT_MARGIN, MAX_BOOTS, MAX_FAILURE, SOON, TRANSACTION_PATIENCE};
-use super::refuse::RETARGET;
+use super::refuse::NEEDS_SLOT;
 use super::{Clock, Decision, Failure, Rule, Rules, Wanted, by};
 use crate::kernel_arguments::{Change, Update};
 use crate::model::annotations::ATTEMPT;
@@ -42,7 +42,8 @@ impl<'a> Rules<'a> {
         // After a failed finalization an existing deployment of the image is an older one.
         let finalized = !self.machine.finalize_failed
             && self.host.deployments.iter().any(|d| !d.booted && !d.staged && was_to_boot(d));
-        let out = format!("delete the annotation {ATTEMPT} to try again, or {RETARGET}");
+        let out =
+            format!("delete the annotation {ATTEMPT} to try again, or set another image in the pool and {NEEDS_SLOT}");
         let image = wanted.image.digest().short();
         if finalized || attempt.rolled_back {
             let message = format!("the host booted {image} and went back to the image before it; {out}");
@@ -96,7 +97,10 @@ impl<'a> Rules<'a> {
     fn unverified(&self, failure: &Failure) -> Decision {
         let mut decision = self.failed(Rule::Verify, failure);
         if matches!(decision.reason, Reason::ImageInvalid | Reason::WrongArchitecture) {
-            decision.message = format!("{}; {RETARGET}", printable(&decision.message, MAX_FAILURE));
+            decision.message = format!(
+                "{}; set another image in the pool, and {NEEDS_SLOT}",
+                printable(&decision.message, MAX_FAILURE)
+            );
         }
         self.rest_if_refused(decision)
     }
@@ -106,7 +110,7 @@ impl<'a> Rules<'a> {
         let image = wanted.image.digest().short();
         if facts.architecture != self.machine.architecture {
             let message = format!(
-                "{image} is built for {} but this machine is {}; build an image for it, {RETARGET}",
+                "{image} is built for {} but this machine is {}; build an image for it, set it in the pool, and {NEEDS_SLOT}",
                 printable(&facts.architecture, 50),
                 self.machine.architecture
             );
@@ -115,7 +119,7 @@ impl<'a> Rules<'a> {
         if !facts.bootable {
             let message = format!(
                 "{image} is not a bootable image: it has neither the label ostree.bootable nor containers.bootc; build \
-                 an image from an image-mode base, {RETARGET}"
+                 an image from an image-mode base, set it in the pool, and {NEEDS_SLOT}"
             );
             return Some(self.refuse(Rule::Unfit, Reason::NotBootable, message));
         }
@@ -126,11 +130,11 @@ impl<'a> Rules<'a> {
             let message = match facts.created.map(time::text) {
                 Some(created) => format!(
                     "{image} was created at {created}, before --minimum-created {floor}; lower that \
-                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, {RETARGET}"
+                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, set it in the pool, and {NEEDS_SLOT}"
                 ),
                 None => format!(
                     "{image} has no usable time of creation in its config, and --minimum-created is {floor}; unset that \
-                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, {RETARGET}"
+                     (REBASE_AGENT_MINIMUM_CREATED in a drop-in of the unit), or build and sign a newer image, set it in the pool, and {NEEDS_SLOT}"
                 ),
             };
             return Some(self.refuse(Rule::Unfit, Reason::TooOld, message));
