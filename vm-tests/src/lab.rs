@@ -72,6 +72,12 @@ pub enum Kind {
 }
 
 impl Stock {
+    /// Whether images have an overlay, which may bring a real host tool.
+    #[must_use]
+    pub fn has_overlay(&self) -> bool {
+        self.image_options.iter().any(|option| option == "--overlay")
+    }
+
     /// The directory of the image, which is built if necessary.
     pub async fn image(&self, kind: Kind) -> Result<PathBuf> {
         let builds = self.builds(kind).spawn().with_context(|| format!("running {}", self.builder.display()))?;

@@ -169,9 +169,14 @@ async fn run_scenarios(run: Wanted) -> Result<bool> {
     let chosen = chosen(&run)?;
     let keep = run.keep;
     let stock = run.sources.stock()?;
-    let (began, mut failed, mut shared) = (Instant::now(), Vec::new(), None);
+    let (began, mut failed, mut skipped, mut shared) = (Instant::now(), Vec::new(), 0, None);
     for scenario in &chosen {
         let name = format!("{:02}-{}", scenario.number, scenario.name);
+        if let Some(why) = (scenario.skip)(&stock) {
+            println!("vm-tests: {name:<26} skipped: {why}");
+            skipped += 1;
+            continue;
+        }
         let start = Instant::now();
         println!("vm-tests: {name:<26} {}", scenario.about);
         let outcome = one(&stock, scenario, &name, &mut shared, keep).await;
@@ -188,7 +193,7 @@ async fn run_scenarios(run: Wanted) -> Result<bool> {
     let seconds = began.elapsed().as_secs();
     let how = stock.emulator.describe();
     match failed.as_slice() {
-        [] => println!("vm-tests: {} scenarios passed ({seconds} s, {how})", chosen.len()),
+        [] => println!("vm-tests: {} scenarios passed ({seconds} s, {how})", chosen.len() - skipped),
         some => {
             println!("vm-tests: {} of {} FAILED ({seconds} s, {how}): {}", some.len(), chosen.len(), some.join(" "))
         }

@@ -18,7 +18,7 @@ const CAUGHT: [(&str, WithLab, &str, &str, usize); 4] = [
         1,
     ),
     (
-        "trust-transaction",
+        TRUSTING,
         |lab| Box::pin(neighbours::no_effect(lab)),
         "the agent reports the missing change",
         STAGED,
@@ -26,6 +26,8 @@ const CAUGHT: [(&str, WithLab, &str, &str, usize); 4] = [
     ),
     ("forget-attempt", |lab| Box::pin(power::finalization_fails(lab)), "Degraded", REBOOTING, 3),
 ];
+/// The fault that takes a transaction's end for its effect.
+const TRUSTING: &str = "trust-transaction";
 /// The agent's message that a reboot was accepted.
 const REBOOTING: &str = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
 /// The number of attempts to write by the agent with the fault `write`.
@@ -35,6 +37,10 @@ const WRITES: usize = 4;
 pub async fn are_caught(stock: &Stock) -> Result<()> {
     let mut missed = Vec::new();
     for (fault, scenario, how, id, times) in CAUGHT {
+        if let Some(why) = neighbours::cannot_change_nothing(stock).filter(|_| fault == TRUSTING) {
+            println!("{:>14}  {fault} is skipped: {why}", "");
+            continue;
+        }
         let name = format!("fault-{fault}");
         let mut lab = Lab::start(stock, &name, Kind::Faults, Some(fault)).await.context(fault)?;
         let said = match scenario(&mut lab).await {

@@ -50,12 +50,14 @@ pub struct Scenario {
     pub on_demand: bool,
     /// The only backend that it applies to, if any.
     pub only: Option<Backend>,
+    /// Why it cannot be run with this stock, if it cannot.
+    pub skip: fn(&Stock) -> Option<&'static str>,
     /// Its function.
     pub run: Run,
 }
 
 const fn scenario(number: u32, name: &'static str, about: &'static str, run: WithLab) -> Scenario {
-    Scenario { number, name, about, short: false, on_demand: false, only: None, run: Run::Shared(run) }
+    Scenario { number, name, about, short: false, on_demand: false, only: None, skip: |_| None, run: Run::Shared(run) }
 }
 
 impl Scenario {
@@ -76,6 +78,10 @@ impl Scenario {
 
     const fn only(self, backend: Backend) -> Self {
         Self { only: Some(backend), ..self }
+    }
+
+    const fn skip(self, skip: fn(&Stock) -> Option<&'static str>) -> Self {
+        Self { skip, ..self }
     }
 }
 
@@ -135,7 +141,8 @@ pub const ALL: &[Scenario] = &[
     .short(),
     scenario(19, "no-effect", "a transaction reports success and staged nothing: an error", |lab| {
         Box::pin(neighbours::no_effect(lab))
-    }),
+    })
+    .skip(neighbours::cannot_change_nothing),
     scenario(20, "selinux", "one update with SELinux enforcing for the agent's domain, without a denial", |lab| {
         Box::pin(selinux::update(lab))
     })
@@ -147,6 +154,7 @@ pub const ALL: &[Scenario] = &[
         short: false,
         on_demand: false,
         only: None,
+        skip: |_| None,
         run: Run::Itself(|stock| Box::pin(faults::are_caught(stock))),
     },
     scenario(22, "bootc-signed", "bootc enforces a policy that rejects by default, and the origin is signed", |lab| {
@@ -161,6 +169,7 @@ pub const ALL: &[Scenario] = &[
         short: false,
         on_demand: false,
         only: None,
+        skip: |stock| stock.has_overlay().then_some("this run has an overlay of its own"),
         run: Run::Itself(|stock| Box::pin(overlay::is_used(stock))),
     },
     scenario(24, "power-back", "a power cut after the attempt to go back is recorded", |lab| {

@@ -49,10 +49,6 @@ const PACKAGE: &str = "libabsent-1-1";
 
 /// The agent stages with the host tool of the overlay. An overlay that lacks a library is refused.
 pub async fn is_used(stock: &Stock) -> Result<()> {
-    if stock.image_options.iter().any(|option| option == "--overlay") {
-        println!("{:>14}  skipped: this run has an overlay of its own", "");
-        return Ok(());
-    }
     let tool = tool(stock.backend);
     let tree = stock.runs.join("overlay-tree");
     make_tree(&tool, &tree, &stock.image(Kind::Plain).await?.join("disk.raw"))?;
