@@ -42,8 +42,8 @@ fn tool(backend: Backend) -> Tool {
     }
 }
 
-/// A library that the programs need, and a missing one with a name of the same length.
-const LIBRARY: [&str; 2] = ["libostree-1.so.1", "libabsent-1.so.1"];
+/// A library that the programs need and a version of one, each with a name of the same length that is not there.
+const NEEDED: [[&str; 2]; 2] = [["libostree-1.so.1", "libabsent-1.so.1"], ["GLIBC_2.34", "GLIBC_9.34"]];
 /// The Debian package that would have the missing one.
 const PACKAGE: &str = "libabsent-1-1";
 
@@ -66,19 +66,20 @@ pub async fn is_used(stock: &Stock) -> Result<()> {
     fs::remove_dir_all(&tree).context("removing the overlay")
 }
 
-/// The build names the program, the missing library and its likely package.
+/// The build names the program, the missing library or version, and the likely package.
 async fn is_refused_without_library(stock: &Stock, tree: &Path) -> Result<()> {
     let program = tree.join(BEHIND.trim_start_matches('/'));
     let mut bytes = fs::read(&program)?;
-    let [there, absent] = LIBRARY.map(str::as_bytes);
-    let places = bytes.windows(there.len()).position(|part| part == there);
-    let place = places.with_context(|| format!("{BEHIND} does not need {}", LIBRARY[0]))?;
-    bytes.splice(place..place + there.len(), absent.iter().copied());
+    for [needed, absent] in NEEDED {
+        let place = bytes.windows(needed.len()).position(|part| part == needed.as_bytes());
+        let place = place.with_context(|| format!("{BEHIND} does not need {needed}"))?;
+        bytes.splice(place..place + needed.len(), absent.bytes());
+    }
     fs::write(&program, bytes)?;
     let output = stock.builds(Kind::Plain).stderr(Stdio::piped()).output().await?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success(), "an image was built with a program that lacks a library");
-    for part in [BEHIND, LIBRARY[1], PACKAGE] {
+    for part in NEEDED.map(|[_, absent]| absent).iter().chain(&[BEHIND, PACKAGE]) {
         ensure!(said.contains(part), "the build does not name {part}: {said}");
     }
     Ok(())
