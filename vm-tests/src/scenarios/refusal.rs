@@ -181,7 +181,8 @@ async fn accept(lab: &mut Lab) -> Result<()> {
 async fn allow_and_arrive(lab: &mut Lab, image: &Pushed) -> Result<()> {
     accept(lab).await?;
     lab.annotate(HOLD, None)?;
-    lab.reboot_of_its_own(UPDATE + WORK).await?;
+    // Nothing tells the agent of the policy where the hold is gone already.
+    lab.reboot_of_its_own(HOUSEKEEPING + UPDATE).await?;
     lab.wait_done(image).await?;
     lab.arrived(image).await
 }
