@@ -17,13 +17,7 @@ const CAUGHT: [(&str, WithLab, &str, &str, usize); 4] = [
         REBOOTING,
         1,
     ),
-    (
-        TRUSTING,
-        |lab| Box::pin(neighbours::no_effect(lab)),
-        "the agent reports the missing change",
-        STAGED,
-        1,
-    ),
+    (TRUSTING, |lab| Box::pin(neighbours::no_effect(lab)), "the agent reports the missing change", STAGED, 1),
     ("forget-attempt", |lab| Box::pin(power::finalization_fails(lab)), "Degraded", REBOOTING, 3),
 ];
 /// The fault that takes a transaction's end for its effect.
