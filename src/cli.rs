@@ -115,7 +115,7 @@ pub struct Look {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
-    /// Verify the desired image first, instead of showing verification as the next step.
+    /// Verify the desired image first; without it the output shows verification as the next step.
     #[arg(long)]
     pub verify: bool,
     /// Settings of the rules.
@@ -179,7 +179,7 @@ fn time(text: &str) -> Result<u64, String> {
 pub enum ConfigAhead {
     /// Wait for a rebuild.
     Wait,
-    /// Report Done although files of the config are missing.
+    /// Report Done although the files of the new config are missing.
     Accept,
 }
 

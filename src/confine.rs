@@ -129,7 +129,7 @@ mod tests {
         );
         assert_eq!(classify(&LandlockStatus::NotEnabled, &NotEnforced, None), Confinement::Lacking);
         assert_eq!(classify(&LandlockStatus::NotImplemented, &NotEnforced, None), Confinement::Unclear);
-        // Whatever the kernel could do: what it did not do does not hold.
+        // A kernel with Landlock that did not enforce it confines nothing.
         assert!(!classify(&kernel(ABI::V5), &NotEnforced, modules).holds());
         assert!(Confinement::FilesOnly.holds() && !Confinement::Partial.holds());
     }

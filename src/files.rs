@@ -103,7 +103,7 @@ mod tests {
         link("nothing");
         let nothing = Stamp::of(&path("link"));
         assert!(nothing.name.is_some() && nothing.file.is_none());
-        // A directory on the way that is swapped changes what is found at its end.
+        // Replacing a directory on the path changes the file at its end.
         std::fs::create_dir(path("one")).unwrap();
         std::fs::create_dir(path("two")).unwrap();
         std::fs::write(path("one/key"), "a").unwrap();

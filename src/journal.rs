@@ -183,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    /// Keeps the records of what passes.
+    /// A layer that records all events.
     struct Kept(Arc<Mutex<Vec<Record>>>);
 
     impl<S: Subscriber> tracing_subscriber::Layer<S> for Kept {

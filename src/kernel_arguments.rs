@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_is_what_the_kernel_takes_for_equal() {
+    fn arguments_compare_as_in_the_kernel() {
         let same = |a: &str, b: &str| Parameter::new(a) == Parameter::new(b);
         for (a, b) in [
             ("cgroup_no_v1=\"all\"", "cgroup_no_v1=all"),
@@ -297,14 +297,14 @@ mod tests {
         ] {
             assert!(!same(a, b), "{a} {b}");
         }
-        // Damaged ones come to an end, too.
+        // Malformed arguments are parsed, too.
         for text in ["\"", "\"\"", "=", "\"=", "a=\"", "\"a=\"b\"\"", ""] {
             assert!(same(text, text));
         }
     }
 
     #[test]
-    fn what_is_in_effect_is_in_order_and_as_often() {
+    fn arguments_in_effect_are_compared_in_order_and_with_repetition() {
         let lacks = |demanded: &str, line: &str| missing(&split(demanded), &split(line)).map(str::to_owned);
         let stock = "systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=\"all\" psi=0";
         let line = "BOOT_IMAGE=x root=y systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all psi=0";
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn the_boot_entry_tells_of_what_a_boot_loader_rewrites() {
+    fn the_boot_entry_is_compared_for_arguments_that_a_boot_loader_rewrites() {
         let lacks = |demanded: &str, line: &str, entry: &str| {
             not_in_effect(&split(demanded), &split(line), Some(&split(entry))).map(str::to_owned)
         };
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_the_old_go_and_all_of_the_new_come_in_order() {
+    fn the_old_configs_arguments_are_replaced_by_the_new_ones_in_order() {
         let eight = "hugepagesz=1G hugepages=8 hugepagesz=2M hugepages=1024";
         let with = |arguments: &str| format!("root=x rw {arguments}");
         assert_eq!(change(&with(ONE_G), ONE_G, &with(ONE_G), eight), Some(with(eight)));
@@ -344,22 +344,23 @@ mod tests {
     }
 
     #[test]
-    fn the_platforms_own_stay() {
-        // Demanded, too: once for each. Taken out of the config again, the platform's is left, in its place.
+    fn the_platforms_arguments_stay() {
+        // The config demands an argument of the platform, so it occurs twice. When the config drops it, the platform's
+        // stays in its place.
         let platform = "console=ttyS0 rw console=tty1";
         let both = format!("{platform} console=ttyS0");
         assert_eq!(change(platform, "", platform, "console=ttyS0"), Some(both.clone()));
         assert_eq!(change(&both, "console=ttyS0", &both, "console=ttyS0"), None);
         assert_eq!(change(&both, "console=ttyS0", &both, ""), Some(platform.to_owned()));
-        // A person's append to what is staged.
+        // A person appended an argument to the staged deployment.
         assert_eq!(change("rw a", "a", "rw a mine", "a"), None);
         assert_eq!(change("rw a", "a", "rw a mine", "b"), Some("rw mine b".to_owned()));
-        // Spelled in another way.
+        // The same argument in another spelling.
         assert_eq!(change("rw a=\"b\"", "a=b", "rw a=\"b\"", "c"), Some("rw c".to_owned()));
     }
 
     #[test]
-    fn without_an_old_config_what_is_demanded_counts_as_set_for_one() {
+    fn without_an_old_config_the_demanded_arguments_count_as_a_configs() {
         let after = |staged: &str, new: &str| {
             let (staged, new) = (split(staged), split(new));
             let update = Update { booted: &staged, old: None, staged: &staged, new: &new };
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn where_only_the_image_can_change_them_order_and_leftovers_count() {
+    fn the_shortfall_includes_order_and_leftovers() {
         let short = |old: &str, staged: &str, new: &str| {
             let [old, staged, new] = [old, staged, new].map(split);
             let booted: Vec<String> = split("rw").into_iter().chain(old.clone()).collect();
@@ -386,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quote_that_is_never_closed_is_no_line() {
+    fn arguments_with_an_unclosed_quote_are_not_joined() {
         assert_eq!(join(&split("a b=\"c d\"")).as_deref(), Some("a b=\"c d\""));
         assert_eq!(join(&["a=\"b".to_owned(), "c".to_owned()]), None);
         assert_eq!(join(&["c".to_owned(), "a=\"b".to_owned()]), None);
@@ -403,7 +404,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// After the change nothing is left to change, and no argument of others is touched.
+        /// After the change no further change is needed, and no foreign argument is changed.
         #[test]
         fn a_change_converges(
             booted in some_arguments(6),
@@ -426,7 +427,7 @@ mod tests {
             prop_assert_eq!(others(&staged), others(&after));
         }
 
-        /// The platform's arguments survive any two configs after one another, in their order.
+        /// The platform's arguments keep their order through any two configs, one after the other.
         #[test]
         fn the_platform_survives_every_config(
             platform in some_arguments(5), old in some_arguments(5), new in some_arguments(5),

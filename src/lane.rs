@@ -105,7 +105,7 @@ mod tests {
         let lane = Lane::new("test", work, move |number| told.send(number).unwrap()).unwrap();
         lane.send(0);
         beginning.recv().unwrap();
-        // The writer blocks now.
+        // Now the writer blocks.
         (1..=QUEUE + 44).for_each(|number| lane.send(number));
         lane.flush(Duration::ZERO);
         drop(open);

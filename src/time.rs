@@ -27,7 +27,7 @@ pub fn unix(text: &str) -> Option<u64> {
     u64::try_from(seconds).ok()?.checked_mul(1000)?.checked_add(fraction)
 }
 
-/// Milliseconds, and what follows them.
+/// Parses a fraction of a second to milliseconds, and returns the rest of the text.
 fn fraction(text: &str) -> Option<(u64, &str)> {
     let Some(text) = text.strip_prefix('.') else { return Some((0, text)) };
     let (digits, zone) = text.split_at_checked(text.find(|c: char| !c.is_ascii_digit())?)?;

@@ -132,11 +132,11 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     };
     let config: Config = serde_saphyr::from_str_with_options(&text, options).map_err(|e| e.to_string())?;
     let context = config.contexts.iter().find(|c| c.name == config.current_context).map(|c| &c.context);
-    let context = context.ok_or("current-context: names none of the contexts")?;
+    let context = context.ok_or("current-context: there is no context of this name")?;
     let cluster = config.clusters.iter().find(|c| c.name == context.cluster).map(|c| &c.cluster);
-    let cluster = cluster.ok_or("the current context's cluster: names none of the clusters")?;
+    let cluster = cluster.ok_or("the current context's cluster: there is no cluster of this name")?;
     let user = config.users.iter().find(|u| u.name == context.user).map(|u| &u.user);
-    let user = user.ok_or("the current context's user: names none of the users")?;
+    let user = user.ok_or("the current context's user: there is no user of this name")?;
     for (field, used) in
         [("exec", user.exec.is_some()), ("auth-provider", user.auth_provider.is_some()), ("as", user.r#as.is_some())]
     {

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_took_our_fields_after_us_is_another_daemon() {
+    fn a_manager_that_took_over_our_fields_is_another_daemon() {
         let fields = |manager: &str, time: &str, key: &str| {
             format!(
                 r#"{{"manager":"{manager}","operation":"Update","time":"{time}","fieldsV1":{{"f:metadata":{{"f:annotations":

@@ -143,7 +143,7 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
     } else {
         text()
     };
-    // A reader that went away is not an error worth a word.
+    // A closed pipe is not an error of the command.
     let _ = std::io::stdout().write_all(out.as_bytes());
 }
 

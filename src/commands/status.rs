@@ -133,7 +133,7 @@ impl Status {
         match &self.host {
             // `bootc status` cannot run during a transaction.
             Reading::Known(host) if host.deployments.is_empty() && host.transaction.is_some() => {
-                line(&mut out, "Host", "not readable until the transaction has ended");
+                line(&mut out, "Host", "bootc cannot report it until the transaction has ended");
                 busy(&mut out, host);
             }
             Reading::Known(host) => {
@@ -234,7 +234,7 @@ fn describe(deployment: &Deployment, desired: Option<&PinnedImage>) -> String {
         text.push_str(", with packages layered by hand");
     }
     if deployment.locked {
-        text.push_str(", locked: no reboot boots it");
+        text.push_str(", locked: it does not boot until it is unlocked");
     }
     text
 }

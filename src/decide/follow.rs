@@ -137,7 +137,7 @@ impl<'a> Rules<'a> {
     pub(super) fn obsolete(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         if let Some(running) = &self.observed.running {
             if let Some(image) = for_image(running).filter(|image| *image != wanted.image) {
-                let message = format!("{image} is no longer desired; stopping the work on it");
+                let message = format!("{image} is no longer desired; cancelling the work on it");
                 return Some(by(Rule::NotDesired, Reason::Cancelled, message).doing(Action::Abort));
             }
             if !matches!(running, Work::CancelTransaction { .. }) {

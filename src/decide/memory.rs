@@ -28,7 +28,7 @@ pub struct Failure {
     pub count: u32,
 }
 
-/// How a task ended.
+/// The outcome of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The work succeeded. Verification returns the facts of the image.
@@ -133,7 +133,7 @@ impl Memory {
         self.forget(work);
         self.failures.push(match old {
             Some(old) => {
-                // An outage before it must not use up the time that a pipeline has to sign what it pushed.
+                // An earlier outage must not count against the time that a pipeline has to sign a pushed image.
                 let awaited = |reason: Reason| reason.severity() == Severity::Awaited;
                 let restarts = awaited(fault.reason) && !awaited(old.fault.reason);
                 let first = if restarts { now.mono } else { old.first };

@@ -32,7 +32,7 @@ pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
     choose(rpm_ostree, bootc, socket == UnitState::Active)
 }
 
-/// Pure.
+/// Chooses by what was found on the host. Pure.
 fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostError> {
     let chosen = |backend, why| Ok(Chosen { backend, why });
     match (rpm_ostree, bootc, socket) {
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_there_is_used_and_rpm_ostree_first() {
+    fn the_installed_tool_is_used_and_rpm_ostree_is_preferred() {
         let backend = |rpm_ostree, bootc, socket| choose(rpm_ostree, bootc, socket).map(|chosen| chosen.backend);
         for (bootc, socket) in [(false, false), (true, false), (true, true)] {
             assert_eq!(backend(true, bootc, socket).unwrap(), Backend::RpmOstree);

@@ -112,7 +112,7 @@ mod tests {
                             {"name":"masked.service","mask":true}]}}}}"#;
 
     #[test]
-    fn what_differs_from_the_image_is_found() {
+    fn files_that_differ_from_the_image_are_found() {
         let tree = tempfile::tempdir().unwrap();
         let root = Root::new(tree.path().to_owned());
         let put = |path: &str, text: &str| {
@@ -132,7 +132,7 @@ mod tests {
         let found = leftovers(&root).unwrap();
         assert_eq!(found.managed, 6);
         assert_eq!(found.differing, ["/etc/changed", "/etc/gone", "/etc/systemd/system/a.service"]);
-        // What the MCD wrote last goes first.
+        // The config that the MCD applied last takes precedence.
         put(CONFIGS[0], r#"{"spec":{"config":{"storage":{"files":[{"path":"/etc/same"}]}}}}"#);
         assert_eq!(leftovers(&root), Some(Leftovers { managed: 1, differing: Vec::new() }));
         put(CONFIGS[0], "{");

@@ -69,7 +69,7 @@ mod tests {
 
     use super::*;
 
-    /// As libostree writes it: more than we need around it.
+    /// A record as libostree writes it, with more entries than the agent reads.
     fn written(kargs: Option<&Variant>, locked: Option<bool>) -> Vec<u8> {
         let target = VariantDict::new(None);
         target.insert("name", format!("{}.0", "1".repeat(64)));
@@ -100,7 +100,7 @@ mod tests {
         }
 
         #[test]
-        fn damage_is_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), at in any::<usize>(), to in any::<u8>()) {
+        fn damaged_records_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), at in any::<usize>(), to in any::<u8>()) {
             let _ = parse(&bytes);
             let mut written = written(Some(&vec!["root=UUID=1", "rw"].to_variant()), Some(true));
             let at = at % written.len();
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_on_another_deployment_says_nothing_of_this_one() {
+    fn the_record_of_another_deployment_is_ignored() {
         let tree = tempfile::tempdir().unwrap();
         let root = Root::new(tree.path().to_owned());
         let id = format!("default-{}.0", "1".repeat(64));
@@ -129,7 +129,7 @@ mod tests {
         let note = read(&root, &id).unwrap();
         assert_eq!((note.arguments, note.locked), (Some(vec!["rw".to_owned()]), false));
         assert_eq!(read(&root, "default-3.0"), None);
-        // The lock of an older libostree is a file beside it.
+        // An older libostree keeps the lock in a separate file.
         std::fs::write(root.join(LOCK), "").unwrap();
         assert!(read(&root, &id).unwrap().locked);
     }

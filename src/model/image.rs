@@ -325,7 +325,7 @@ mod tests {
             format!("quay.io//os@sha256:{HEX}"),
             format!("quay.io/{}@sha256:{HEX}", "a/".repeat(300)),
             format!("quay.io/{}@sha256:{HEX}", "a".repeat(MAX_REPOSITORY + 1)),
-            // Spelt in full, it has `library/` before it.
+            // The canonical spelling has the prefix `library/`.
             format!("docker.io/{}@sha256:{HEX}", "a".repeat(MAX_REPOSITORY)),
             String::new(),
         ] {
@@ -333,11 +333,11 @@ mod tests {
         }
     }
 
-    /// The specification's expression, and the further rules of this module.
+    /// The specification's regular expression, and the additional rules of this module.
     fn by_the_specification(text: &str) -> bool {
         use ostree_ext::oci_spec::distribution::Reference;
         let pinned = text.split_once('@').and_then(|(name, digest)| Some((name, Digest::parse(digest)?)));
-        // What is no host name would be read as a namespace of docker.io.
+        // A first component that is not a host name would be read as a namespace of docker.io.
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':');
         let explicit = |host: &str| host.contains(['.', ':']) || host == "localhost";
         let hosted = |(host, _): (&str, &str)| explicit(host) && host.bytes().all(allowed);

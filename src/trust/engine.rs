@@ -108,7 +108,7 @@ impl Engine {
             drop(one);
         };
         let started = std::thread::Builder::new().name("engine".to_owned()).spawn(work);
-        started.map_err(|error| self.broken("no thread for the engine", &error))?;
+        started.map_err(|error| self.broken("cannot start a thread for the engine", &error))?;
         answered.await.unwrap_or_else(|_| Err(self.unfit("its thread ended without an answer")))
     }
 
@@ -133,7 +133,7 @@ impl Engine {
         let left = || self.settings.deadline.saturating_sub(started.elapsed());
         let silent = |_| self.unfit("it did not start before the deadline");
         tokio::time::timeout(left(), self.check_version()).await.map_err(silent)??;
-        let bytes = sealed(policy).map_err(|error| self.broken("no sealed memory for the policy", &error))?;
+        let bytes = sealed(policy).map_err(|error| self.broken("cannot seal the policy in memory", &error))?;
 
         let begun =
             tokio::time::timeout(left(), ImageProxy::new_with_config(self.config(&bytes))).await.map_err(silent)?;
@@ -225,7 +225,7 @@ impl Engine {
     /// The command of the engine. The kernel sends it SIGTERM when the thread that spawned it ends. timeout(1) is not
     /// used: a signal right after its fork leaves the child behind without a deadline, and skopeo does not notice a
     /// closed socket during a request.
-    #[allow(clippy::disallowed_methods, reason = "the one program the agent starts")]
+    #[allow(clippy::disallowed_methods, reason = "the only program that the agent starts")]
     fn command(&self) -> Command {
         let mut command = Command::new(&self.settings.skopeo);
         command.lifecycle_bind_to_parent_thread();
@@ -292,7 +292,7 @@ impl Engine {
         let output = tokio::task::spawn_blocking(move || child.wait_with_output())
             .await
             .map_err(|error| self.unfit(error.to_string()))?
-            .map_err(|error| self.broken("it cannot be awaited", &error))?;
+            .map_err(|error| self.broken("its exit status cannot be read", &error))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));

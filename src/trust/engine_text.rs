@@ -532,7 +532,7 @@ mod tests {
             (ping("quay.io", "x509: certificate has expired"), RegistryUntrusted),
             // `location` differs from `prefix`.
             (format!("{at_mirror}manifest unknown"), ManifestMissing),
-            // The signature alone.
+            // Errors of the signature.
             (format!("{signature}unauthorized: msg"), RegistryDenied),
             (format!("{signature}StatusCode: 403, \"<html>\""), RegistryDenied),
             (format!("{signature}unknown: denied: x"), RegistryUnreachable),
@@ -561,7 +561,7 @@ mod tests {
                 RegistryUnreachable,
             ),
             (format!("(Mirrors also failed: [{m}: x]): y"), RegistryUnreachable),
-            // This node's files.
+            // Errors of this node's files.
             (blocked.to_owned(), RegistryConfigInvalid),
             (format!("{loading}toml: line 2: expected end of table"), RegistryConfigInvalid),
             (

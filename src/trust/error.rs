@@ -15,7 +15,7 @@ pub enum TrustError {
     Policy { path: PathBuf, why: String },
     /// The gate: the policy demands no signature. `hint` names scopes that were probably meant.
     #[error(
-        "{path} accepts anything for {image} (rule {scope}); give its scope a sigstoreSigned or signedBy requirement, \
+        "{path} accepts {image} without a signature (rule {scope}); give its scope a sigstoreSigned or signedBy requirement, \
          with a ClusterImagePolicy or in the image{hint}"
     )]
     AcceptsAnything { path: PathBuf, image: PinnedImage, scope: String, hint: String },

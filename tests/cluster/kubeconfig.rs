@@ -293,7 +293,7 @@ async fn unsupported_fields_are_refused_by_name() {
         assert!(text.contains(why), "{text}");
     }
     let text = stage.refusal(&yaml(&good, &user).replace("user: u}", "user: x}"), None).await;
-    assert!(text.contains("names none of the users"), "{text}");
+    assert!(text.contains("there is no user of this name"), "{text}");
 }
 
 #[tokio::test]

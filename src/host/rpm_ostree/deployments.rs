@@ -11,7 +11,7 @@ use crate::trust::{reference, rendered_config_label};
 /// Most reads: a transaction or staged deployment that was listed may be gone before its details are read.
 const LOOKS: u32 = 3;
 
-/// Largest JSON document taken out of commit metadata, in bytes.
+/// Largest JSON document read from commit metadata, in bytes.
 const MAX_METADATA: usize = 4 << 20;
 
 /// The daemon's answer, with the paths that the operations need.
