@@ -307,7 +307,7 @@ async fn certificate_and_key_must_be_readable_and_belong_together() {
     for (certificate, key, why) in [
         (&certificate, &locked, "locked.pem: it has no readable key; the key must be PEM and not encrypted"),
         (&certificate, &certificate, "c.pem: it has no readable key"),
-        (&certificate, &foreign, "foreign.pem: is not the key of client-certificate"),
+        (&certificate, &foreign, "foreign.pem: it is not the key of client-certificate"),
         (&foreign, &foreign, "client-certificate"),
     ] {
         let user = format!("client-certificate: {certificate}\nclient-key: {key}");
