@@ -117,7 +117,8 @@ fn attempt(agent: &Path, arguments: &[&str]) -> anyhow::Result<Findings> {
         .context("strace")?;
     let lines = BufReader::new(child.stderr.take().context("standard error is not ours")?).lines();
     let said: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.contains("var/lib")).collect();
-    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
+    // Not SIGTERM: the agent is about to take that over, and a signal within that moment is lost.
+    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGKILL)?;
     child.wait()?;
     if !said.iter().any(|line| line.contains("deliberate write")) {
         bail!("{} was not built by tests/support/faulty: {said:#?}", agent.display());
