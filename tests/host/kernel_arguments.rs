@@ -71,7 +71,7 @@ async fn staged_deployment_without_options_does_not_hide_the_others() {
     assert_eq!(staged.arguments, None);
     let (_never, mut cancel) = never();
     let error = lab.host.set_kernel_arguments(lab.verified("3"), &list(&["x"]), &[], &mut cancel).await.unwrap_err();
-    assert!(error.to_string().contains("it was dropped, to be staged again"), "{error}");
+    assert!(error.to_string().contains("so it was dropped and will be staged again"), "{error}");
     assert!(lab.read().await.staged().is_none());
     assert!(lab.machine.rpm_ostreed().is_running());
 }

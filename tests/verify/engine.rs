@@ -163,7 +163,7 @@ async fn verification_is_retried_when_the_node_lacks_resources() {
         let engine = node.engine(name, &body);
         let outcome = node.verify_with(&pushed.pullspec(), &[("REBASE_AGENT_SKOPEO", text(&engine))]).await;
         let said = outcome.refused(Reason::ResourcesExhausted);
-        assert!(said.contains(name) && said.starts_with("this node is short of"), "{said}");
+        assert!(said.contains(name) && said.starts_with("this node has no file descriptor"), "{said}");
     }
 }
 

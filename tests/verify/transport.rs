@@ -226,11 +226,14 @@ async fn malformed_proxy_is_named_without_its_password() {
         ("http://node:s3cret%@proxy.example:1", "it has a raw `%`"),
         ("http://node:s3cret#@proxy.example:1", "it has a raw `#`"),
         ("http://node:s3cret@proxy.example:port", "it is not a URL"),
-        ("ftp://node:s3cret@proxy.example", "its scheme is none of"),
+        ("ftp://node:s3cret@proxy.example", "its scheme is not http"),
     ] {
         let outcome = node.verify_with(&spec, &[("HTTPS_PROXY", url)]).await;
         let said = outcome.refused(Reason::RegistryConfigInvalid);
-        assert!(said.starts_with("HTTPS_PROXY in the environment of rebase-agent.service is no proxy"), "{said}");
+        assert!(
+            said.starts_with("HTTPS_PROXY in the environment of rebase-agent.service is not a usable proxy"),
+            "{said}"
+        );
         assert!(said.contains(why) && said.contains("`#` as %23") && !said.contains("s3cret"), "{said}");
         // A registry that needs no proxy can still be reached.
         node.verify_with(&pushed.pullspec(), &[("HTTPS_PROXY", url)]).await.facts();
@@ -240,7 +243,7 @@ async fn malformed_proxy_is_named_without_its_password() {
     fs::write(&file, "HTTPS_PROXY=http://node:s3cret#@proxy.example:1\n").unwrap();
     let outcome = node.verify(&spec).await;
     let said = outcome.refused(Reason::RegistryConfigInvalid);
-    assert!(said.starts_with(&format!("HTTPS_PROXY in {} is no proxy", file.display())), "{said}");
+    assert!(said.starts_with(&format!("HTTPS_PROXY in {} is not a usable proxy", file.display())), "{said}");
     assert!(said.contains("oc edit proxy.config/cluster") && !said.contains("s3cret"), "{said}");
     // A list of hosts is not a URL.
     fs::write(&file, "NO_PROXY=100%,#\n").unwrap();
