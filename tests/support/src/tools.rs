@@ -153,7 +153,7 @@ mod tests {
         let mut sleep = Command::new("sleep");
         sleep.arg("60");
         let error = run(sleep, Duration::from_millis(50)).await.unwrap_err().to_string();
-        assert!(error.contains("no end after 50ms") && error.contains("sleep"), "{error}");
+        assert!(error.contains("not finished after 50ms") && error.contains("sleep"), "{error}");
     }
 
     #[tokio::test]
