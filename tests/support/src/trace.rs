@@ -127,7 +127,10 @@ impl Findings {
             return;
         }
         // For calls that open: the result. For calls on a descriptor: the descriptor's file.
-        let subject = if call.starts_with("open") { inside(result) } else { inside(arguments) };
+        // A process that is killed within the call has no result, but the path names the file.
+        let unfinished = quoted(arguments).filter(|_| result.trim() == "?");
+        let opened = inside(result).or(unfinished.as_deref());
+        let subject = if call.starts_with("open") { opened } else { inside(arguments) };
         match subject {
             Some("/dev/null") => {
                 self.devices.insert("/dev/null".to_owned());
@@ -182,6 +185,7 @@ mod tests {
         let trace = "execve(\"/usr/bin/rebase-agent\", [\"rebase-agent\"], 0x7ff /* 9 vars */) = 0\n\
             openat(AT_FDCWD</>, \"/etc/hosts\", O_RDONLY|O_CLOEXEC) = 3</etc/hosts>\n\
             openat(AT_FDCWD</>, \"/dev/null\", O_RDWR|O_CLOEXEC) = 3</dev/null>\n\
+            openat(AT_FDCWD</>, \"/dev/null\", O_WRONLY|O_CLOEXEC) = ?\n\
             openat(AT_FDCWD</>, \"/var/lib/x\", O_RDWR|O_CREAT, 0644) = -1 EACCES (Permission denied)\n\
             mkdirat(AT_FDCWD</>, \"/var/lib/containers\", 0700) = -1 EROFS (Read-only file system)\n\
             memfd_create(\"policy.json\", MFD_ALLOW_SEALING) = 9</memfd:policy.json>\n\
@@ -193,7 +197,7 @@ mod tests {
         assert_eq!(findings.changes, [""; 0]);
         assert_eq!(findings.stopped.values().sum::<usize>(), 2);
         assert_eq!(findings.programs.keys().collect::<Vec<_>>(), ["rebase-agent"]);
-        assert_eq!(findings.calls, 8);
+        assert_eq!(findings.calls, 9);
         assert!(findings.is_not_blind().is_err());
     }
 

@@ -139,7 +139,7 @@ pub async fn human_deploys(lab: &mut Lab) -> Result<()> {
         .journal
         .wait(again, HOUSEKEEPING + WORK, "the agent reports the foreign stage", |entry| {
             entry.is_agents()
-                && entry.field("REBASE_AGENT_RULE") == Some("9")
+                && entry.field("REBASE_AGENT_RULE") == Some("not-desired (9)")
                 && entry.message().contains("staged again by hand")
         })
         .await?;
@@ -168,7 +168,7 @@ pub async fn staged_without_arguments(lab: &mut Lab) -> Result<()> {
     };
     let unreadable = lab.vm.journal.since(mark, unreadable);
     ensure!(unreadable.is_empty(), "the host could not be read: {:?}", unreadable.first().map(Entry::message));
-    let dropped = |entry: &Entry| entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("9");
+    let dropped = |entry: &Entry| entry.is_agents() && entry.field("REBASE_AGENT_RULE") == Some("not-desired (9)");
     let dropped = !lab.vm.journal.since(mark, dropped).is_empty();
     ensure!(dropped || !lab.backend.drops_staged(), "the agent does not report that it drops the foreign stage");
     Ok(())
