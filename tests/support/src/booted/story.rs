@@ -398,7 +398,7 @@ impl Node<'_> {
         const PLACE: &str = "/run/rebase-agent-gnupg";
         self.outside.demand_gpg(&self.container.path("/"), image, "3")?;
         self.container.ok(&["systemctl", "restart", AGENT]).await?;
-        let refused = |text: &str| text.contains("its signature is not verified: GpgNeedsScratch");
+        let refused = |text: &str| text.contains("RunsUntrusted: ") && text.contains("GpgNeedsScratch");
         self.container.wait_property(AGENT, "StatusText", DEADLINE, refused).await?;
         let example = std::fs::read_to_string(self.container.path(EXAMPLE))?;
         self.container.drop_in(AGENT, "10-gpg", &example).await?;
