@@ -173,7 +173,8 @@ fn configuration(text: &str, asked: &Question) -> Option<String> {
         return None;
     };
     // The engine's home does not exist, so the path in the text would mislead.
-    Some(printable(&local.replace("/nonexistent/.config/containers/", "/etc/containers/"), WORDS))
+    let local = local.replace("/nonexistent/.config/containers/", "/etc/containers/");
+    Some(printable(&without_queries(&local), WORDS))
 }
 
 /// Whether the text is `registry X is blocked in F or D`. X is from the reference and the file, not from a registry.

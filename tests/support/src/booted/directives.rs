@@ -68,17 +68,20 @@ fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instan
         "ListenStream" => "Listen",
         // The other property does not show the prefix characters of the program.
         "ExecStart" => "ExecStartEx",
+        "ExecStartPre" => "ExecStartPreEx",
         other => other,
     };
     let actual = *shown.get(property).context("this systemd has no such property")?;
     let last = values.last().map(String::as_str).unwrap_or_default();
     let equal = match directive {
-        "ExecStart" => {
-            let (command, flags) = match last.strip_prefix(':') {
-                Some(command) => (command, "no-env-expand"),
-                None => (last, ""),
+        "ExecStart" | "ExecStartPre" => {
+            let (command, flags) = match (last.strip_prefix(':'), last.strip_prefix('-')) {
+                (Some(command), _) => (command, "no-env-expand"),
+                (_, Some(command)) => (command, "ignore-failure"),
+                _ => (last, ""),
             };
-            let command = command.replace("%I", instance);
+            // systemd shows the arguments without their quotes.
+            let command = command.replace("%I", instance).replace('"', "");
             actual.contains(&format!("argv[]={command} ; flags={flags} ;"))
         }
         "ListenStream" => actual == format!("{last} (Stream)"),
@@ -217,6 +220,7 @@ mod tests {
             ("EnvironmentFiles", "/etc/x (ignore_errors=yes)"),
             ("SystemCallErrorNumber", "1"),
             ("ExecStartEx", "{ path=/bin/a ; argv[]=/bin/a -- x ; flags=no-env-expand ; start_time=[n/a] ; }"),
+            ("ExecStartPreEx", "{ path=/bin/b ; argv[]=/bin/b a b /c ; flags=ignore-failure ; start_time=[n/a] ; }"),
             ("Listen", "/run/s (Stream)"),
             ("SuccessExitStatus", "TERM"),
         ]);
@@ -229,6 +233,7 @@ mod tests {
         assert!(same("SystemCallErrorNumber", "EPERM") && !same("SystemCallErrorNumber", "EACCES"));
         assert!(same("ExecStart", ":/bin/a -- %I") && !same("ExecStart", ":/bin/a %I"));
         assert!(!same("ExecStart", "/bin/a -- %I"), "its variables would be expanded");
+        assert!(same("ExecStartPre", "-/bin/b \"a b\" /c") && !same("ExecStartPre", "/bin/b \"a b\" /c"));
         assert!(same("SuccessExitStatus", "SIGTERM") && !same("SuccessExitStatus", "SIGKILL"));
         assert!(same("ListenStream", "/run/s") && !same("ListenStream", "/run/t"));
         assert!(!same("ProtectEverything", "yes"));
