@@ -110,7 +110,9 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Trust
     const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
     const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
     let (image, scope, path) = (asked.image.clone(), asked.scope.clone(), asked.policy.clone());
-    let why = printable(&without_queries(text), WORDS);
+    let text = without_queries(text);
+    let text = text.as_str();
+    let why = printable(text, WORDS);
     let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
         TrustError::SignatureMissing { image, scope, hint: where_to_sign(asked, &Unsigned::default()) }
@@ -174,7 +176,7 @@ fn configuration(text: &str, asked: &Question) -> Option<String> {
     };
     // The engine's home does not exist, so the path in the text would mislead.
     let local = local.replace("/nonexistent/.config/containers/", "/etc/containers/");
-    Some(printable(&without_queries(&local), WORDS))
+    Some(printable(&local, WORDS))
 }
 
 /// Whether the text is `registry X is blocked in F or D`. X is from the reference and the file, not from a registry.
@@ -306,7 +308,7 @@ fn answered(method: &str, text: &str, why: String, asked: &Question) -> TrustErr
     let Some((attempt, answer)) = speaking else { return TrustError::Unreachable { image, why } };
     let place = format!("{} {}", if attempt.mirror { "the mirror" } else { "the registry" }, attempt.place);
     let elsewhere = if attempts.len() > 1 { "; no other place serves it" } else { "" };
-    let why = format!("{}{elsewhere}", printable(&without_queries(attempt.text), WORDS));
+    let why = format!("{}{elsewhere}", printable(attempt.text, WORDS));
     match answer {
         Answer::Missing => TrustError::ManifestMissing { image, place },
         Answer::Denied | Answer::SignatureDenied => {
