@@ -125,7 +125,7 @@ impl Node<'_> {
         let (unit, switch) = self.runs(&image).await?;
         let main = self.container.property(AGENT, "MainPID").await?;
         self.container.ok(&["systemctl", "kill", "--signal=KILL", "--kill-whom=main", AGENT]).await?;
-        self.is_back(&main, "`bootc switch` runs as").await?;
+        self.is_back(&main, "`bootc switch` runs in").await?;
         ensure!(self.container.property(&unit, "MainPID").await? == switch, "the switch is not the same process");
         self.container.ok(&["bash", "-c", "echo go on >$0", &word(&image)]).await?;
         self.is_held(&image).await?;
