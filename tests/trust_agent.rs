@@ -238,6 +238,19 @@ async fn signed_image_created_before_the_floor_is_refused() {
     assert_eq!(world.drains.drains(), 0);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unsigned_image_is_degraded_after_the_grace_although_it_is_retried() {
+    // The second try, after 5 s, must not forget when the first one failed.
+    let world = settled(&[("REBASE_AGENT_SIGNATURE_GRACE", "8")]).await;
+    let image = world.unsigned("2").await.unwrap();
+    world.target("2", &image);
+    let degraded = |node: &Value| {
+        annotation(node, "state") == Some("Degraded")
+            && annotation(node, "reason").is_some_and(|reason| reason.starts_with("SignatureMissing"))
+    };
+    world.wait("a Degraded node", degraded).await.unwrap();
+}
+
 // --- deployments ------------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -33,8 +33,9 @@ impl Agent {
 
     pub(super) fn begin(&mut self, work: Work) {
         if let Work::Verify { image } = &work {
-            // From now on only the files of this verification are watched.
-            self.withdraw_proof();
+            // From now on only the files of this verification are watched. Its earlier failures stay.
+            self.proof = None;
+            self.memory.verified.clear();
             self.sight.trust = Some(TrustStamp::read(self.neighbours.engine.settings(), image));
         }
         let (cancel, cancelled) = watch::channel(false);
