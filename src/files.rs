@@ -29,6 +29,11 @@ impl Stamp {
     }
 }
 
+/// An error of a file's content.
+pub fn invalid(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
 /// Reads a regular file of at most `limit` bytes; a longer file is an error.
 ///
 /// # Errors
@@ -36,13 +41,13 @@ impl Stamp {
 pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     // Opening a pipe would block.
     if !std::fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
+        return Err(invalid("not a regular file"));
     }
     let file = File::open(path)?;
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > limit {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {limit} bytes")));
+        return Err(invalid(format!("longer than {limit} bytes")));
     }
     Ok(bytes)
 }
@@ -55,7 +60,7 @@ pub fn read_beneath(directory: &Path, path: &Path, limit: u64) -> io::Result<Vec
         at.push(component);
         if std::fs::symlink_metadata(&at)?.is_symlink() {
             let why = format!("{} is a symbolic link, which the agent does not follow inside an image", at.display());
-            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            return Err(invalid(why));
         }
     }
     read_bounded(&at, limit)

@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::stat;
 use nix::sys::statvfs::statvfs;
 use nix::sys::utsname::uname;
 use serde::Deserialize;
 
-use crate::files::{Stamp, read_beneath, read_bounded};
+use crate::files::{Stamp, invalid, read_beneath, read_bounded};
 pub use crate::kernel_arguments::split as split_arguments;
-use crate::model::{BootId, printable};
+use crate::model::{BootId, Deployment, printable};
 
 /// Largest rendered MachineConfig read, in bytes. etcd limits the compressed object to 1.5 MB.
 pub(super) const MAX_CONFIG: u64 = 16 << 20;
@@ -54,7 +55,7 @@ fn size_of_tree(directory: &Path, left: &mut usize) -> u64 {
 }
 
 fn read_text(path: &Path) -> io::Result<String> {
-    String::from_utf8(read_bounded(path, MAX_SMALL)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    String::from_utf8(read_bounded(path, MAX_SMALL)?).map_err(invalid)
 }
 
 /// Identifies a state of the deployments; see [`Root::deployments_stamp`].
@@ -107,7 +108,7 @@ impl Root {
         let text = read_text(&self.join("proc/sys/kernel/random/boot_id"))?;
         let text = text.trim();
         if text.is_empty() || text.len() > 64 || !text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "boot_id is not a UUID"));
+            return Err(invalid("boot_id is not a UUID"));
         }
         Ok(BootId(text.to_owned()))
     }
@@ -118,12 +119,10 @@ impl Root {
     /// When `/proc/uptime` cannot be read or holds no number.
     pub fn uptime(&self) -> io::Result<u64> {
         let text = read_text(&self.join("proc/uptime"))?;
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "/proc/uptime holds no number");
-        let first = text.split_whitespace().next().ok_or_else(invalid)?;
-        let (seconds, fraction) = first.split_once('.').unwrap_or((first, "0"));
-        let seconds: u64 = seconds.parse().map_err(|_| invalid())?;
-        let tenths: u64 = fraction.get(..1).and_then(|digit| digit.parse().ok()).unwrap_or(0);
-        Ok(seconds.saturating_mul(1000).saturating_add(tenths.saturating_mul(100)))
+        let seconds = text.split_whitespace().next().and_then(|first| first.parse().ok());
+        let uptime = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let uptime = uptime.and_then(|uptime| u64::try_from(uptime.as_millis()).ok());
+        uptime.ok_or_else(|| invalid("/proc/uptime holds no number"))
     }
 
     /// The running kernel's arguments.
@@ -177,23 +176,33 @@ impl Root {
     #[must_use]
     pub fn first_boot(&self) -> Option<BTreeMap<String, String>> {
         let bytes = read_bounded(&self.join(FIRST_BOOT), MAX_SMALL).ok()?;
-        match serde_json::from_slice(&bytes) {
-            Ok(annotations) => Some(annotations),
-            Err(error) => {
-                tracing::warn!(
-                    "ignoring /{FIRST_BOOT}, which cannot be parsed: {}",
-                    printable(&error.to_string(), 200)
-                );
-                None
-            }
+        let warn = |error: &serde_json::Error| {
+            let why = printable(&error.to_string(), 200);
+            tracing::warn!("ignoring /{FIRST_BOOT}, which cannot be parsed: {why}");
+        };
+        serde_json::from_slice(&bytes).inspect_err(warn).ok()
+    }
+
+    /// Reads the arguments that the rendered config inside a booted or staged deployment demands, and returns the
+    /// config's name.
+    pub(super) fn read_config(&self, deployment: &mut Deployment) -> Option<String> {
+        if !deployment.booted && !deployment.staged {
+            return None;
         }
+        let directory = deployment.id.strip_prefix(&format!("{}-", deployment.osname)).unwrap_or_default();
+        let config = self.rendered_config(&deployment.osname, directory).unwrap_or_else(|why| {
+            deployment.config_fault = Some(why);
+            None
+        })?;
+        deployment.wanted_arguments = Some(config.arguments);
+        config.name
     }
 
     /// The rendered config inside a deployment; `None` if it has none.
     ///
     /// # Errors
     /// Why the rendered config cannot be used. Then the kernel arguments that it demands are unknown.
-    pub fn rendered_config(&self, osname: &str, directory: &str) -> Result<Option<RenderedConfig>, String> {
+    fn rendered_config(&self, osname: &str, directory: &str) -> Result<Option<RenderedConfig>, String> {
         let plain = |name: &str| !name.is_empty() && !name.contains('/') && name != "..";
         if !plain(osname) || !plain(directory) {
             return Ok(None);
@@ -218,11 +227,11 @@ impl Root {
 
 /// The fields that the agent uses of the rendered config in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RenderedConfig {
+struct RenderedConfig {
     /// `metadata.name`.
-    pub name: Option<String>,
+    name: Option<String>,
     /// `spec.kernelArguments`, each split into single arguments.
-    pub arguments: Vec<String>,
+    arguments: Vec<String>,
 }
 
 /// Whether `/proc/locks` lists a write lock on the file that is held, not only waited for. Pure.
@@ -369,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_stands_in_for_the_root() {
+    fn all_facts_are_read_below_the_given_root() {
         let tree = tempfile::tempdir().unwrap();
         let root = Root::new(tree.path().to_owned());
         let put = |path: &str, text: &str| {
@@ -389,7 +398,7 @@ mod tests {
         put(&format!("ostree/deploy/rhcos/deploy/abc.0/{RENDERED_CONFIG}"), r#"{"spec":{"kernelArguments":["x"]}}"#);
         assert!(root.is_image_mode());
         assert_eq!(root.boot_id().unwrap().0, "0f0e2c3a-0000-4000-8000-000000000001");
-        assert_eq!(root.uptime().unwrap(), 12_300);
+        assert_eq!(root.uptime().unwrap(), 12_340);
         assert_eq!(root.command_line().unwrap(), ["root=UUID=1", "ro", "ostree=/ostree/boot.1/rhcos/abc/0"]);
         assert_eq!(root.boot_needed(), Some(10));
         // All files that libostree copies count, also device trees in subdirectories.

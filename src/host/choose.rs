@@ -1,7 +1,9 @@
 //! Chooses the host tool: the one set with `--backend`, or the one that is found. It is found by probing, not by the
 //! name or version of the OS.
 
-use super::dbus::{BusProxy, RPM_OSTREE, close, proxy};
+use zbus::Connection;
+
+use super::dbus::{BusProxy, RPM_OSTREE, proxy};
 use super::{Host, HostError, call_failed, systemd};
 use crate::model::{Backend, UnitState};
 
@@ -17,17 +19,12 @@ pub struct Chosen {
 /// Prefers rpm-ostree: it has a D-Bus interface, reports progress and the cause of a failure, drops staged deployments
 /// and changes kernel arguments.
 pub(super) async fn probe(host: &Host) -> Result<Chosen, HostError> {
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = async {
-        let [daemon, socket] =
-            systemd::states(host, &bus, [super::rpm_ostree::UNIT, super::bootc::STATUS_UNIT]).await?;
-        let activated = daemon != UnitState::Absent;
-        let rpm_ostree = is_on_bus(host, &bus, RPM_OSTREE, activated).await?;
-        Ok((rpm_ostree, socket))
+    let units = [super::rpm_ostree::UNIT, super::bootc::STATUS_UNIT];
+    let ask = async |bus: &Connection| {
+        let [daemon, socket] = systemd::states(host, bus, units).await?;
+        Ok((is_on_bus(host, bus, RPM_OSTREE, daemon != UnitState::Absent).await?, socket))
     };
-    let asked = asked.await;
-    close(bus).await;
-    let (rpm_ostree, socket) = asked?;
+    let (rpm_ostree, socket) = host.on_bus(host.deadlines.call, ask).await?;
     let bootc = host.root.join(super::bootc::PROGRAM).exists();
     choose(rpm_ostree, bootc, socket == UnitState::Active)
 }
@@ -53,7 +50,7 @@ fn choose(rpm_ostree: bool, bootc: bool, socket: bool) -> Result<Chosen, HostErr
 }
 
 /// Whether `name` has an owner on the bus, or a call would start one. A masked unit cannot be started.
-async fn is_on_bus(host: &Host, bus: &zbus::Connection, name: &str, activated: bool) -> Result<bool, HostError> {
+async fn is_on_bus(host: &Host, bus: &Connection, name: &str, activated: bool) -> Result<bool, HostError> {
     let asked = async {
         let daemon: BusProxy<'_> = proxy(bus).await?;
         let owned = daemon.name_has_owner(name).await?;

@@ -91,6 +91,10 @@ impl HostError {
         Self::Deadline { what, seconds: limit.as_secs() }
     }
 
+    pub(super) fn no_effect(what: &'static str, why: impl Into<String>) -> Self {
+        Self::NoEffect { what, why: why.into() }
+    }
+
     pub(super) fn confused(what: &'static str, why: impl std::fmt::Display) -> Self {
         Self::Confused { what, why: printable(&why.to_string(), 300) }
     }

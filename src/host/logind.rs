@@ -5,7 +5,7 @@
 
 use zbus::Connection;
 
-use super::dbus::{InhibitorRow, LoginProxy, close, proxy};
+use super::dbus::{InhibitorRow, LoginProxy, proxy};
 use super::{Host, HostError, call_failed};
 use crate::model::{Inhibitor, printable};
 
@@ -36,10 +36,7 @@ fn blocks_shutdown(row: &InhibitorRow) -> Option<Inhibitor> {
 }
 
 pub(super) async fn reboot(host: &Host, message: &str) -> Result<(), HostError> {
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = ask(host, &bus, message).await;
-    close(bus).await;
-    asked
+    host.on_bus(host.deadlines.call, async |bus| ask(host, bus, message).await).await
 }
 
 async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {

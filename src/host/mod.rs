@@ -80,6 +80,11 @@ const TITLE: &str = "rebase-agent ";
 /// Becomes true when the running task must stop.
 pub type Cancel = watch::Receiver<bool>;
 
+/// Waits for `work` until `limit` has passed.
+async fn within<T>(what: &'static str, limit: Duration, work: impl Future<Output = T>) -> Result<T, HostError> {
+    tokio::time::timeout(limit, work).await.map_err(|_| HostError::deadline(what, limit))
+}
+
 /// Returns when cancellation is requested; never, if the sender is gone.
 async fn cancelled(cancel: &mut Cancel) {
     if cancel.wait_for(|asked| *asked).await.is_err() {
@@ -159,7 +164,7 @@ impl Host {
     pub async fn read(&self) -> Result<HostFacts, HostError> {
         self.check_kind()?;
         let mut facts = match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::read(self).await,
+            Backend::RpmOstree => self.as_client(async |client| Ok(client.snapshot().await?.facts)).await,
             Backend::Bootc => bootc::read(self).await,
         }?;
         if let Some(booted) = facts.deployments.iter_mut().find(|deployment| deployment.booted) {
@@ -174,12 +179,11 @@ impl Host {
     /// See [`HostError`].
     pub async fn read_machine(&self) -> Result<MachineFacts, HostError> {
         let file = |what| move |source| HostError::Read { what, source };
-        let bus = self.connect_to_bus(self.deadlines.call).await?;
         let units = [FINALIZER, KUBELET, BOOTLOADER_UPDATE, BOOT_COMPLETE];
-        let asked = (systemd::states(self, &bus, units).await, logind::read(self, &bus).await);
-        close(bus).await;
-        let [finalizer, kubelet, bootloader_update, boot_complete] = asked.0?;
-        let login = asked.1?;
+        let ask =
+            async |bus: &Connection| Ok((systemd::states(self, bus, units).await?, logind::read(self, bus).await?));
+        let ([finalizer, kubelet, bootloader_update, boot_complete], login) =
+            self.on_bus(self.deadlines.call, ask).await?;
         Ok(MachineFacts {
             boot_id: self.root.boot_id().map_err(file("/proc/sys/kernel/random/boot_id"))?,
             uptime: self.root.uptime().map_err(file("/proc/uptime"))?,
@@ -208,7 +212,7 @@ impl Host {
         progress: &Progress,
     ) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::stage(self, image, cancel, progress).await,
+            Backend::RpmOstree => self.as_client(async |client| client.stage(image, cancel, progress).await).await,
             Backend::Bootc => bootc::stage(self, image, cancel, progress).await,
         }
     }
@@ -220,11 +224,11 @@ impl Host {
     /// See [`HostError`].
     pub async fn drop_pending(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::drop_pending(self, checksum, cancel).await,
-            Backend::Bootc => {
-                let why = "bootc cannot drop a staged deployment, only stage another image over it".to_owned();
-                Err(HostError::NoEffect { what: "dropping the pending deployment", why })
-            }
+            Backend::RpmOstree => self.as_client(async |client| client.drop_pending(checksum, cancel).await).await,
+            Backend::Bootc => Err(HostError::no_effect(
+                "dropping the pending deployment",
+                "bootc cannot drop a staged deployment, only stage another image over it",
+            )),
         }
     }
 
@@ -234,7 +238,7 @@ impl Host {
     /// See [`HostError`].
     pub async fn cancel_transaction(&self) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::cancel_ours(self).await,
+            Backend::RpmOstree => self.as_client(async |client| client.cancel_ours().await).await,
             Backend::Bootc => bootc::cancel_ours(self).await,
         }
     }
@@ -252,7 +256,9 @@ impl Host {
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
         match self.backend().await?.backend {
-            Backend::RpmOstree => rpm_ostree::set_kernel_arguments(self, image, append, delete, cancel).await,
+            Backend::RpmOstree => {
+                self.as_client(async |client| client.set_kernel_arguments(image, append, delete, cancel).await).await
+            }
             Backend::Bootc => Err(bootc::set_kernel_arguments(append, delete)),
         }
     }
@@ -298,15 +304,42 @@ impl Host {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Opens a connection to the bus. Each call on it may take `limit`.
-    async fn connect_to_bus(&self, limit: Duration) -> Result<Connection, HostError> {
-        const WHAT: &str = "the system bus";
-        const UNIT: &str = "dbus.socket";
+    /// Runs `work` as a client of rpm-ostreed.
+    async fn as_client<T>(
+        &self,
+        work: impl AsyncFnOnce(&rpm_ostree::Client<'_>) -> Result<T, HostError>,
+    ) -> Result<T, HostError> {
+        let limit = self.deadlines.reply;
+        self.on_bus(limit, async |bus| work(&rpm_ostree::Client::register(self, bus).await?).await).await
+    }
+
+    /// Runs `work`, which calls one daemon, on a connection to the bus. A failed call is an error of `what`, which `unit`
+    /// provides.
+    async fn ask<T>(
+        &self,
+        what: &'static str,
+        unit: &'static str,
+        work: impl AsyncFnOnce(&Connection) -> zbus::Result<T>,
+    ) -> Result<T, HostError> {
+        let limit = self.deadlines.call;
+        let failed = |error| call_failed(what, unit, limit, &error);
+        self.on_bus(limit, async |bus| work(bus).await.map_err(failed)).await
+    }
+
+    /// Runs `work` on a connection to the bus, then closes it. Each call on it may take `limit`.
+    async fn on_bus<T>(
+        &self,
+        limit: Duration,
+        work: impl AsyncFnOnce(&Connection) -> Result<T, HostError>,
+    ) -> Result<T, HostError> {
         let builder = match &self.bus {
             Some(address) => zbus::connection::Builder::address(address.as_str()),
             None => zbus::connection::Builder::system(),
         };
-        self.connect(builder.method_timeout(limit), WHAT, UNIT).await
+        let bus = self.connect(builder.method_timeout(limit), "the system bus", "dbus.socket").await?;
+        let outcome = work(&bus).await;
+        close(bus).await;
+        outcome
     }
 
     async fn connect(
@@ -315,12 +348,8 @@ impl Host {
         what: &'static str,
         unit: &'static str,
     ) -> Result<Connection, HostError> {
-        let limit = self.deadlines.connect;
-        match tokio::time::timeout(limit, builder.build()).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(error)) => Err(HostError::Call { what, unit, why: printable(&error.to_string(), 300) }),
-            Err(_) => Err(HostError::deadline(what, limit)),
-        }
+        let connected = within(what, self.deadlines.connect, builder.build()).await?;
+        connected.map_err(|error| HostError::Call { what, unit, why: printable(&error.to_string(), 300) })
     }
 }
 
@@ -336,32 +365,8 @@ fn digest_in_title(title: &str) -> Option<Digest> {
 
 /// The private parsers, for tests/fuzz.
 #[cfg(fuzzing)]
-#[allow(missing_docs, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::{HostError, Progress, bootc, dbus, rpm_ostree, staged};
-    use crate::model::{Deployment, PinnedImage};
-
-    #[must_use]
-    pub fn deployments(properties: &dbus::Dict) -> Option<Vec<Option<Deployment>>> {
-        let dicts: Vec<dbus::Dict> = rpm_ostree::property(properties, "Deployments")?;
-        Some(dicts.iter().map(rpm_ostree::deployment).collect())
-    }
-
-    pub fn heard(message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
-        rpm_ostree::heard("the transaction", message, progress)
-    }
-
-    pub fn bootc_status(json: &[u8]) -> Result<Vec<Deployment>, HostError> {
-        bootc::parse_status(json)
-    }
-
-    #[must_use]
-    pub fn staged_arguments(note: &[u8]) -> Option<Vec<String>> {
-        staged::parse(note).arguments
-    }
-
-    #[must_use]
-    pub fn image_of_unit(unit: &str) -> Option<PinnedImage> {
-        bootc::image_of_unit(unit)
-    }
+    pub use super::bootc::{image_of_unit, parse_status as bootc_status};
+    pub use super::rpm_ostree::{deployment, heard, property};
+    pub use super::staged::parse as staged_record;
 }

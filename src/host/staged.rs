@@ -17,7 +17,7 @@ const MAX_NOTE: u64 = 1 << 20;
 
 /// The parsed record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Note {
+pub struct Note {
     /// `<osname>-<checksum>.<serial>`; `None` if the record does not name its deployment.
     pub id: Option<String>,
     /// The arguments that the deployment was staged with; `None` if it was staged without any.
@@ -35,7 +35,8 @@ pub(super) fn read(root: &Root, id: &str) -> Option<Note> {
 }
 
 /// An entry that is missing, damaged or of an unexpected type counts as absent. Pure.
-pub(super) fn parse(note: &[u8]) -> Note {
+#[must_use]
+pub fn parse(note: &[u8]) -> Note {
     let note = copy_to_align(note);
     let mut parsed = Note::default();
     for (key, value) in gv!("a{sv}").cast(note.as_ref()).iter().map(|entry| entry.to_tuple()) {
@@ -92,7 +93,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn reads_what_glib_writes(kargs in prop::collection::vec("[^\0]{0,300}", 0..60), locked in any::<Option<bool>>()) {
+        fn records_that_glib_writes_are_read(kargs in prop::collection::vec("[^\0]{0,300}", 0..60), locked in any::<Option<bool>>()) {
             let note = parse(&written(Some(&kargs.to_variant()), locked));
             prop_assert_eq!(note.arguments, Some(kargs));
             prop_assert_eq!(note.locked, locked.unwrap_or(false));

@@ -5,8 +5,8 @@ use std::pin::pin;
 use futures_util::StreamExt;
 use zbus::Connection;
 
-use super::dbus::{ManagerProxy, SYSTEMD, ServiceProxy, UnitProxy, UnitRow, close, proxy, proxy_at};
-use super::{Host, HostError, call_failed};
+use super::dbus::{ManagerProxy, SYSTEMD, ServiceProxy, UnitProxy, UnitRow, proxy, proxy_at};
+use super::{Host, HostError, call_failed, within};
 use crate::model::{UnitState, printable};
 
 const UNIT: &str = "init.scope";
@@ -41,23 +41,19 @@ fn state(load: &str, active: &str) -> UnitState {
 /// The loaded units whose name matches one of `patterns`, and their states. A unit that is being stopped counts as
 /// running.
 pub(super) async fn matching(host: &Host, patterns: &[&str]) -> Result<Vec<(String, UnitState)>, HostError> {
-    const WHAT: &str = "systemd's ListUnitsByPatterns";
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = async { proxy::<ManagerProxy<'_>>(&bus).await?.list_units_by_patterns(&[], patterns).await };
-    let listed = asked.await;
-    close(bus).await;
-    let listed = listed.map_err(|error| call_failed(WHAT, UNIT, host.deadlines.call, &error))?;
+    let list =
+        async |bus: &Connection| proxy::<ManagerProxy<'_>>(bus).await?.list_units_by_patterns(&[], patterns).await;
+    let listed = host.ask("systemd's ListUnitsByPatterns", UNIT, list).await?;
     let running = |active: &str| if active == "deactivating" { UnitState::Activating } else { state("loaded", active) };
     Ok(listed.into_iter().map(|row| (row.0, running(&row.3))).collect())
 }
 
 /// `Result` and `ExecMainStatus` of a failed unit, whose failed state is then reset; `None` if it has not failed.
 pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(String, i32)>, HostError> {
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = async {
-        let manager: ManagerProxy<'_> = proxy(&bus).await?;
+    host.ask("systemd's LoadUnit", UNIT, async |bus| {
+        let manager: ManagerProxy<'_> = proxy(bus).await?;
         let path = manager.load_unit(unit).await?;
-        let service: ServiceProxy<'_> = proxy_at(&bus, path.as_str()).await?;
+        let service: ServiceProxy<'_> = proxy_at(bus, path.as_str()).await?;
         let result = service.result().await?;
         if result == "success" {
             return Ok(None);
@@ -65,20 +61,15 @@ pub(super) async fn take_failure(host: &Host, unit: &str) -> Result<Option<(Stri
         let status = service.exec_main_status().await?;
         manager.reset_failed_unit(unit).await?;
         Ok(Some((printable(&result, 50), status)))
-    };
-    let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));
-    close(bus).await;
-    told
+    })
+    .await
 }
 
 /// Starts `unit` and waits until the job ends.
 pub(super) async fn start(host: &Host, unit: &'static str) -> Result<(), HostError> {
-    let limit = host.deadlines.job;
-    match tokio::time::timeout(limit, job(host, Verb::Start, unit)).await {
-        Ok(Ok(result)) if result == "done" => Ok(()),
-        Ok(Ok(result)) => Err(HostError::Unit { unit: unit.to_owned(), result }),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Err(HostError::deadline(unit, limit)),
+    match within(unit, host.deadlines.job, job(host, Verb::Start, unit)).await?? {
+        result if result == "done" => Ok(()),
+        result => Err(HostError::Unit { unit: unit.to_owned(), result }),
     }
 }
 
@@ -91,10 +82,7 @@ pub(super) enum Verb {
 
 /// Queues a job for `unit`, or joins an equal one, waits until it ends and returns its result.
 pub(super) async fn job(host: &Host, verb: Verb, unit: &str) -> Result<String, HostError> {
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let result = job_on(host, &bus, verb, unit).await;
-    close(bus).await;
-    result
+    host.on_bus(host.deadlines.call, async |bus| job_on(host, bus, verb, unit).await).await
 }
 
 async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result<String, HostError> {
@@ -142,16 +130,13 @@ async fn job_on(host: &Host, bus: &Connection, verb: Verb, unit: &str) -> Result
 
 /// `StatusText` and `ActiveState` of a service.
 pub(super) async fn status_text(host: &Host, unit: &str) -> Result<(String, String), HostError> {
-    let bus = host.connect_to_bus(host.deadlines.call).await?;
-    let asked = async {
-        let path = proxy::<ManagerProxy<'_>>(&bus).await?.load_unit(unit).await?;
-        let text = proxy_at::<ServiceProxy<'_>>(&bus, path.as_str()).await?.status_text().await?;
-        let active = proxy_at::<UnitProxy<'_>>(&bus, path.as_str()).await?.active_state().await?;
+    host.ask("systemd's LoadUnit", UNIT, async |bus| {
+        let path = proxy::<ManagerProxy<'_>>(bus).await?.load_unit(unit).await?;
+        let text = proxy_at::<ServiceProxy<'_>>(bus, path.as_str()).await?.status_text().await?;
+        let active = proxy_at::<UnitProxy<'_>>(bus, path.as_str()).await?.active_state().await?;
         Ok((printable(&text, 500), printable(&active, 20)))
-    };
-    let told = asked.await.map_err(|e| call_failed("systemd's LoadUnit", UNIT, host.deadlines.call, &e));
-    close(bus).await;
-    told
+    })
+    .await
 }
 
 #[cfg(test)]

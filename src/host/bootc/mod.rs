@@ -15,7 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, staged, systemd};
+use super::{Cancel, Host, HostError, Progress, TITLE, cancelled, staged, systemd, within};
 use crate::model::{Backend, Deployment, HostFacts, Reason, Transaction, UnitState, is_image, is_staged, printable};
 use crate::trust::VerifiedImage;
 
@@ -35,7 +35,7 @@ const UNTOLD: &str = "an unknown result";
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
 #[cfg(fuzzing)]
-pub(super) use {status::parse as parse_status, unit::image as image_of_unit};
+pub use {status::parse as parse_status, unit::image as image_of_unit};
 
 /// Reads the deployments, and which transaction holds the sysroot lock.
 pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
@@ -95,20 +95,21 @@ pub(super) async fn stage(
     };
     let after = status(host).await;
     let found = after.as_ref().ok().and_then(|after| after.iter().find(|d| d.staged && is_it(d)));
-    let staged = found.is_some_and(|found| !found.locked);
+    let staged = found.is_some();
     // A switch does not unlock a download-only deployment of the same image.
     if found.is_some_and(|found| found.locked) {
-        let why = "the image was staged for download only and stays out of the next boot; `bootc upgrade \
-                   --from-downloaded` unlocks it"
-            .to_owned();
-        return Err(HostError::NoEffect { what: SWITCH, why });
+        return Err(HostError::no_effect(
+            SWITCH,
+            "the image was staged for download only and stays out of the next boot; `bootc upgrade --from-downloaded` \
+             unlocks it",
+        ));
     }
     match result.as_str() {
         "done" | UNTOLD if staged => Ok(()),
         "done" => {
             after?;
             let why = format!("the image is not staged; see `journalctl -u '{unit}'`");
-            Err(HostError::NoEffect { what: SWITCH, why })
+            Err(HostError::no_effect(SWITCH, why))
         }
         "canceled" if !staged => Err(HostError::Cancelled(WHAT)),
         result => {
@@ -200,33 +201,20 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
         UnixStream::connect(&path).await?.take(MAX_STATUS.saturating_add(1)).read_to_end(&mut json).await?;
         Ok::<_, std::io::Error>(json)
     };
-    let json = match tokio::time::timeout(host.deadlines.status, ask).await {
-        Ok(Ok(json)) => json,
-        Ok(Err(error)) => {
-            let why = format!("{}: {error}", path.display());
-            return Err(HostError::Call { what: STATUS, unit: STATUS_UNIT, why: printable(&why, 300) });
-        }
-        Err(_) => return Err(HostError::deadline(STATUS, host.deadlines.status)),
-    };
-    match u64::try_from(json.len()) {
-        Ok(1..=MAX_STATUS) => {}
+    let json = within(STATUS, host.deadlines.status, ask).await?.map_err(|error| {
+        let why = printable(&format!("{}: {error}", path.display()), 300);
+        HostError::Call { what: STATUS, unit: STATUS_UNIT, why }
+    })?;
+    let mut deployments = match u64::try_from(json.len()) {
+        Ok(1..=MAX_STATUS) => status::parse(&json)?,
         Ok(0) => {
             return Err(HostError::confused(STATUS, "it is empty; see `journalctl -u 'rebase-agent-bootc-status@*'`"));
         }
         _ => return Err(HostError::confused(STATUS, format!("it has more than {MAX_STATUS} bytes"))),
-    }
-    let mut deployments = status::parse(&json)?;
-    for deployment in deployments.iter_mut().filter(|deployment| deployment.booted || deployment.staged) {
-        let directory = deployment.id.strip_prefix(&format!("{}-", deployment.osname)).unwrap_or_default();
+    };
+    for deployment in &mut deployments {
         // The status has no labels; the rendered config inside the image has the same name.
-        match host.root.rendered_config(&deployment.osname, directory) {
-            Ok(Some(config)) => {
-                deployment.rendered_config = config.name;
-                deployment.wanted_arguments = Some(config.arguments);
-            }
-            Ok(None) => {}
-            Err(why) => deployment.config_fault = Some(why),
-        }
+        deployment.rendered_config = host.root.read_config(deployment);
         if deployment.staged {
             let note = staged::read(&host.root, &deployment.id).unwrap_or_default();
             deployment.arguments = note.arguments;
@@ -238,27 +226,22 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
 }
 
 async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
-    let limit = host.deadlines.cancel;
-    match tokio::time::timeout(limit, systemd::job(host, systemd::Verb::Stop, unit)).await {
-        Ok(Ok(_)) => Ok(()),
+    let stop = systemd::job(host, systemd::Verb::Stop, unit);
+    match within("stopping `bootc switch`", host.deadlines.cancel, stop).await? {
         // A unit that is no longer loaded has ended.
-        Ok(Err(HostError::Unit { result, .. })) if result == "NoSuchUnit" => Ok(()),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Err(HostError::deadline("stopping `bootc switch`", limit)),
+        Err(HostError::Unit { result, .. }) if result == "NoSuchUnit" => Ok(()),
+        stopped => stopped.map(|_| ()),
     }
 }
 
 /// Why the unit failed, as far as systemd knows; bootc's own message is in its journal. The unit's failed state is
 /// reset, because the agent reports the failure.
 async fn failure(host: &Host, unit: String, result: &str) -> HostError {
-    let ended = match systemd::take_failure(host, &unit).await {
-        Ok(Some((result, status))) => format!("{result} {status}"),
-        Ok(None) => result.to_owned(),
-        Err(error) => {
-            tracing::debug!("cannot read why {unit} failed: {error}");
-            result.to_owned()
-        }
-    };
+    let failure = systemd::take_failure(host, &unit).await.unwrap_or_else(|error| {
+        tracing::debug!("cannot read why {unit} failed: {error}");
+        None
+    });
+    let ended = failure.map_or_else(|| result.to_owned(), |(result, status)| format!("{result} {status}"));
     let reason = if ended.starts_with("timeout") { Reason::DeadlineExceeded } else { Reason::StageFailed };
     HostError::Switch { unit, result: printable(&ended, 50), reason }
 }

@@ -18,7 +18,7 @@ const STATEROOT: &str = "default";
 ///
 /// # Errors
 /// [`HostError::NotBootc`], [`HostError::Composefs`], and [`HostError::Confused`] for any other document.
-pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError> {
+pub fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError> {
     let host: Value = serde_json::from_slice(json).map_err(|error| HostError::confused(WHAT, error))?;
     let api = text(&host, "/apiVersion").unwrap_or_default();
     if !api.starts_with(API) {
@@ -31,17 +31,14 @@ pub(in super::super) fn parse(json: &[u8]) -> Result<Vec<Deployment>, HostError>
     if entry("/status/booted/composefs").is_some() {
         return Err(HostError::Composefs);
     }
-    let booted =
-        deployment(booted).ok_or_else(|| HostError::confused(WHAT, "the booted deployment has no ostree checksum"))?;
-    let staged = match entry("/status/staged") {
-        Some(staged) => Some(
-            deployment(staged)
-                .ok_or_else(|| HostError::confused(WHAT, "the staged deployment has no ostree checksum"))?,
-        ),
-        None => None,
-    };
-    let staged = staged.map(|staged| Deployment { staged: true, ..staged });
+    let no_checksum = |why| move || HostError::confused(WHAT, why);
+    let booted = deployment(booted).ok_or_else(no_checksum("the booted deployment has no ostree checksum"))?;
     let booted = Deployment { booted: true, ..booted };
+    let staged = entry("/status/staged").map(|staged| {
+        let staged = deployment(staged).ok_or_else(no_checksum("the staged deployment has no ostree checksum"))?;
+        Ok(Deployment { staged: true, ..staged })
+    });
+    let staged = staged.transpose()?;
     let rollback = entry("/status/rollback").and_then(deployment);
     let (first, second) = match flag(&host, "/status/rollbackQueued") {
         true => (rollback, Some(booted)),
@@ -131,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_of_other_kinds_are_told_apart() {
+    fn unsupported_hosts_and_other_documents_are_refused() {
         assert!(matches!(fixture("1.16-composefs"), Err(HostError::Composefs)));
         assert!(matches!(fixture("1.16-not-bootc"), Err(HostError::NotBootc)));
         for garbage in ["", "{", "null", "[]", "{}", r#"{"apiVersion":"org.containers.other/v1"}"#] {

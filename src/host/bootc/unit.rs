@@ -4,8 +4,6 @@
 //! There are two templates because the instance name cannot switch an option on, and the agent writes no drop-in that
 //! could. The journal shows which one ran.
 
-use std::fmt::Write as _;
-
 use super::super::HostError;
 use crate::model::PinnedImage;
 use crate::trust::{VerifiedImage, reference};
@@ -37,7 +35,8 @@ fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
 }
 
 /// The image that one of our units switches to; `None` for any other unit, and for an instance that names no image.
-pub(in super::super) fn image(unit: &str) -> Option<PinnedImage> {
+#[must_use]
+pub fn image(unit: &str) -> Option<PinnedImage> {
     let instance = [PLAIN, SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
     reference::parse(&unescape(instance)?).ok()
 }
@@ -46,39 +45,23 @@ pub(in super::super) fn image(unit: &str) -> Option<PinnedImage> {
 /// The result has no white space, quote, `$` or `%`. An image reference does not begin with `/`, so its result does not
 /// begin with a dash.
 fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for (index, byte) in text.bytes().enumerate() {
-        match byte {
-            b'/' => out.push('-'),
-            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' => out.push(char::from(byte)),
-            b'.' if index > 0 => out.push('.'),
-            // Writing to a string cannot fail.
-            byte => drop(write!(out, "\\x{byte:02x}")),
-        }
-    }
-    out
+    let escaped = |(index, byte): (usize, u8)| match byte {
+        b'/' => "-".to_owned(),
+        b'.' if index == 0 => "\\x2e".to_owned(),
+        b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'.' => char::from(byte).to_string(),
+        byte => format!("\\x{byte:02x}"),
+    };
+    text.bytes().enumerate().map(escaped).collect()
 }
 
 fn unescape(instance: &str) -> Option<String> {
-    let mut out = Vec::with_capacity(instance.len());
-    let mut rest = instance;
-    while let Some(first) = rest.bytes().next() {
-        let taken = match first {
-            b'-' => {
-                out.push(b'/');
-                1
-            }
-            b'\\' => {
-                let digits = rest.strip_prefix("\\x")?.get(..2)?;
-                out.push(u8::from_str_radix(digits, 16).ok()?);
-                4
-            }
-            byte => {
-                out.push(byte);
-                1
-            }
-        };
-        rest = rest.get(taken..)?;
+    let slashes = instance.replace('-', "/");
+    let mut parts = slashes.split("\\x");
+    let mut out = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2)?;
+        out.push(u8::from_str_radix(digits, 16).ok()?);
+        out.extend_from_slice(rest.as_bytes());
     }
     String::from_utf8(out).ok()
 }
@@ -104,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_agrees() {
+    fn escaping_equals_systemd_escape() {
         for text in ["quay.io/o/i@sha256:00", "-x", ".hidden", "a--b", "%i", "$HOME", "a b'\"\\", "é", "UPPER_1:2"] {
             let Ok(told) = Command::new("systemd-escape").arg("--").arg(text).output() else {
                 return crate::skip::skip("systemd-escape is not installed, so its escaping is not compared");
@@ -147,7 +130,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn escaping_loses_nothing_and_leaves_nothing_special(text in ".{0,40}") {
+        fn escaping_is_reversible_and_leaves_no_special_character(text in ".{0,40}") {
             let escaped = escape(&text);
             let safe = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b':' | b'_' | b'.' | b'-' | b'\\');
             proptest::prop_assert!(escaped.bytes().all(safe), "{}", escaped);

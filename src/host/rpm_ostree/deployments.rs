@@ -15,15 +15,15 @@ const LOOKS: u32 = 3;
 const MAX_METADATA: usize = 4 << 20;
 
 /// The daemon's answer, with the paths that the operations need.
-pub(super) struct Snapshot {
-    pub(super) facts: HostFacts,
+pub(in crate::host) struct Snapshot {
+    pub(in crate::host) facts: HostFacts,
     pub(super) os: OwnedObjectPath,
     /// Peer address of the active transaction.
     pub(super) address: Option<String>,
 }
 
 impl Client<'_> {
-    pub(super) async fn snapshot(&self) -> Result<Snapshot, HostError> {
+    pub(in crate::host) async fn snapshot(&self) -> Result<Snapshot, HostError> {
         let mut looks = 1;
         loop {
             match self.look(looks == LOOKS).await {
@@ -39,7 +39,7 @@ impl Client<'_> {
         self.sysroot.reload().await.map_err(|error| self.failed("rpm-ostree's Reload", &error))?;
         let properties = async {
             let path = self.sysroot.inner().path().to_string();
-            let builder = PropertiesProxy::builder(&self.bus).destination(RPM_OSTREE).path(path);
+            let builder = PropertiesProxy::builder(self.bus).destination(RPM_OSTREE).path(path);
             builder.cache_properties(zbus::proxy::CacheProperties::No).build().await?.get_all(SYSROOT).await
         };
         let properties = properties.await.map_err(|error| self.failed("rpm-ostree's properties", &error))?;
@@ -54,13 +54,7 @@ impl Client<'_> {
         for dict in &dicts {
             let mut parsed = deployment(dict)
                 .ok_or_else(|| HostError::confused("rpm-ostree", "a deployment has no id, osname or checksum"))?;
-            if parsed.booted || parsed.staged {
-                let directory = parsed.id.strip_prefix(&format!("{}-", parsed.osname)).unwrap_or_default();
-                match self.host.root.rendered_config(&parsed.osname, directory) {
-                    Ok(config) => parsed.wanted_arguments = config.map(|config| config.arguments),
-                    Err(why) => parsed.config_fault = Some(why),
-                }
-            }
+            self.host.root.read_config(&mut parsed);
             if parsed.staged {
                 // Read from libostree's record: the daemon's GetDeploymentBootConfig crashes the daemon if there are no
                 // arguments, and its `finalization-locked` only shows the lock of an older libostree.
@@ -87,12 +81,14 @@ impl Client<'_> {
     }
 }
 
-pub(in crate::host) fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {
+/// The value of `key`, if it has the type `T`.
+pub fn property<T: TryFrom<OwnedVariant>>(dict: &Dict, key: &str) -> Option<T> {
     T::try_from(dict.get(key)?.try_clone().ok()?).ok()
 }
 
 /// Parses one dictionary of `Deployments`. Keys that are missing or of another type count as absent. Pure.
-pub(in crate::host) fn deployment(dict: &Dict) -> Option<Deployment> {
+#[must_use]
+pub fn deployment(dict: &Dict) -> Option<Deployment> {
     let flag = |key: &str| property::<bool>(dict, key).unwrap_or(false);
     let text = |key: &str| property::<String>(dict, key);
     let id = text("id")?;
@@ -145,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deployment_needs_little() {
+    fn a_deployment_needs_only_id_osname_and_checksum() {
         let parsed = deployment(&dict(least())).unwrap();
         assert_eq!(parsed.id, "rhcos-abc.0");
         assert!(!parsed.booted && !parsed.staged && !parsed.layered);
@@ -189,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn local_changes_make_it_layered() {
+    fn a_deployment_with_local_changes_counts_as_layered() {
         for (key, value, expected) in [
             ("requested-packages", Variant::from(vec!["vim"]), true),
             ("requested-packages", Variant::from(Vec::<String>::new()), false),

@@ -8,15 +8,13 @@ mod transaction;
 
 use zbus::{Connection, OwnedObjectPath, Variant};
 
-use super::dbus::{Options, OsProxy, SysrootProxy, close, proxy, proxy_at};
+use super::dbus::{Options, OsProxy, SysrootProxy, proxy, proxy_at};
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled};
 use crate::kernel_arguments::{apply, join};
 use crate::model::{Deployment, HostFacts, is_image, is_staged, printable};
 use crate::trust::VerifiedImage;
 #[cfg(fuzzing)]
-pub(super) use deployments::{deployment, property};
-#[cfg(fuzzing)]
-pub(super) use transaction::heard;
+pub use {deployments::deployment, deployments::property, transaction::heard};
 
 pub(super) const UNIT: &str = "rpm-ostreed.service";
 
@@ -26,69 +24,17 @@ const FIRST_CALLS: u32 = 4;
 
 /// A registered client of the daemon for one operation. The registration prevents the daemon's idle exit; closing the
 /// connection discards a transaction that was not started.
-struct Client<'h> {
+pub(super) struct Client<'h> {
     host: &'h Host,
-    bus: Connection,
+    bus: &'h Connection,
     sysroot: SysrootProxy<'static>,
 }
 
-/// Reads the deployments and the active transaction.
-pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
-    let client = Client::connect(host).await?;
-    let snapshot = client.snapshot().await;
-    client.close().await;
-    Ok(snapshot?.facts)
-}
-
-/// Stages `image` or attaches to our own transaction that does.
-pub(super) async fn stage(
-    host: &Host,
-    image: &VerifiedImage,
-    cancel: &mut Cancel,
-    progress: &Progress,
-) -> Result<(), HostError> {
-    let client = Client::connect(host).await?;
-    let outcome = client.stage(image, cancel, progress).await;
-    client.close().await;
-    outcome
-}
-
-/// Removes the deployments before the booted one in boot order, if the first of them still is `checksum`.
-pub(super) async fn drop_pending(host: &Host, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
-    let client = Client::connect(host).await?;
-    let outcome = client.drop_pending(checksum, cancel).await;
-    client.close().await;
-    outcome
-}
-
-/// Changes the staged deployment's kernel arguments.
-pub(super) async fn set_kernel_arguments(
-    host: &Host,
-    image: &VerifiedImage,
-    append: &[String],
-    delete: &[String],
-    cancel: &mut Cancel,
-) -> Result<(), HostError> {
-    let client = Client::connect(host).await?;
-    let outcome = client.set_kernel_arguments(image, append, delete, cancel).await;
-    client.close().await;
-    outcome
-}
-
-/// Cancels the transaction that an earlier run of the agent started.
-pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
-    let client = Client::connect(host).await?;
-    let outcome = client.cancel_ours().await;
-    client.close().await;
-    outcome
-}
-
 impl<'h> Client<'h> {
-    async fn connect(host: &'h Host) -> Result<Self, HostError> {
-        const WHAT: &str = "rpm-ostree's RegisterClient";
-        let bus = host.connect_to_bus(host.deadlines.reply).await?;
-        let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.reply, error);
-        let sysroot: SysrootProxy<'_> = proxy(&bus).await.map_err(|error| failed(&error))?;
+    pub(super) async fn register(host: &'h Host, bus: &'h Connection) -> Result<Self, HostError> {
+        let failed =
+            |error: &zbus::Error| call_failed("rpm-ostree's RegisterClient", UNIT, host.deadlines.reply, error);
+        let sysroot: SysrootProxy<'_> = proxy(bus).await.map_err(|error| failed(&error))?;
         let options: Options<'_> = Options::from([("id", Variant::from("rebase-agent"))]);
         let mut tries = 1;
         loop {
@@ -110,16 +56,17 @@ impl<'h> Client<'h> {
         Ok(Self { host, bus, sysroot })
     }
 
-    async fn close(self) {
-        drop(self.sysroot);
-        close(self.bus).await;
-    }
-
     fn failed(&self, what: &'static str, error: &zbus::Error) -> HostError {
         call_failed(what, UNIT, self.host.deadlines.reply, error)
     }
 
-    async fn stage(&self, image: &VerifiedImage, cancel: &mut Cancel, progress: &Progress) -> Result<(), HostError> {
+    /// Stages `image` or attaches to our own transaction that does.
+    pub(super) async fn stage(
+        &self,
+        image: &VerifiedImage,
+        cancel: &mut Cancel,
+        progress: &Progress,
+    ) -> Result<(), HostError> {
         const WHAT: &str = "staging the image";
         let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
         let is_ready = |facts: &HostFacts| {
@@ -157,7 +104,8 @@ impl<'h> Client<'h> {
         self.judge(WHAT, outcome, is_ready, "the image is not staged").await
     }
 
-    async fn drop_pending(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
+    /// Removes the deployments before the booted one in boot order, if the first of them still is `checksum`.
+    pub(super) async fn drop_pending(&self, checksum: &str, cancel: &mut Cancel) -> Result<(), HostError> {
         const WHAT: &str = "dropping the pending deployment";
         let is_it = |facts: &HostFacts| facts.deployments.first().is_some_and(|d| !d.booted && d.checksum == checksum);
         let before = self.snapshot().await?;
@@ -173,9 +121,9 @@ impl<'h> Client<'h> {
         self.transact(what, os.cleanup(&["pending-deploy"]), cancel, &|_| {}).await
     }
 
-    /// Sends the whole final list instead of changes. Given changes, the daemon deletes the first of two equal arguments,
+    /// Changes the staged deployment's kernel arguments. Sends the whole final list instead of changes. Given changes, the daemon deletes the first of two equal arguments,
     /// which is the platform's, and a deletion of `quiet` also deletes `quiet=1`.
-    async fn set_kernel_arguments(
+    pub(super) async fn set_kernel_arguments(
         &self,
         image: &VerifiedImage,
         append: &[String],
@@ -183,7 +131,7 @@ impl<'h> Client<'h> {
         cancel: &mut Cancel,
     ) -> Result<(), HostError> {
         const WHAT: &str = "changing kernel arguments";
-        let no_effect = |why: &str| HostError::NoEffect { what: WHAT, why: why.to_owned() };
+        let no_effect = |why| HostError::no_effect(WHAT, why);
         let before = self.snapshot().await?;
         let staged = before.facts.staged().filter(|staged| is_image(staged, image.image(), Some(image.facts())));
         let staged = staged.ok_or_else(|| no_effect("the image is not staged any more"))?;
@@ -212,7 +160,8 @@ impl<'h> Client<'h> {
         self.judge(WHAT, outcome, has_them, "the staged deployment does not have the new kernel arguments").await
     }
 
-    async fn cancel_ours(&self) -> Result<(), HostError> {
+    /// Cancels the transaction that an earlier run of the agent started.
+    pub(super) async fn cancel_ours(&self) -> Result<(), HostError> {
         const WHAT: &str = "cancelling an obsolete transaction";
         let before = self.snapshot().await?;
         let ours = before.facts.transaction.is_some_and(|transaction| transaction.ours.is_some());
@@ -226,7 +175,7 @@ impl<'h> Client<'h> {
     }
 
     async fn os(&self, path: &OwnedObjectPath) -> Result<OsProxy<'static>, HostError> {
-        proxy_at(&self.bus, path.as_str()).await.map_err(|error| self.failed("rpm-ostree", &error))
+        proxy_at(self.bus, path.as_str()).await.map_err(|error| self.failed("rpm-ostree", &error))
     }
 
     /// Creates a transaction with `call`, a method of the OS object, and waits until it ends.
@@ -258,7 +207,7 @@ impl<'h> Client<'h> {
         };
         match (outcome, after) {
             (_, Ok(after)) if reached(&after.facts) => Ok(()),
-            (Ok(()), Ok(_)) => Err(HostError::NoEffect { what, why: otherwise.to_owned() }),
+            (Ok(()), Ok(_)) => Err(HostError::no_effect(what, otherwise)),
             (Ok(()), Err(error)) | (Err(error), _) => Err(error),
         }
     }

@@ -54,10 +54,8 @@ impl Client<'_> {
         let mut start = pin!(transaction.start());
         let mut started = false;
         let whole = Instant::now() + deadlines.whole;
-        let (mut until, mut limit) = match asked {
-            true => (Instant::now() + deadlines.cancel, deadlines.cancel),
-            false => (Instant::now() + deadlines.stall, deadlines.stall),
-        };
+        let after = |limit| (Instant::now() + limit, limit);
+        let (mut until, mut limit) = after(if asked { deadlines.cancel } else { deadlines.stall });
         loop {
             if !asked && until > whole {
                 (until, limit) = (whole, deadlines.whole);
@@ -75,7 +73,7 @@ impl Client<'_> {
                 message = messages.next() => {
                     let Some(Ok(message)) = message else { return Err(HostError::Vanished(what)) };
                     if !asked {
-                        (until, limit) = (Instant::now() + deadlines.stall, deadlines.stall);
+                        (until, limit) = after(deadlines.stall);
                     }
                     match heard(what, &message, progress) {
                         // The daemon's message for this depends on its locale and on the interrupted step.
@@ -86,7 +84,7 @@ impl Client<'_> {
                 }
                 () = cancelled(cancel), if !asked => {
                     asked = true;
-                    (until, limit) = (Instant::now() + deadlines.cancel, deadlines.cancel);
+                    (until, limit) = after(deadlines.cancel);
                     ask_to_end().await?;
                 }
                 () = sleep_until(until) => {
@@ -125,11 +123,7 @@ impl Client<'_> {
 }
 
 /// Handles a message of a transaction: passes on progress, and returns the outcome when it has ended.
-pub(in crate::host) fn heard(
-    what: &'static str,
-    message: &zbus::Message,
-    progress: &Progress,
-) -> Option<Result<(), HostError>> {
+pub fn heard(what: &'static str, message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
     let header = message.header();
     if message.message_type() != Type::Signal || header.interface().is_none_or(|name| name.as_str() != TRANSACTION) {
         return None;
@@ -194,6 +188,33 @@ const PROXY: [&str; 5] = [
 /// The prefix of skopeo's message if the importer's own message follows it.
 const BOTH_FAILED: &str = "proxy failure: ";
 
+/// The methods of skopeo's proxy that a pull calls.
+const METHODS: [&str; 7] =
+    ["OpenImage", "OpenImageOptional", "GetManifest", "GetFullConfig", "GetBlob", "GetRawBlob", "FinishPipe"];
+
+/// The first words of skopeo's message.
+const ERRORS: [(&str, Reason); 14] = [
+    ("A signature was required", Reason::SignatureMissing),
+    ("Source image rejected", Reason::SignatureRejected),
+    ("cryptographic signature verification", Reason::SignatureRejected),
+    ("Signature for ", Reason::SignatureRejected),
+    ("None of the", Reason::SignatureRejected),
+    // The registry does not answer, or stops in the middle of a layer.
+    ("pinging container registry ", Reason::RegistryUnreachable),
+    ("unexpected EOF", Reason::RegistryUnreachable),
+    ("happened during read: ", Reason::RegistryUnreachable),
+    ("reading blob ", Reason::RegistryUnreachable),
+    ("fetching blob", Reason::RegistryUnreachable),
+    ("Get \"", Reason::RegistryUnreachable),
+    ("read tcp ", Reason::RegistryUnreachable),
+    ("dial tcp ", Reason::RegistryUnreachable),
+    ("(Mirrors also failed: ", Reason::RegistryUnreachable),
+];
+
+/// The first words of a registry's refusal.
+const DENIED: [&str; 4] =
+    ["unable to retrieve auth token", "unauthorized", "denied", "requested access to the resource is denied"];
+
 /// Classifies skopeo's message by its first words. Pure.
 fn of_proxy(text: &str) -> Reason {
     let mut rest = text;
@@ -203,45 +224,17 @@ fn of_proxy(text: &str) -> Reason {
             stripped.split_once(": ").filter(|(method, _)| METHODS.contains(method)).map_or(stripped, |(_, rest)| rest);
     }
     let starts = |text: &str, anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
+    let Some(manifest) = rest.strip_prefix("reading manifest ") else {
+        let known = ERRORS.iter().find(|(words, _)| rest.starts_with(words)).map(|(_, reason)| *reason);
+        return known.unwrap_or(if starts(rest, &DENIED) { Reason::RegistryDenied } else { Reason::StageFailed });
+    };
     // `reading manifest sha256:… in host/name: …`
-    let is_manifest = rest.starts_with("reading manifest ");
-    let answer = if is_manifest { rest.split_once(": ").map_or("", |(_, answer)| answer) } else { rest };
-    const DENIED: [&str; 4] =
-        ["unable to retrieve auth token", "unauthorized", "denied", "requested access to the resource is denied"];
-    if starts(rest, &["A signature was required"]) {
-        Reason::SignatureMissing
-    } else if starts(
-        rest,
-        &["Source image rejected", "cryptographic signature verification", "Signature for ", "None of the"],
-    ) {
-        Reason::SignatureRejected
-    } else if is_manifest && starts(answer, &["manifest unknown", "name unknown"]) {
-        Reason::ManifestMissing
-    } else if starts(answer, &DENIED) {
-        Reason::RegistryDenied
-    } else if is_manifest || starts(rest, &UNREACHABLE) {
-        Reason::RegistryUnreachable
-    } else {
-        Reason::StageFailed
+    match manifest.split_once(": ") {
+        Some((_, answer)) if starts(answer, &["manifest unknown", "name unknown"]) => Reason::ManifestMissing,
+        Some((_, answer)) if starts(answer, &DENIED) => Reason::RegistryDenied,
+        _ => Reason::RegistryUnreachable,
     }
 }
-
-/// The methods of skopeo's proxy that a pull calls.
-const METHODS: [&str; 7] =
-    ["OpenImage", "OpenImageOptional", "GetManifest", "GetFullConfig", "GetBlob", "GetRawBlob", "FinishPipe"];
-
-/// Prefixes of skopeo's message when the registry does not answer, or stops in the middle of a layer.
-const UNREACHABLE: [&str; 9] = [
-    "pinging container registry ",
-    "unexpected EOF",
-    "happened during read: ",
-    "reading blob ",
-    "fetching blob",
-    "Get \"",
-    "read tcp ",
-    "dial tcp ",
-    "(Mirrors also failed: ",
-];
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,7 @@
 use fuzz::{bounded, shown};
 use libfuzzer_sys::fuzz_target;
 use rebase_agent::host::HostError;
-use rebase_agent::host::fuzzing::{bootc_status, image_of_unit, staged_arguments};
+use rebase_agent::host::fuzzing::{bootc_status, image_of_unit, staged_record};
 use rebase_agent::model::{Digest, Fault};
 use rebase_agent::trust::reference;
 
@@ -35,7 +35,7 @@ fn status(json: &[u8]) {
 
 fn note(bytes: &[u8]) {
     // An element of length zero still needs a framing offset, which the container's size limits.
-    let arguments = bounded(bytes.len(), 256, || staged_arguments(bytes));
+    let arguments = bounded(bytes.len(), 256, || staged_record(bytes).arguments);
     let length: usize = arguments.iter().flatten().map(String::len).sum();
     assert!(length <= bytes.len(), "an argument is read twice");
     assert!(arguments.iter().flatten().count() <= bytes.len());

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use arbitrary::{Arbitrary, Unstructured};
 use fuzz::{bounded, shown};
 use libfuzzer_sys::fuzz_target;
-use rebase_agent::host::fuzzing::{deployments, heard};
+use rebase_agent::host::fuzzing::{deployment, heard, property};
 use rebase_agent::model::{Deployment, Digest, Fault};
 use zbus::{Message, OwnedVariant, Variant};
 
@@ -125,7 +125,8 @@ fn reply(message: &Message) -> Option<Vec<Option<Deployment>>> {
     let length = message.data().len();
     let parsed = bounded(length, 256, || {
         let properties: HashMap<String, OwnedVariant> = message.body().deserialize().ok()?;
-        deployments(&properties)
+        let dicts: Vec<HashMap<String, OwnedVariant>> = property(&properties, "Deployments")?;
+        Some(dicts.iter().map(deployment).collect::<Vec<_>>())
     })?;
     parsed.iter().flatten().for_each(check);
     Some(parsed)
@@ -134,7 +135,9 @@ fn reply(message: &Message) -> Option<Vec<Option<Deployment>>> {
 fn signal(member: &str, message: &Message) {
     let told = Arc::new(Mutex::new(Vec::new()));
     let teller = Arc::clone(&told);
-    let ended = bounded(message.data().len(), 64, || heard(message, &move |text| teller.lock().unwrap().push(text)));
+    let ended = bounded(message.data().len(), 64, || {
+        heard("the transaction", message, &move |text| teller.lock().unwrap().push(text))
+    });
     told.lock().unwrap().iter().for_each(|text| shown(text, 200));
     assert!(ended.is_none() || member == "Finished");
     if let Some(Err(error)) = ended {
