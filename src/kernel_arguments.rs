@@ -5,7 +5,7 @@
 //! config demands the same argument. Then the boot entry has it twice.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 /// Characters that boot loaders remove, add or move when they make the command line from the boot entry.
 const REWRITTEN: &[char] = &['"', '\'', '\\', '$', ';', '|', '&', '<', '>', '{', '}'];
@@ -46,15 +46,6 @@ impl<'a> Parameter<'a> {
 
 fn parse(arguments: &[String]) -> Vec<Parameter<'_>> {
     arguments.iter().map(|argument| Parameter::new(argument)).collect()
-}
-
-fn counted(arguments: &[String]) -> BTreeMap<Parameter<'_>, usize> {
-    let mut counts = BTreeMap::new();
-    for argument in parse(arguments) {
-        let count: &mut usize = counts.entry(argument).or_default();
-        *count = count.saturating_add(1);
-    }
-    counts
 }
 
 /// Splits at white space outside double quotes, as the kernel does. The quotes are kept.
@@ -122,15 +113,16 @@ pub struct Update<'a> {
     pub new: &'a [String],
 }
 
-/// How often each argument occurs in each list.
-struct Counts<'a> {
-    booted: BTreeMap<Parameter<'a>, usize>,
-    old: BTreeMap<Parameter<'a>, usize>,
-    staged: BTreeMap<Parameter<'a>, usize>,
-    new: BTreeMap<Parameter<'a>, usize>,
+/// The parsed arguments of each list.
+struct Lists<'a> {
+    booted: Vec<Parameter<'a>>,
+    old: Vec<Parameter<'a>>,
+    staged: Vec<Parameter<'a>>,
+    new: Vec<Parameter<'a>>,
 }
 
-impl Counts<'_> {
+impl Lists<'_> {
+    /// How often the platform has the argument.
     fn platform(&self, argument: &Parameter<'_>) -> usize {
         number(&self.booted, argument).saturating_sub(number(&self.old, argument))
     }
@@ -141,53 +133,50 @@ impl Counts<'_> {
     }
 
     fn has_leftovers(&self) -> bool {
-        self.old.keys().any(|argument| number(&self.staged, argument) > self.most(argument))
+        self.old.iter().any(|argument| number(&self.staged, argument) > self.most(argument))
     }
 }
 
-fn number(counts: &BTreeMap<Parameter<'_>, usize>, argument: &Parameter<'_>) -> usize {
-    // `get` would need equal lifetimes.
-    counts.iter().find(|(key, _)| *key == argument).map_or(0, |(_, count)| *count)
+/// How often `arguments` has the argument.
+fn number(arguments: &[Parameter<'_>], argument: &Parameter<'_>) -> usize {
+    arguments.iter().filter(|there| *there == argument).count()
+}
+
+/// All occurrences of an argument in `arguments` but its first ones, of which `most` is the number.
+fn beyond(arguments: &[String], most: impl Fn(&Parameter<'_>) -> usize) -> Vec<String> {
+    let parsed = parse(arguments);
+    let is_beyond = |at: usize, argument| number(parsed.get(..at).unwrap_or_default(), argument) >= most(argument);
+    let numbered = parsed.iter().zip(arguments).enumerate();
+    numbered.filter(|(at, (argument, _))| is_beyond(*at, argument)).map(|(_, (_, text))| text.clone()).collect()
 }
 
 impl<'a> Update<'a> {
-    fn counts(&self) -> Counts<'a> {
-        let [booted, old, staged, new] =
-            [self.booted, self.old.unwrap_or(self.new), self.staged, self.new].map(counted);
-        Counts { booted, old, staged, new }
+    fn lists(&self) -> Lists<'a> {
+        let [booted, old, staged, new] = [self.booted, self.old.unwrap_or(self.new), self.staged, self.new].map(parse);
+        Lists { booted, old, staged, new }
     }
 
     /// The change to the platform's arguments followed by the new config's in one block; `None` if no change is needed.
     #[must_use]
     pub fn change(&self) -> Option<Change> {
-        let counts = self.counts();
-        let (staged, new) = (parse(self.staged), parse(self.new));
-        let complete = counts.new.keys().all(|argument| number(&counts.staged, argument) == counts.most(argument));
+        let lists = self.lists();
+        let (staged, new) = (&lists.staged, &lists.new);
+        let complete = new.iter().all(|argument| number(staged, argument) == lists.most(argument));
         let in_a_block = new.is_empty() || staged.windows(new.len()).any(|window| window == new);
-        if complete && in_a_block && !counts.has_leftovers() {
+        if complete && in_a_block && !lists.has_leftovers() {
             return None;
         }
-        let mut kept: BTreeMap<Parameter<'_>, usize> = BTreeMap::new();
-        let mut delete = Vec::new();
-        for (argument, text) in staged.iter().zip(self.staged) {
-            if !counts.old.contains_key(argument) && !counts.new.contains_key(argument) {
-                continue;
-            }
-            let kept = kept.entry(argument.clone()).or_default();
-            if *kept < counts.platform(argument) {
-                *kept = kept.saturating_add(1);
-            } else {
-                delete.push(text.clone());
-            }
-        }
+        let delete = beyond(self.staged, |argument| {
+            let is_a_configs = lists.old.contains(argument) || new.contains(argument);
+            if is_a_configs { lists.platform(argument) } else { usize::MAX }
+        });
         // Restore platform arguments that the staged deployment lost. Otherwise the next update would treat the config's
         // as the platform's.
-        let booted = parse(self.booted);
         let mut append = Vec::new();
-        for argument in counts.new.keys() {
-            let lost = counts.platform(argument).saturating_sub(number(&kept, argument));
-            let spelled = booted.iter().zip(self.booted).find(|(there, _)| *there == argument).map(|(_, text)| text);
-            append.extend(std::iter::repeat_n(spelled, lost).flatten().cloned());
+        for argument in new.iter().collect::<BTreeSet<_>>() {
+            let lost = lists.platform(argument).saturating_sub(number(staged, argument));
+            let spelled = lists.booted.iter().zip(self.booted).find(|(there, _)| *there == argument);
+            append.extend(std::iter::repeat_n(spelled, lost).flatten().map(|(_, text)| text.clone()));
         }
         append.extend(self.new.iter().cloned());
         Some(Change { append, delete })
@@ -197,29 +186,15 @@ impl<'a> Update<'a> {
     /// them; `None` if it has the new config's arguments in order, and none that only the old config demands.
     #[must_use]
     pub fn shortfall(&self) -> Option<Change> {
-        let counts = self.counts();
-        if missing(self.new, self.staged).is_none() && !counts.has_leftovers() {
+        let lists = self.lists();
+        if missing(self.new, self.staged).is_none() && !lists.has_leftovers() {
             return None;
         }
-        let beyond = |arguments: &[String], most: &dyn Fn(&Parameter<'_>) -> usize| {
-            let mut seen: BTreeMap<Parameter<'_>, usize> = BTreeMap::new();
-            let mut beyond = Vec::new();
-            for argument in arguments {
-                let parameter = Parameter::new(argument);
-                let most = most(&parameter);
-                let seen = seen.entry(parameter).or_default();
-                *seen = seen.saturating_add(1);
-                if *seen > most {
-                    beyond.push(argument.clone());
-                }
-            }
-            beyond
-        };
-        let delete = beyond(self.staged, &|argument| match counts.old.contains_key(argument) {
-            true => counts.most(argument),
+        let delete = beyond(self.staged, |argument| match lists.old.contains(argument) {
+            true => lists.most(argument),
             false => usize::MAX,
         });
-        let mut append = beyond(self.new, &|argument| number(&counts.staged, argument));
+        let mut append = beyond(self.new, |argument| number(&lists.staged, argument));
         if append.is_empty() && delete.is_empty() {
             // All arguments are present, but in another order.
             append = self.new.to_vec();
@@ -439,7 +414,10 @@ mod tests {
                 None => booted.clone(),
             };
             let expected: Vec<String> = platform.iter().chain(&new).cloned().collect();
-            prop_assert_eq!(counted(&after), counted(&expected));
+            let (mut after_sorted, mut expected_sorted) = (parse(&after), parse(&expected));
+            after_sorted.sort();
+            expected_sorted.sort();
+            prop_assert_eq!(after_sorted, expected_sorted);
             prop_assert_eq!(missing(&platform, &after), None);
         }
     }
