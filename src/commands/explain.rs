@@ -40,14 +40,6 @@ pub(super) fn reason(reason: Reason, json: bool) -> u8 {
     0
 }
 
-/// The JSON of an explanation, for the test of its fields.
-#[cfg(test)]
-pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) -> serde_json::Value {
-    let patch = Patch::from([("key".to_owned(), None)]);
-    let explanation = Explanation { observed, decision: Decided::from(decision), row: decision.rule.row(), patch };
-    serde_json::to_value(super::Versioned::new(&explanation)).unwrap()
-}
-
 /// The output of `explain`.
 #[derive(Debug, Serialize)]
 struct Explanation {
@@ -85,5 +77,18 @@ impl Explanation {
         );
         line(&mut out, "Next look", &wake);
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_fields_of_its_version() {
+        let (observed, decision) = super::super::tests::decided();
+        let patch = Patch::from([("key".to_owned(), None)]);
+        let explanation = Explanation { observed, decision: Decided::from(&decision), row: decision.rule.row(), patch };
+        super::super::tests::check_fields("tests/json/explain", &explanation);
     }
 }

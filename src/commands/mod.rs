@@ -227,21 +227,23 @@ mod tests {
 
     const IMAGE: &str = "q.io/o/i@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-    /// A field that is missing in the output was renamed or removed: that needs another [`VERSION`].
-    #[test]
-    fn json_has_the_fields_of_its_version() {
+    /// Observations with every field, and the decision on them.
+    pub(super) fn decided() -> (Observed, Decision) {
         let decision = crate::decide::decide(&observed(), &Memory::default(), &Limits::default(), Now::default());
-        let (status, explanation) = (status::example(observed(), &decision), explain::example(observed(), &decision));
-        for (path, value) in [("tests/json/status", status), ("tests/json/explain", explanation)] {
-            let mut found = BTreeSet::new();
-            fields("", &value, &mut found);
-            let text = found.iter().fold(String::new(), |text, field| text + field + "\n");
-            let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-            if std::env::var_os("UPDATE_DOCS").is_some() {
-                std::fs::write(&file, &text).unwrap();
-            }
-            assert_eq!(text, std::fs::read_to_string(&file).unwrap(), "{path}");
+        (observed(), decision)
+    }
+
+    /// Compares the fields of `output` with the list at `path`. A field that is missing in the output was renamed or
+    /// removed: that needs another [`VERSION`].
+    pub(super) fn check_fields(path: &str, output: &impl Serialize) {
+        let mut found = BTreeSet::new();
+        fields("", &serde_json::to_value(Versioned::new(output)).unwrap(), &mut found);
+        let text = found.iter().fold(String::new(), |text, field| text + field + "\n");
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(&file, &text).unwrap();
         }
+        assert_eq!(text, std::fs::read_to_string(&file).unwrap(), "{path}");
     }
 
     #[test]

@@ -61,23 +61,6 @@ struct Status {
     decision: Decided,
 }
 
-/// The JSON of a status, for the test of its fields.
-#[cfg(test)]
-pub(super) fn example(observed: Observed, decision: &crate::decide::Decision) -> serde_json::Value {
-    let Observed { cluster, host, machine, .. } = observed;
-    let status = Status {
-        backend: String::new(),
-        cluster,
-        host,
-        machine,
-        trust: Some(Trust::Required(String::new())),
-        leftovers: Some(Leftovers { managed: 0, differing: vec![String::new()] }),
-        service: Service::new(String::new(), ""),
-        decision: Decided::from(decision),
-    };
-    serde_json::to_value(super::Versioned::new(&status)).unwrap()
-}
-
 /// The result of the policy for the desired image.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -268,4 +251,26 @@ fn shadows(Leftovers { managed, differing }: &Leftovers) -> String {
         text.push_str(", … (`--json` lists them)");
     }
     printable(&text, 900)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_fields_of_its_version() {
+        let (observed, decision) = super::super::tests::decided();
+        let Observed { cluster, host, machine, .. } = observed;
+        let status = Status {
+            backend: String::new(),
+            cluster,
+            host,
+            machine,
+            trust: Some(Trust::Required(String::new())),
+            leftovers: Some(Leftovers { managed: 0, differing: vec![String::new()] }),
+            service: Service::new(String::new(), ""),
+            decision: Decided::from(&decision),
+        };
+        super::super::tests::check_fields("tests/json/status", &status);
+    }
 }
