@@ -44,7 +44,7 @@ pub(super) struct Access {
 
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum Credentials {
-    /// PEM certificate chain, and the key in PKCS#8 PEM.
+    /// PEM file with the certificate chain, and the key in PKCS#8 PEM.
     Certificate { chain: Vec<u8>, key: Vec<u8> },
     /// Bearer token.
     Token(String),
@@ -166,11 +166,11 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
     let place = certificate.as_ref().map(|(_, label)| label.clone());
     let (credentials, own) = match certificate {
         Some((pem, label)) => {
-            let (chain, public, name) = identity(&pem).map_err(|why| format!("{label}: {why}"))?;
+            let (public, name) = identity(&pem).map_err(|why| format!("{label}: {why}"))?;
             let key = files.either("client-key", &user.client_key_data, &user.client_key)?;
             let (key, label) = key.ok_or("client-key: it is missing; set it to the key of client-certificate")?;
             let key = pkcs8(&key, &public).map_err(|why| format!("{label}: {why}"))?;
-            (Credentials::Certificate { chain, key }, name)
+            (Credentials::Certificate { chain: pem, key }, name)
         }
         // The API server also prefers a certificate over a token.
         None => (Credentials::Token(token(user, &mut files)?), "a token".to_owned()),
@@ -311,17 +311,13 @@ impl Files<'_> {
     }
 }
 
-/// The certificates of a PEM file, which may also contain the key; the first of them; and its user.
-fn identity(pem: &[u8]) -> Result<(Vec<u8>, X509, String), String> {
+/// The first certificate of a PEM file, and its user.
+fn identity(pem: &[u8]) -> Result<(X509, String), String> {
     let chain = X509::stack_from_pem(pem).map_err(|e| format!("it cannot be parsed: {e}"))?;
-    let leaf = chain.first().ok_or("it has no certificate")?;
+    let leaf = chain.into_iter().next().ok_or("it has no certificate")?;
     let name = leaf.subject_name().entries_by_nid(Nid::COMMONNAME).next().and_then(|cn| cn.data().to_string().ok());
     let name = printable(&name.unwrap_or_default(), 300);
-    let mut certificates = Vec::new();
-    for certificate in &chain {
-        certificates.extend(certificate.to_pem().map_err(|e| e.to_string())?);
-    }
-    Ok((certificates, leaf.clone(), name))
+    Ok((leaf, name))
 }
 
 /// Whether `name` is an RFC 1123 subdomain, as node names are. Such a name is safe in the path of a URL.
@@ -403,7 +399,7 @@ users:
     }
 
     #[test]
-    fn reads_what_a_kubelet_writes() {
+    fn a_kubelets_kubeconfig_is_read() {
         let (_directory, config, _) = tree();
         let access = load(&config, None).unwrap();
         assert_eq!(access.server, "https://127.0.0.1:6443");
@@ -414,7 +410,7 @@ users:
     }
 
     #[test]
-    fn says_what_is_wrong_and_where() {
+    fn errors_have_the_field_or_file_and_the_fault() {
         let (_directory, config, pem) = tree();
         let good = std::fs::read_to_string(&config).unwrap();
         for (from, to, expected) in [

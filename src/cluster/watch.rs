@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_told_apart() {
+    fn each_type_of_event_is_parsed() {
         let object = r#"{"metadata":{"name":"n","uid":"u","resourceVersion":"1"}}"#;
         let event = |kind: &str, object: &str| {
             let line = format!(r#"{{"type":"{kind}","object":{object}}}"#);
