@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_are_told_apart() {
+    fn each_landlock_status_is_classified() {
         use RulesetStatus::{FullyEnforced, NotEnforced, PartiallyEnforced};
         let kernel = |effective_abi| LandlockStatus::Available { effective_abi, kernel_abi: None };
         let modules = Some("lockdown,capability,landlock,selinux\n");

@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_dispatched_later_says_the_same() {
+    fn a_record_dispatched_later_has_the_same_fields() {
         let kept = Arc::new(Mutex::new(Vec::new()));
         let subscriber = Dispatch::new(tracing_subscriber::registry().with(Kept(kept.clone())));
         dispatcher::with_default(&subscriber, || {

@@ -91,7 +91,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn blocked_writer_costs_messages_and_no_time() {
+    fn a_blocked_writer_drops_messages_and_does_not_block_the_sender() {
         let (open, gate) = channel::<()>();
         let (began, beginning) = channel();
         let (told, lost) = channel();

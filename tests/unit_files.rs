@@ -603,12 +603,12 @@ fn shell_completion_is_up_to_date() {
 }
 
 const EXAMPLES: &[(&str, &str)] = &[
-    ("rebase-agent status", "What is desired, booted and staged, and what the node waits for."),
-    ("rebase-agent status --verify", "The same, and verifies the desired image."),
-    ("rebase-agent explain", "Which rule applies now, and what it would do."),
-    ("rebase-agent explain SignatureMissing", "What a reason means, and what to do about it."),
-    ("rebase-agent verify quay.io/example/os@sha256:DIGEST", "Whether the node's policy accepts an image."),
-    ("journalctl -x -u rebase-agent", "What happened, with an explanation of each message."),
+    ("rebase-agent status", "Shows the desired, booted and staged image, and what the node waits for."),
+    ("rebase-agent status --verify", "Also verifies the desired image."),
+    ("rebase-agent explain", "Shows which rule applies now and what it would do."),
+    ("rebase-agent explain SignatureMissing", "Shows what a reason means and what to do about it."),
+    ("rebase-agent verify quay.io/example/os@sha256:DIGEST", "Checks whether the node's policy accepts an image."),
+    ("journalctl -x -u rebase-agent", "Shows the journal with an explanation of each message."),
 ];
 
 /// One page for all: the program, then each command under its own heading.

@@ -404,7 +404,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_told_apart() {
+    fn versions_of_skopeo_are_parsed() {
         assert_eq!(parse_version("skopeo version 1.18.0\n"), Some((1, 18)));
         assert_eq!(parse_version("skopeo version 1.9.3 commit: x"), Some((1, 9)));
         assert_eq!(parse_version("skopeo version 1.22.0-dev"), Some((1, 22)));

@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_are_told_by_host_and_form() {
+    fn the_message_says_which_credentials_were_used() {
         let said = |text: &str, place: &str| credentials(Some(&("/run/ostree/auth.json".into(), text.into())), place);
         let entry = r#"{"auths":{"a.example":{"auth":"x"},"b.example/team":{},"https://c.example/v1/":{}}}"#;
         for (text, place, expected) in [
@@ -674,7 +674,7 @@ mod tests {
     }
 
     #[test]
-    fn where_a_signature_has_to_be_is_named() {
+    fn the_message_says_where_to_sign() {
         let mirrored = Question { mirrors: vec!["m.example/i".into()], ..asked() };
         let said = where_to_sign(&mirrored, &Unsigned::default());
         assert!(said.contains("the first that has it of m.example/i (mirrors) and quay.io/o/i"), "{said}");

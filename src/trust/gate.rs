@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn demands_tell_kind_and_identity() {
+    fn demands_have_their_kind_and_identity() {
         let list = r#"{"type":"insecureAcceptAnything"},{"type":"signedBy"},
             {"type":"sigstoreSigned","signedIdentity":{"type":"remapIdentity","prefix":"a","signedPrefix":"b"}},
             {"type":"sigstoreSigned","signedIdentity":{"type":"exactReference","dockerReference":"r:t"}},
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn requirements_are_anded() {
+    fn an_image_must_meet_all_requirements() {
         let with = |list: &str| gate(&format!(r#"{{"default":[{list}]}}"#), "quay.io/org/os").map(|gate| gate.verdict);
         let (any, signed, reject) =
             (r#"{"type":"insecureAcceptAnything"}"#, r#"{"type":"signedBy"}"#, r#"{"type":"reject"}"#);
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_files_that_a_rule_needs() {
+    fn the_files_that_a_rule_names_are_listed() {
         let rule = r#"[{"type":"sigstoreSigned","keyPaths":["/a","/b"],"rekorPublicKeyPath":"/c"},
             {"type":"sigstoreSigned","fulcio":{"caPath":"/d","oidcIssuer":"Path"}},{"type":"signedBy","keyPath":"/e"}]"#;
         let policy = format!(
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn strict_as_the_engine() {
+    fn policies_that_the_engine_refuses_are_refused() {
         for bad in [
             "",
             "[]",
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_the_default_that_ostree_ext_refuses() {
+    fn a_default_of_only_insecure_accept_anything_is_recognized() {
         let insecure = |default: &str| Policy::parse(format!(r#"{{"default":{default}}}"#).as_bytes()).unwrap();
         assert!(insecure(r#"[{"type":"insecureAcceptAnything"}]"#).default_is_insecure());
         assert!(!insecure(r#"[{"type":"reject"}]"#).default_is_insecure());

@@ -36,7 +36,7 @@ mod tests {
     const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
     #[test]
-    fn strips_what_the_host_puts_before_a_reference() {
+    fn prefixes_of_a_deployments_reference_are_removed() {
         for (text, expected) in [
             ("ostree-unverified-registry:quay.io/o/i:t", Some("quay.io/o/i:t")),
             ("ostree-image-signed:docker://quay.io/o/i@sha256:00", Some("quay.io/o/i@sha256:00")),
@@ -50,7 +50,7 @@ mod tests {
     }
 
     #[test]
-    fn the_prefix_follows_the_global_default() {
+    fn the_prefix_depends_on_the_policys_default() {
         let image = parse(&format!("quay.io/org/os@sha256:{HEX}")).unwrap();
         assert_eq!(to_pull(&image, true), format!("ostree-unverified-registry:{image}"));
         assert_eq!(to_pull(&image, false), format!("ostree-image-signed:docker://{image}"));

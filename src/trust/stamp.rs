@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_in_the_place_of_any_of_them_does_not_block() {
+    fn a_pipe_in_place_of_a_watched_file_does_not_block() {
         let lab = Lab::new();
         let pipe = |name: &str| {
             let _ = std::fs::remove_file(lab.path(name));
