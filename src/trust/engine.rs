@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::engine_text::{Level, Question, Unsigned, classify_text, is_scarcity, signature_tag, where_to_sign};
 use super::proxy::{MAX_PROXY_FILE, PROXY_FILE, PROXY_VARIABLES};
 use super::{NodePolicy, Settings, TrustError, mirrors, proxy};
-use crate::files::read_bounded;
+use crate::files::{Stamp, read_bounded};
 use crate::model::{PinnedImage, printable};
 
 /// First protocol that evaluates the policy; older engines accept every image.
@@ -45,15 +45,12 @@ pub struct Fetched {
     pub config: Vec<u8>,
 }
 
-/// Identity of the program file whose version was checked last: device, inode, time of change. The time of modification
-/// is no help, because ostree sets it to the same value for all files.
-type Checked = (u64, u64, i64, i64);
-
 /// The engine and its settings. Clones share their state.
 #[derive(Clone, Debug)]
 pub struct Engine {
     settings: Arc<Settings>,
-    checked: Arc<Mutex<Option<Checked>>>,
+    /// The stamp of the program whose version was checked last.
+    checked: Arc<Mutex<Option<Stamp>>>,
     /// Held while an engine runs, so that only one runs at a time.
     one: Arc<tokio::sync::Mutex<()>>,
 }
@@ -239,16 +236,11 @@ impl Engine {
 
     /// The proxy's variables, each with its source.
     fn proxies(&self) -> Vec<(&'static str, String, String)> {
-        let file = self.proxy_file();
+        let (file, path) = (self.proxy_file(), self.settings.etc.join(PROXY_FILE));
         let in_file = proxy::variables(&file);
-        let of = |name: &'static str| {
-            let value = in_file.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned());
-            let from_file = value.map(|value| (name, value, self.settings.etc.join(PROXY_FILE).display().to_string()));
-            let from_environment = || {
-                let value = std::env::var(name).ok()?;
-                Some((name, value, "the environment of rebase-agent.service".to_owned()))
-            };
-            from_file.or_else(from_environment)
+        let of = |name| match in_file.iter().find(|(other, _)| *other == name) {
+            Some((_, value)) => Some((name, (*value).to_owned(), path.display().to_string())),
+            None => Some((name, std::env::var(name).ok()?, "the environment of rebase-agent.service".to_owned())),
         };
         PROXY_VARIABLES.into_iter().filter_map(of).collect()
     }
@@ -277,11 +269,10 @@ impl Engine {
     /// Checks the engine's version before its first use and whenever the program changes. An engine that ignores
     /// `--policy` would accept every image.
     async fn check_version(&self) -> Result<(), TrustError> {
-        use std::os::unix::fs::MetadataExt;
-        let metadata = std::fs::metadata(&self.settings.skopeo).map_err(|e| self.broken("not found", &e))?;
-        let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
+        std::fs::metadata(&self.settings.skopeo).map_err(|e| self.broken("not found", &e))?;
+        let stamp = Some(Stamp::of(&self.settings.skopeo));
         let checked = || self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if *checked() == Some(identity) {
+        if *checked() == stamp {
             return Ok(());
         }
         let mut command = self.command();
@@ -305,7 +296,7 @@ impl Engine {
                 self.unfit(format!("skopeo {major}.{minor} does not enforce the policy it is given; 1.14 does"))
             );
         }
-        *checked() = Some(identity);
+        *checked() = stamp;
         Ok(())
     }
 
@@ -328,20 +319,14 @@ impl Engine {
     }
 
     pub(super) fn question(&self, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> Question {
-        let settings = &self.settings;
-        let auth = settings.auth_files.iter().find(|path| path.exists());
-        let auth = auth.map(|path| (path.clone(), read_bounded(path, MAX_AUTH_FILE).unwrap_or_default()));
-        let scratch = settings.scratch.as_ref().map_or_else(|| "/tmp".to_owned(), |path| path.display().to_string());
+        let auth = self.authfile().map(|path| (path.clone(), read_bounded(path, MAX_AUTH_FILE).unwrap_or_default()));
         Question {
             image: image.clone(),
-            skopeo: settings.skopeo.clone(),
-            policy: policy.path.clone(),
+            settings: Arc::clone(&self.settings),
             scope: scope.to_owned(),
             demands: policy.policy.demands(image),
             auth,
-            scratch,
-            registries_d: settings.registries_d.clone(),
-            mirrors: mirrors::mirrors(&registries_conf(&settings.etc), image.name()),
+            mirrors: mirrors::mirrors(&registries_conf(&self.settings.etc), image.name()),
         }
     }
 }

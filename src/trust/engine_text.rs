@@ -4,34 +4,28 @@
 //! among the classes of a registry's answer (missing, denied, untrusted, unreachable), never one that blames the node.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use super::TrustError;
 use super::gate::{Demand, Identity};
-use crate::model::{PinnedImage, printable};
+use super::{Settings, TrustError};
+use crate::model::{PinnedImage, name_of, printable};
 
 /// The method that reads manifest and signatures; the others read the config.
 const OPEN_IMAGE: &str = "OpenImage";
 /// Longest part of the engine's text in a message, in characters.
 const WORDS: usize = 500;
 
-/// A request to the engine, with its settings.
+/// A request to the engine.
 #[derive(Clone, Debug)]
 pub(super) struct Question {
     pub image: PinnedImage,
-    /// The engine.
-    pub skopeo: PathBuf,
-    /// The policy file.
-    pub policy: PathBuf,
+    pub settings: Arc<Settings>,
     /// The rule that applies.
     pub scope: String,
     /// The demands of that rule.
     pub demands: Vec<Demand>,
     /// The ostree auth file and its content.
     pub auth: Option<(PathBuf, Vec<u8>)>,
-    /// The directory in which GnuPG creates its home.
-    pub scratch: String,
-    /// The directory of `registries.d`.
-    pub registries_d: PathBuf,
     /// The mirrors of the image by `registries.conf`.
     pub mirrors: Vec<String>,
 }
@@ -71,19 +65,6 @@ struct Attempt<'a> {
     text: &'a str,
 }
 
-/// The answer of one place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answer {
-    Missing,
-    Denied,
-    SignatureDenied,
-    Untrusted,
-    /// `registries.conf` blocks the place.
-    Blocked,
-    /// No answer about the image.
-    None,
-}
-
 /// Classifies the error of a failed request.
 pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> TrustError {
     const REJECTED: [&str; 17] = [
@@ -109,18 +90,17 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Trust
         ["invalid policy in ", "open ", "parsing public key ", "Unknown key ", "no policy.json file"];
     const DAMAGED: [&str; 2] = ["Manifest does not match provided manifest digest", "Download config.json digest "];
     const NO_INSTANCE: [&str; 2] = ["no image found in image index for ", "no image found in manifest list for "];
-    let (image, scope, path) = (asked.image.clone(), asked.scope.clone(), asked.policy.clone());
+    let (image, scope, path) = (asked.image.clone(), asked.scope.clone(), asked.settings.policy.clone());
     let text = without_queries(text);
     let text = text.as_str();
     let why = printable(text, WORDS);
-    let starts = |anchors: &[&str]| anchors.iter().any(|anchor| text.starts_with(anchor));
     if text.starts_with("A signature was required, but no signature exists") {
         TrustError::SignatureMissing { image, scope, hint: where_to_sign(asked, &Unsigned::default()) }
-    } else if starts(&REJECTED) {
+    } else if starts(text, &REJECTED) {
         TrustError::SignatureRejected { image, scope, why, hint: identity_hint(text, asked) }
     } else if text == format!("Running image docker://{image} is rejected by policy.") {
         TrustError::Rejects { path, image, scope, hint: String::new() }
-    } else if text.starts_with(&format!("mkdir {}/containers-ephemeral-gpg-", asked.scratch)) {
+    } else if text.starts_with(&format!("mkdir {}/containers-ephemeral-gpg-", asked.settings.scratch().display())) {
         TrustError::GpgScratch { scope, why }
     } else if let Some(why) = configuration(text, asked) {
         TrustError::Config { why }
@@ -128,21 +108,25 @@ pub(super) fn classify_text(method: &str, text: &str, asked: &Question) -> Trust
         TrustError::Scarce { why }
     } else if text.starts_with("open /proc/") {
         let why = format!("it cannot read the policy ({why}); make /proc visible to rebase-agent.service");
-        TrustError::Engine { skopeo: asked.skopeo.clone(), why }
-    } else if starts(&UNUSABLE) {
+        TrustError::Engine { skopeo: asked.settings.skopeo.clone(), why }
+    } else if starts(text, &UNUSABLE) {
         // The engine's text names our file descriptor instead of the policy's path.
         let named = text.strip_prefix("invalid policy in ").and_then(|rest| rest.split_once(": "));
         let why = named.map_or(why, |(_, rest)| printable(rest, WORDS));
         TrustError::Policy { path, why }
-    } else if starts(&DAMAGED) {
+    } else if starts(text, &DAMAGED) {
         TrustError::Invalid { image, why }
     } else if let Some(why) = unfit(method, text) {
         TrustError::Invalid { image, why }
-    } else if starts(&NO_INSTANCE) {
+    } else if starts(text, &NO_INSTANCE) {
         TrustError::NoInstance { image, why }
     } else {
         answered(method, text, why, asked)
     }
+}
+
+fn starts(text: &str, anchors: &[&str]) -> bool {
+    anchors.iter().any(|anchor| text.starts_with(anchor))
 }
 
 /// Whether the kernel has no file descriptor, process or memory left. Only for texts that no registry can choose.
@@ -162,7 +146,7 @@ pub(super) fn is_scarcity(text: &str) -> bool {
 fn configuration(text: &str, asked: &Question) -> Option<String> {
     const TWICE: &str = "Error parsing signature storage configuration: ";
     const LOADING: &str = "loading registries configuration: ";
-    let registries_d = asked.registries_d.display();
+    let registries_d = asked.settings.registries_d.display();
     let local = if let Some(rest) = text.strip_prefix(TWICE).or_else(|| text.strip_prefix(LOADING)) {
         // The rest is a dump of the whole file.
         rest.split_once(": sysregistriesv2.").map_or(rest, |(rest, _)| rest)
@@ -220,60 +204,49 @@ fn is_missing(rest: &str, path: &str) -> bool {
             || said == format!("artifact {path} not found")
             || path.split_once('@').is_some_and(|(name, _)| said == format!("repository {name} not found"))
     });
-    harbor
-        || ["manifest unknown", "name unknown", "blob unknown", "StatusCode: 404, "]
-            .iter()
-            .any(|words| rest.starts_with(words))
+    harbor || starts(rest, &["manifest unknown", "name unknown", "blob unknown", "StatusCode: 404, "])
 }
 
 fn is_denied(rest: &str) -> bool {
-    ["authentication required", "unauthorized", "denied", "StatusCode: 401, ", "StatusCode: 403, "]
-        .iter()
-        .any(|words| rest.starts_with(words))
+    starts(rest, &["authentication required", "unauthorized", "denied", "StatusCode: 401, ", "StatusCode: 403, "])
 }
 
 impl Attempt<'_> {
-    fn answer(&self, method: &str, image: &PinnedImage) -> Answer {
+    /// The error of a place that answered; `None` if it gave no answer about the image.
+    fn error(&self, method: &str, asked: &Question, elsewhere: &str) -> Option<TrustError> {
         const DENIED: [&str; 3] = [
             "unable to retrieve auth token",
             "Requesting bearer token: invalid status code from registry 403 ",
             "getting username and password: ",
         ];
         const DISTRUST: [&str; 2] = ["tls: failed to verify certificate: ", "x509: "];
-        let digest = image.digest().as_str();
-        if is_blocked(self.text) {
-            return Answer::Blocked;
-        }
-        if DENIED.iter().any(|anchor| self.text.starts_with(anchor)) {
-            return Answer::Denied;
-        }
+        let (image, digest) = (asked.image.clone(), asked.image.digest().as_str());
+        let place = format!("{} {}", if self.mirror { "the mirror" } else { "the registry" }, self.place);
+        let why = format!("{}{elsewhere}", printable(self.text, WORDS));
         let reading = |what: &str| {
             let (place, rest) = self.text.strip_prefix(&format!("reading manifest {what} in "))?.split_once(": ")?;
             (!place.contains(' ')).then_some((place, rest))
         };
-        if let Some((place, rest)) = reading(digest) {
+        let manifest = reading(digest);
+        let is_absent = |(place, rest): (&str, &str)| {
             let path = place.split_once('/').map_or(place, |(_, path)| path);
-            return match rest {
-                rest if is_missing(rest, &format!("{path}@{digest}")) => Answer::Missing,
-                rest if is_denied(rest) => Answer::Denied,
-                _ => Answer::None,
-            };
+            is_missing(rest, &format!("{path}@{digest}"))
+        };
+        if manifest.is_some_and(is_absent) {
+            return Some(TrustError::ManifestMissing { image, place });
         }
-        let attached = reading(&signature_tag(digest)).map(|(_, rest)| rest);
         // The first blob that is read is the signature's payload.
-        let signed = blob(self.text).filter(|_| method == OPEN_IMAGE);
-        if attached.or(signed).is_some_and(is_denied) {
-            return Answer::SignatureDenied;
+        let attached = reading(&signature_tag(digest)).map(|(_, rest)| rest);
+        let of_signature = attached.or(blob(self.text).filter(|_| method == OPEN_IMAGE)).is_some_and(is_denied);
+        let of_image = manifest.map(|(_, rest)| rest).or(blob(self.text)).is_some_and(is_denied);
+        if of_signature || of_image || starts(self.text, &DENIED) {
+            let what = if of_signature { format!("the signature of {image}") } else { image.to_string() };
+            let credentials = credentials(asked.auth.as_ref(), self.place);
+            return Some(TrustError::Denied { place, what, why, credentials });
         }
-        if blob(self.text).is_some_and(is_denied) {
-            return Answer::Denied;
-        }
-        let pinged = self.text.strip_prefix("pinging container registry ").and_then(|rest| rest.split_once(": "));
-        let distrusted = pinged.and_then(|(host, rest)| rest.strip_prefix(&format!("Get \"https://{host}/v2/\": ")));
-        match distrusted {
-            Some(rest) if DISTRUST.iter().any(|words| rest.starts_with(words)) => Answer::Untrusted,
-            _ => Answer::None,
-        }
+        let (host, rest) = self.text.strip_prefix("pinging container registry ")?.split_once(": ")?;
+        let fault = rest.strip_prefix(&format!("Get \"https://{host}/v2/\": "))?;
+        starts(fault, &DISTRUST).then_some(TrustError::Untrusted { image, place, why })
     }
 }
 
@@ -302,22 +275,9 @@ pub(super) fn signature_tag(digest: &str) -> String {
 /// Classifies by the source's answer, or else by the answer of the last mirror that gave one.
 fn answered(method: &str, text: &str, why: String, asked: &Question) -> TrustError {
     let attempts = attempts(text, &asked.image);
-    let mut answers = attempts.iter().map(|attempt| (attempt, attempt.answer(method, &asked.image)));
-    let speaking = answers.rfind(|(_, answer)| !matches!(answer, Answer::None | Answer::Blocked));
-    let image = asked.image.clone();
-    let Some((attempt, answer)) = speaking else { return TrustError::Unreachable { image, why } };
-    let place = format!("{} {}", if attempt.mirror { "the mirror" } else { "the registry" }, attempt.place);
     let elsewhere = if attempts.len() > 1 { "; no other place serves it" } else { "" };
-    let why = format!("{}{elsewhere}", printable(attempt.text, WORDS));
-    match answer {
-        Answer::Missing => TrustError::ManifestMissing { image, place },
-        Answer::Denied | Answer::SignatureDenied => {
-            let what = if answer == Answer::SignatureDenied { "the signature of " } else { "" };
-            let why = format!("{}: {why}", credentials(asked.auth.as_ref(), attempt.place));
-            TrustError::Denied { image, what, place, why }
-        }
-        _ => TrustError::Untrusted { image, place, why },
-    }
+    let answer = attempts.iter().rev().find_map(|attempt| attempt.error(method, asked, elsewhere));
+    answer.unwrap_or(TrustError::Unreachable { image: asked.image.clone(), why })
 }
 
 /// Removes the queries of URLs: presigned URLs of a blob store are secret, and so long that they hide the cause.
@@ -332,43 +292,45 @@ pub(crate) fn without_queries(text: &str) -> String {
     out
 }
 
-/// What to do about a missing signature. The engine looks for it only at the place that it read the image from, and does
-/// not report which place that is.
+/// What to do about a missing signature, in clauses. The engine looks for it only at the place that it read the image
+/// from, and does not report which place that is.
 pub(super) fn where_to_sign(asked: &Question, found: &Unsigned) -> String {
     let source = asked.image.name();
     let place = match (&found.mirror, asked.mirrors.as_slice()) {
-        (Some(mirror), _) => format!("the mirror {mirror}"),
-        (None, []) => format!("the registry {source}"),
-        (None, _) if found.looked => format!("the registry {source}, as no mirror has it"),
-        (None, mirrors) => format!("the first that has it of {} (mirrors) and {source}", mirrors.join(", ")),
+        (Some(mirror), _) => format!("it is read from the mirror {mirror}"),
+        (None, []) => format!("it is read from the registry {source}"),
+        (None, _) if found.looked => format!("it is read from the registry {source}, as no mirror has it"),
+        (None, mirrors) => {
+            format!("it is read from the first that has it of {} (mirrors) and {source}", mirrors.join(", "))
+        }
     };
-    let place = format!("it is read from {}", printable(&place, 300));
-    let (gpg, sigstore) =
-        (asked.demands.iter().any(|demand| demand.gpg), asked.demands.iter().any(|demand| !demand.gpg));
-    let lookaside =
-        "the rule asks for a GPG signature: write one to the lookaside that registries.d names for that place";
-    let attachment = if found.attached {
-        "the sigstore signature that is attached there is not used: enable use-sigstore-attachments for that place in \
-         registries.d"
-    } else {
-        "no sigstore signature is attached there: sign it there or copy the signature too (cosign 3: with \
-         --new-bundle-format=false), and enable use-sigstore-attachments for that place in registries.d"
-    };
-    let kind = match (gpg, sigstore) {
-        (true, false) => lookaside.to_owned(),
-        (true, true) => format!("{lookaside}; and for a sigstore signature: {attachment}"),
-        _ => attachment.to_owned(),
-    };
-    let level = match &found.level {
-        Level::Unknown => String::new(),
-        Level::Image => "; a signature of an index that has this image does not count for it".to_owned(),
-        Level::Index => "; this is an index, which needs a signature of its own (cosign sign --recursive)".to_owned(),
-        Level::SignedInstance(instance) => format!(
-            "; this is an index, and only this machine's instance {instance} is signed: sign the index, too (cosign sign \
+    let mut clauses = vec![printable(&place, 300)];
+    let mut say = |clause: &str| clauses.push(clause.to_owned());
+    if asked.demands.iter().any(|demand| demand.gpg) {
+        say("the rule asks for a GPG signature: write one to the lookaside that registries.d names for that place");
+    }
+    if !asked.demands.iter().all(|demand| demand.gpg) {
+        say(match found.attached {
+            true => {
+                "the sigstore signature that is attached there is not used: enable use-sigstore-attachments for that \
+                 place in registries.d"
+            }
+            false => {
+                "no sigstore signature is attached there: sign it there or copy the signature too (cosign 3: with \
+                 --new-bundle-format=false), and enable use-sigstore-attachments for that place in registries.d"
+            }
+        });
+    }
+    match &found.level {
+        Level::Unknown => {}
+        Level::Image => say("a signature of an index that has this image does not count for it"),
+        Level::Index => say("this is an index, which needs a signature of its own (cosign sign --recursive)"),
+        Level::SignedInstance(instance) => say(&format!(
+            "this is an index, and only this machine's instance {instance} is signed: sign the index, too (cosign sign \
              --recursive)"
-        ),
-    };
-    format!("{place}, and {kind}{level}")
+        )),
+    }
+    clauses.join("; ")
 }
 
 /// The probable cause of a signature whose identity is not accepted; empty for any other failure.
@@ -379,16 +341,18 @@ fn identity_hint(text: &str, asked: &Question) -> String {
         .find_map(|reason| reason.strip_prefix("Signature for identity \"")?.strip_suffix("\" is not accepted"));
     let Some(identity) = identity else { return String::new() };
     let name = asked.image.name();
-    let tagless = repository(identity) == identity;
+    let tagless = name_of(identity) == identity;
     let mut hint = String::new();
     for demand in &asked.demands {
         hint = match &demand.identity {
-            Identity::ExactReference(wanted) => format!(
+            Identity::ExactReference { docker_reference: wanted } => format!(
                 "; the rule accepts only the identity {wanted}: sign as that, or use exactRepository {}",
-                repository(wanted)
+                name_of(wanted)
             ),
-            Identity::ExactRepository(wanted) => format!("; the rule accepts only signatures for {wanted}"),
-            Identity::Remap { prefix, signed_prefix } => {
+            Identity::ExactRepository { docker_repository: wanted } => {
+                format!("; the rule accepts only signatures for {wanted}")
+            }
+            Identity::RemapIdentity { prefix, signed_prefix } => {
                 let wanted = name.strip_prefix(prefix.as_str()).map(|rest| format!("{signed_prefix}{rest}"));
                 match wanted {
                     Some(wanted) if tagless && identity == wanted => format!(
@@ -401,42 +365,37 @@ fn identity_hint(text: &str, asked: &Question) -> String {
                     None => format!("; remapIdentity does not apply, as {name} does not begin with {prefix}"),
                 }
             }
-            Identity::Repository | Identity::RepoDigestOrExact | Identity::Exact if repository(identity) != name => {
+            Identity::MatchRepository | Identity::MatchRepoDigestOrExact | Identity::MatchExact
+                if name_of(identity) != name =>
+            {
                 format!(
                     "; it was made for {0}, so this is a copy: use exactRepository {0} or remapIdentity, or sign it \
                      as {name}",
-                    repository(identity)
+                    name_of(identity)
                 )
             }
-            Identity::Exact if !tagless => {
+            Identity::MatchExact if !tagless => {
                 "; matchExact never accepts a reference by digest: use matchRepoDigestOrExact".to_owned()
             }
-            Identity::RepoDigestOrExact | Identity::Exact if tagless => {
+            Identity::MatchRepoDigestOrExact | Identity::MatchExact if tagless => {
                 "; it has no tag, as cosign's default identity: use signedIdentity matchRepository, or sign with \
                  --sign-container-identity and a tag"
                     .to_owned()
             }
-            Identity::Repository | Identity::RepoDigestOrExact | Identity::Exact => continue,
+            Identity::MatchRepository | Identity::MatchRepoDigestOrExact | Identity::MatchExact => continue,
         };
     }
     printable(&hint, WORDS)
 }
 
-/// The reference without tag and digest.
-fn repository(reference: &str) -> &str {
-    let name = reference.split_once('@').map_or(reference, |(name, _)| name);
-    let path = name.rfind('/').map_or(0, |slash| slash + 1);
-    name.get(path..).and_then(|last| last.find(':')).and_then(|colon| name.get(..path + colon)).unwrap_or(name)
-}
-
-/// The credentials that were used for `place`, and their entry in the auth file.
+/// A clause about the credentials that were used for `place`.
 fn credentials(auth: Option<&(PathBuf, Vec<u8>)>, place: &str) -> String {
     let Some((path, bytes)) = auth else {
-        return "without credentials, as there is no ostree auth file".to_owned();
+        return "it was asked without credentials, as there is no ostree auth file".to_owned();
     };
     let path = path.display();
     let Ok(serde_json::Value::Object(file)) = serde_json::from_slice(bytes) else {
-        return format!("and the auth file {path} is not a JSON object");
+        return format!("the auth file {path} is not a JSON object");
     };
     let host = place.split_once('/').map_or(place, |(host, _)| host);
     let applies = |key: &str| {
@@ -447,17 +406,17 @@ fn credentials(auth: Option<&(PathBuf, Vec<u8>)>, place: &str) -> String {
     let object = |key: &str| file.get(key).and_then(serde_json::Value::as_object);
     let entry = |key: &str| object(key)?.keys().find(|key| applies(key));
     if entry("credHelpers").is_some() {
-        return format!("and {path} leaves {host} to a credential helper (credHelpers), which is not run here");
+        return format!("{path} leaves {host} to a credential helper (credHelpers), which is not run here");
     }
     match entry("auths") {
-        Some(key) => format!("with the entry for {} in {path}", printable(key, 200)),
+        Some(key) => format!("it was asked with the entry for {} in {path}", printable(key, 200)),
         None if file.contains_key("credsStore") => {
-            format!("and {path} leaves credentials to a credential store (credsStore), which is not run here")
+            format!("{path} leaves credentials to a credential store (credsStore), which is not run here")
         }
         None if object("auths").is_none() && file.keys().any(|key| applies(key)) => format!(
-            "and {path} is in the old form of .dockercfg, which is not read: put its entries into an object named auths"
+            "{path} is in the old form of .dockercfg, which is not read: put its entries into an object named auths"
         ),
-        None => format!("without credentials, as {path} has no entry for {host}"),
+        None => format!("it was asked without credentials, as {path} has no entry for {host}"),
     }
 }
 
@@ -471,13 +430,19 @@ mod tests {
         let hex = "ab".repeat(32);
         Question {
             image: reference::parse(&format!("quay.io/o/i@sha256:{hex}")).unwrap(),
-            skopeo: "/usr/bin/skopeo".into(),
-            policy: "/etc/containers/policy.json".into(),
+            settings: Arc::new(Settings {
+                policy: "/etc/containers/policy.json".into(),
+                registries_d: "/etc/containers/registries.d".into(),
+                skopeo: "/usr/bin/skopeo".into(),
+                cert_dir: None,
+                auth_files: Vec::new(),
+                etc: "/etc".into(),
+                scratch: None,
+                deadline: std::time::Duration::ZERO,
+            }),
             scope: "default".into(),
-            demands: vec![Demand { gpg: false, identity: Identity::RepoDigestOrExact }],
+            demands: vec![Demand { gpg: false, identity: Identity::MatchRepoDigestOrExact }],
             auth: None,
-            scratch: "/tmp".into(),
-            registries_d: "/etc/containers/registries.d".into(),
             mirrors: Vec::new(),
         }
     }
@@ -610,29 +575,33 @@ mod tests {
 
     #[test]
     fn an_identity_that_is_not_accepted_is_explained() {
-        let remap = || Identity::Remap { prefix: "quay.io".into(), signed_prefix: "s.example".into() };
+        let remap = || Identity::RemapIdentity { prefix: "quay.io".into(), signed_prefix: "s.example".into() };
         for (identity, rule, hint) in [
             (
                 "quay.io/o/i",
-                Identity::RepoDigestOrExact,
+                Identity::MatchRepoDigestOrExact,
                 "has no tag, as cosign's default identity: use signedIdentity matchRepository",
             ),
-            ("quay.io/o/i", Identity::Exact, "matchRepository"),
-            ("quay.io/o/i:t", Identity::Exact, "matchExact never accepts a reference by digest"),
+            ("quay.io/o/i", Identity::MatchExact, "matchRepository"),
+            ("quay.io/o/i:t", Identity::MatchExact, "matchExact never accepts a reference by digest"),
             ("s.example/o/i", remap(), "remapIdentity needs one: use exactRepository s.example/o/i"),
             ("quay.io/o/i:t", remap(), "remapIdentity maps quay.io/o/i to s.example/o/i"),
             (
                 "quay.io/o/i",
-                Identity::ExactReference("quay.io/o/i:t".into()),
+                Identity::ExactReference { docker_reference: "quay.io/o/i:t".into() },
                 "only the identity quay.io/o/i:t: sign as that, or use exactRepository quay.io/o/i",
             ),
-            ("quay.io/o/i:t", Identity::ExactRepository("q.example/x".into()), "only signatures for q.example/x"),
+            (
+                "quay.io/o/i:t",
+                Identity::ExactRepository { docker_repository: "q.example/x".into() },
+                "only signatures for q.example/x",
+            ),
             (
                 "b.example:5000/o/i:t",
-                Identity::RepoDigestOrExact,
+                Identity::MatchRepoDigestOrExact,
                 "this is a copy: use exactRepository b.example:5000/o/i",
             ),
-            ("b.example/o/i", Identity::Repository, "this is a copy: use exactRepository b.example/o/i"),
+            ("b.example/o/i", Identity::MatchRepository, "this is a copy: use exactRepository b.example/o/i"),
         ] {
             let asked = Question { demands: vec![Demand { gpg: false, identity: rule.clone() }], ..asked() };
             for text in [
@@ -681,7 +650,7 @@ mod tests {
         let said = where_to_sign(&mirrored, &Unsigned { looked: true, ..Unsigned::default() });
         assert!(said.contains("read from the registry quay.io/o/i, as no mirror has it"), "{said}");
         let demands = |kinds: &[bool]| {
-            let demands = kinds.iter().map(|gpg| Demand { gpg: *gpg, identity: Identity::Exact });
+            let demands = kinds.iter().map(|gpg| Demand { gpg: *gpg, identity: Identity::MatchExact });
             where_to_sign(&Question { demands: demands.collect(), ..asked() }, &Unsigned::default())
         };
         let (gpg, both) = (demands(&[true]), demands(&[true, false]));

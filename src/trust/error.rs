@@ -54,9 +54,9 @@ pub enum TrustError {
     Scarce { why: String },
     #[error("{place} has no manifest {image}; push the image, or mirror it")]
     ManifestMissing { image: PinnedImage, place: String },
-    /// `what` is `the signature of ` if only that is refused. `why` has the credentials that were used.
-    #[error("{place} refuses to serve {what}{image} {why}; check the pull secret")]
-    Denied { image: PinnedImage, what: &'static str, place: String, why: String },
+    /// `what` is the image or its signature. `credentials` says which were used.
+    #[error("{place} refuses to serve {what}: {why}; {credentials}: check the pull secret")]
+    Denied { place: String, what: String, why: String, credentials: String },
     #[error("{place} serves {image} with a certificate that this node does not trust: {why}; {}", cure(why))]
     Untrusted { image: PinnedImage, place: String, why: String },
     /// The network, TLS, a server error, or an unknown failure.

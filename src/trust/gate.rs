@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -14,7 +13,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::{TrustError, engine};
 use crate::files::read_bounded;
-use crate::model::{PinnedImage, printable};
+use crate::model::{PinnedImage, name_of, printable};
 
 /// Largest policy file read, in bytes; ClusterImagePolicies with inline keys have some tens of kilobytes.
 pub const MAX_POLICY: u64 = 1 << 20;
@@ -31,12 +30,12 @@ pub struct Policy {
 type Requirement = UniqueMap<serde_json::Value>;
 
 /// The effect of the applicable requirements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
-    /// At least one requirement demands a signature.
-    RequiresSignature,
     /// No signature is demanded.
     AcceptsAnything,
+    /// At least one requirement demands a signature.
+    RequiresSignature,
     /// Every image is rejected.
     AlwaysRejects,
 }
@@ -60,47 +59,33 @@ pub struct Demand {
 }
 
 /// The identity that a signature must have: `signedIdentity` of containers-policy.json(5).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
+#[allow(missing_docs, reason = "the names are those of the policy")]
 pub enum Identity {
-    /// `matchRepoDigestOrExact`, the default.
-    RepoDigestOrExact,
-    /// `matchExact`.
-    Exact,
-    /// `matchRepository`.
-    Repository,
-    /// `exactReference`.
-    ExactReference(String),
-    /// `exactRepository`.
-    ExactRepository(String),
-    /// `remapIdentity`.
-    Remap {
-        /// Prefix of the reference.
+    /// The default.
+    MatchRepoDigestOrExact,
+    MatchExact,
+    MatchRepository,
+    ExactReference {
+        docker_reference: String,
+    },
+    ExactRepository {
+        docker_repository: String,
+    },
+    RemapIdentity {
         prefix: String,
-        /// Prefix of the identity in its place.
         signed_prefix: String,
     },
-}
-
-/// An error of a policy.
-#[allow(missing_docs, reason = "each variant's message is its documentation")]
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum PolicyError {
-    /// Not the JSON that containers/image accepts.
-    #[error("{0}")]
-    Json(String),
-    #[error("the list of requirements for {0} is empty")]
-    Empty(String),
-    #[error("the requirement type {kind} for {scope} is unknown")]
-    UnknownType { scope: String, kind: String },
 }
 
 impl Policy {
     /// Parses the file. Duplicate keys and unknown top-level keys are errors, as they are for the engine.
     ///
     /// # Errors
-    /// [`PolicyError::Json`], with the place of the error.
-    pub fn parse(bytes: &[u8]) -> Result<Self, PolicyError> {
-        serde_json::from_slice(bytes).map_err(|e| PolicyError::Json(e.to_string()))
+    /// The text is not the JSON that containers/image accepts; the message has the place.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(bytes).map_err(|error| error.to_string())
     }
 
     /// Whether the default is only `insecureAcceptAnything`. Then ostree-ext refuses `ostree-image-signed:`, even if the
@@ -114,7 +99,7 @@ impl Policy {
     ///
     /// # Errors
     /// When the applicable list is empty or has a requirement of unknown type.
-    pub fn gate(&self, image: &PinnedImage) -> Result<Gate, PolicyError> {
+    pub fn gate(&self, image: &PinnedImage) -> Result<Gate, String> {
         let (scope, requirements) = self.applicable(image);
         let verdict = verdict(&scope, requirements)?;
         Ok(Gate { scope, verdict })
@@ -149,8 +134,7 @@ impl Policy {
     pub fn lookalikes(&self, image: &PinnedImage) -> Vec<&str> {
         let applicable = scopes(image);
         let wanted: Vec<_> = applicable.iter().map(|scope| scope.to_lowercase()).collect();
-        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
-        let scopes = docker.into_iter().flat_map(|docker| docker.0.keys());
+        let scopes = self.docker().into_iter().flat_map(|docker| docker.0.keys());
         let looks_alike = |scope: &&String| {
             let bare = bare(scope);
             !bare.is_empty() && !applicable.contains(*scope) && wanted.contains(&bare)
@@ -158,9 +142,12 @@ impl Policy {
         scopes.filter(looks_alike).map(String::as_str).collect()
     }
 
+    fn docker(&self) -> Option<&UniqueMap<Vec<Requirement>>> {
+        self.transports.as_ref()?.0.get("docker")
+    }
+
     fn applicable(&self, image: &PinnedImage) -> (String, &[Requirement]) {
-        let docker = self.transports.as_ref().and_then(|transports| transports.0.get("docker"));
-        let scoped = docker.and_then(|docker| {
+        let scoped = self.docker().and_then(|docker| {
             let named = |name: String| Some((format!("docker \"{name}\""), docker.0.get(&name)?.as_slice()));
             scopes(image).into_iter().find_map(named)
         });
@@ -185,26 +172,13 @@ fn bare(scope: &str) -> String {
     let lower = scope.trim().to_lowercase();
     let name = ["docker://", "https://", "http://"].iter().find_map(|scheme| lower.strip_prefix(scheme));
     let name = name.unwrap_or(&lower);
-    let name = name.split_once('@').map_or(name, |(name, _)| name).trim_end_matches('/');
-    match name.rsplit_once(':') {
-        // A colon before the first slash begins a port.
-        Some((untagged, tag)) if untagged.contains('/') && !tag.contains('/') => untagged.to_owned(),
-        _ => name.to_owned(),
-    }
+    name_of(name.trim_end_matches('/')).trim_end_matches('/').to_owned()
 }
 
+/// The engine refuses an identity that cannot be parsed.
 fn identity(requirement: &Requirement) -> Identity {
-    let Some(identity) = requirement.0.get("signedIdentity") else { return Identity::RepoDigestOrExact };
-    let text = |key: &str| identity.get(key).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
-    match identity.get("type").and_then(serde_json::Value::as_str) {
-        Some("matchExact") => Identity::Exact,
-        Some("matchRepository") => Identity::Repository,
-        Some("exactReference") => Identity::ExactReference(text("dockerReference")),
-        Some("exactRepository") => Identity::ExactRepository(text("dockerRepository")),
-        Some("remapIdentity") => Identity::Remap { prefix: text("prefix"), signed_prefix: text("signedPrefix") },
-        // The engine refuses all others.
-        _ => Identity::RepoDigestOrExact,
-    }
+    let parsed = requirement.0.get("signedIdentity").map(Identity::deserialize);
+    parsed.and_then(Result::ok).unwrap_or(Identity::MatchRepoDigestOrExact)
 }
 
 fn kind(requirement: &Requirement) -> Option<&str> {
@@ -212,26 +186,19 @@ fn kind(requirement: &Requirement) -> Option<&str> {
 }
 
 /// The effect of a list: an image must meet all of its requirements.
-fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, PolicyError> {
+fn verdict(scope: &str, requirements: &[Requirement]) -> Result<Verdict, String> {
     if requirements.is_empty() {
-        return Err(PolicyError::Empty(scope.to_owned()));
+        return Err(format!("the list of requirements for {scope} is empty"));
     }
-    let mut verdict = Verdict::AcceptsAnything;
-    for requirement in requirements {
-        match kind(requirement) {
-            // containers/image never implemented signedBaseLayer and always rejects it.
-            Some("reject" | "signedBaseLayer") => verdict = Verdict::AlwaysRejects,
-            Some("signedBy" | "sigstoreSigned") if verdict == Verdict::AcceptsAnything => {
-                verdict = Verdict::RequiresSignature;
-            }
-            Some("signedBy" | "sigstoreSigned" | "insecureAcceptAnything") => {}
-            other => {
-                let kind = other.map_or_else(|| "(none)".to_owned(), |kind| format!("{kind:?}"));
-                return Err(PolicyError::UnknownType { scope: scope.to_owned(), kind });
-            }
-        }
-    }
-    Ok(verdict)
+    let mut verdicts = requirements.iter().map(|requirement| match kind(requirement) {
+        Some("insecureAcceptAnything") => Ok(Verdict::AcceptsAnything),
+        Some("signedBy" | "sigstoreSigned") => Ok(Verdict::RequiresSignature),
+        // containers/image never implemented signedBaseLayer and always rejects it.
+        Some("reject" | "signedBaseLayer") => Ok(Verdict::AlwaysRejects),
+        Some(other) => Err(format!("the requirement type {other:?} for {scope} is unknown")),
+        None => Err(format!("a requirement for {scope} has no type")),
+    });
+    verdicts.try_fold(Verdict::AcceptsAnything, |strictest, verdict| Ok(strictest.max(verdict?)))
 }
 
 /// Scope names, most specific first. Only the first that exists is used. `""` is the transport's default.
@@ -253,34 +220,30 @@ fn scopes(image: &PinnedImage) -> Vec<String> {
 }
 
 /// A JSON object that refuses duplicate keys, as containers/image does.
+#[derive(Debug)]
 struct UniqueMap<T>(BTreeMap<String, T>);
-
-impl<T: fmt::Debug> fmt::Debug for UniqueMap<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Unique<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Unique<T> {
-            type Value = UniqueMap<T>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
+        deserializer.deserialize_map(Self(BTreeMap::new()))
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueMap<T> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut access: A) -> Result<Self, A::Error> {
+        while let Some((key, value)) = access.next_entry::<String, T>()? {
+            if self.0.contains_key(&key) {
+                return Err(A::Error::custom(format!("duplicate key {key:?}")));
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
-                let mut map = BTreeMap::new();
-                while let Some((key, value)) = access.next_entry::<String, T>()? {
-                    if map.contains_key(&key) {
-                        return Err(A::Error::custom(format!("duplicate key {key:?}")));
-                    }
-                    map.insert(key, value);
-                }
-                Ok(UniqueMap(map))
-            }
+            self.0.insert(key, value);
         }
-        deserializer.deserialize_map(Unique(PhantomData))
+        Ok(self)
     }
 }
 
@@ -302,7 +265,12 @@ impl NodePolicy {
             true => TrustError::Scarce { why: format!("{}: {source}", path.display()) },
             false => TrustError::ReadPolicy { path: path.to_owned(), source },
         })?;
-        let policy = Policy::parse(&bytes).map_err(|e| unusable(path, &e))?;
+        Self::parse(bytes, path)
+    }
+
+    /// Parses the content of the file at `path`.
+    pub(super) fn parse(bytes: Vec<u8>, path: &Path) -> Result<Self, TrustError> {
+        let policy = Policy::parse(&bytes).map_err(|why| unusable(path, &why))?;
         Ok(Self { bytes, policy, path: path.to_owned() })
     }
 
@@ -311,7 +279,7 @@ impl NodePolicy {
     /// # Errors
     /// [`TrustError::AcceptsAnything`], [`TrustError::Rejects`] and [`TrustError::Policy`].
     pub fn gate(&self, image: &PinnedImage) -> Result<String, TrustError> {
-        let gate = self.policy.gate(image).map_err(|e| unusable(&self.path, &e))?;
+        let gate = self.policy.gate(image).map_err(|why| unusable(&self.path, &why))?;
         let hint = match self.policy.lookalikes(image).as_slice() {
             [] => String::new(),
             alike => printable(
@@ -332,8 +300,8 @@ impl NodePolicy {
     }
 }
 
-pub(super) fn unusable(path: &Path, error: &PolicyError) -> TrustError {
-    TrustError::Policy { path: path.to_owned(), why: printable(&error.to_string(), 300) }
+fn unusable(path: &Path, why: &str) -> TrustError {
+    TrustError::Policy { path: path.to_owned(), why: printable(why, 300) }
 }
 
 #[cfg(test)]
@@ -343,7 +311,7 @@ mod tests {
 
     const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-    fn gate(policy: &str, name: &str) -> Result<Gate, PolicyError> {
+    fn gate(policy: &str, name: &str) -> Result<Gate, String> {
         Policy::parse(policy.as_bytes())?.gate(&reference::parse(&format!("{name}@sha256:{HEX}")).unwrap())
     }
 
@@ -424,10 +392,10 @@ mod tests {
         assert_eq!(
             policy.demands(&reference::parse(&format!("quay.io/org/os@sha256:{HEX}")).unwrap()),
             [
-                demand(true, Identity::RepoDigestOrExact),
-                demand(false, Identity::Remap { prefix: "a".into(), signed_prefix: "b".into() }),
-                demand(false, Identity::ExactReference("r:t".into())),
-                demand(false, Identity::RepoDigestOrExact),
+                demand(true, Identity::MatchRepoDigestOrExact),
+                demand(false, Identity::RemapIdentity { prefix: "a".into(), signed_prefix: "b".into() }),
+                demand(false, Identity::ExactReference { docker_reference: "r:t".into() }),
+                demand(false, Identity::MatchRepoDigestOrExact),
             ]
         );
     }
@@ -441,9 +409,9 @@ mod tests {
         assert_eq!(with(&format!("{any},{signed}")), Ok(Verdict::RequiresSignature));
         assert_eq!(with(&format!("{reject},{signed}")), Ok(Verdict::AlwaysRejects));
         assert_eq!(with(&format!("{signed},{reject}")), Ok(Verdict::AlwaysRejects));
-        assert!(matches!(with(""), Err(PolicyError::Empty(_))));
-        assert!(matches!(with(r#"{"type":"weird"}"#), Err(PolicyError::UnknownType { .. })));
-        assert!(matches!(with("{}"), Err(PolicyError::UnknownType { .. })));
+        assert_eq!(with("").unwrap_err(), "the list of requirements for default is empty");
+        assert_eq!(with(r#"{"type":"weird"}"#).unwrap_err(), "the requirement type \"weird\" for default is unknown");
+        assert_eq!(with("{}").unwrap_err(), "a requirement for default has no type");
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub mod reference;
 mod stamp;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ostree_ext::oci_spec::image::ImageManifest;
@@ -49,6 +49,13 @@ pub struct Settings {
     pub scratch: Option<PathBuf>,
     /// Time limit of one verification.
     pub deadline: Duration,
+}
+
+impl Settings {
+    /// The directory in which GnuPG creates its home.
+    fn scratch(&self) -> &Path {
+        self.scratch.as_deref().unwrap_or(Path::new("/tmp"))
+    }
 }
 
 /// A verified image. Only [`verify`] creates one, and no code can change one. Every function that changes the host's
@@ -172,12 +179,10 @@ impl ImageConfig {
 #[cfg(fuzzing)]
 #[allow(missing_docs, missing_debug_implementations, reason = "the names are those of the parsers")]
 pub mod fuzzing {
-    use super::gate::{Policy, unusable};
     use super::{Engine, NodePolicy, PinnedImage, TrustError, engine_text};
 
     pub fn policy(bytes: &[u8], path: &std::path::Path) -> Result<NodePolicy, TrustError> {
-        let policy = Policy::parse(bytes).map_err(|e| unusable(path, &e))?;
-        Ok(NodePolicy { bytes: bytes.to_vec(), policy, path: path.to_owned() })
+        NodePolicy::parse(bytes.to_vec(), path)
     }
 
     pub fn classify(text: &str, by: &Engine, policy: &NodePolicy, image: &PinnedImage, scope: &str) -> TrustError {

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::gate::{MAX_POLICY, Policy};
 use super::{Settings, TrustError};
-use crate::files::Stamp;
-use crate::files::read_bounded;
+use crate::files::{Stamp, read_bounded};
 use crate::model::PinnedImage;
 
 /// containers-registries.conf(5), which names mirrors, where signatures are then looked up, and blocked registries. The
@@ -32,7 +31,7 @@ impl TrustStamp {
     #[must_use]
     pub fn read(settings: &Settings, image: &PinnedImage) -> Self {
         // The stamp is taken before the file is read.
-        let policy = (settings.policy.clone(), Stamp::of(&settings.policy));
+        let policy = stamped(settings.policy.clone());
         let (looked_up, mut excess) = lookup(settings);
         let bytes = read_bounded(&settings.policy, MAX_POLICY).unwrap_or_default();
         let parsed = Policy::parse(&bytes).ok();
@@ -43,11 +42,8 @@ impl TrustStamp {
             named.clear();
             excess = excess.or_else(|| Some(settings.policy.clone()));
         }
-        let stamped = named.into_iter().map(|path| {
-            let stamp = Stamp::of(&path);
-            (path, stamp)
-        });
-        Self { files: std::iter::once(policy).chain(stamped).collect(), settings: looked_up, excess }
+        let files = std::iter::once(policy).chain(named.into_iter().map(stamped)).collect();
+        Self { files, settings: looked_up, excess }
     }
 
     /// Reads the stamps again and returns the first file that has changed.
@@ -69,22 +65,22 @@ impl TrustStamp {
 
     /// Refuses a policy or directory with too many files to watch.
     pub(super) fn check(settings: &Settings, image: &PinnedImage) -> Result<(), TrustError> {
-        match Self::read(settings, image).excess {
-            None => Ok(()),
-            Some(path) => {
-                let why =
-                    format!("it has or names more than {MAX_FILES} files, more than the agent watches; remove some");
-                Err(TrustError::Policy { path, why })
-            }
-        }
+        let Some(path) = Self::read(settings, image).excess else { return Ok(()) };
+        let why = format!("it has or names more than {MAX_FILES} files, more than the agent watches; remove some");
+        Err(TrustError::Policy { path, why })
     }
+}
+
+fn stamped(path: PathBuf) -> (PathBuf, Stamp) {
+    let stamp = Stamp::of(&path);
+    (path, stamp)
 }
 
 fn lookup(settings: &Settings) -> (Vec<(PathBuf, Stamp)>, Option<PathBuf>) {
     let mut found = Vec::new();
     let mut excess = None;
     for path in std::iter::once(settings.registries_d.as_path()).chain(REGISTRIES_CONF.map(Path::new)) {
-        found.push((path.to_owned(), Stamp::of(path)));
+        found.push(stamped(path.to_owned()));
         let mut entries: Vec<PathBuf> = std::fs::read_dir(path)
             .into_iter()
             .flat_map(|entries| entries.take(MAX_FILES.saturating_add(1)))
@@ -95,10 +91,7 @@ fn lookup(settings: &Settings) -> (Vec<(PathBuf, Stamp)>, Option<PathBuf>) {
             continue;
         }
         entries.sort();
-        found.extend(entries.into_iter().map(|path| {
-            let stamp = Stamp::of(&path);
-            (path, stamp)
-        }));
+        found.extend(entries.into_iter().map(stamped));
     }
     (found, excess)
 }

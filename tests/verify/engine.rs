@@ -152,8 +152,10 @@ async fn verification_is_retried_when_the_node_lacks_resources() {
     let pushed = node.signed().await;
     for (name, body) in [
         (
-            "forkless",
-            "echo 'timeout: fork system call failed: Resource temporarily unavailable' >&2; exit 125".to_owned(),
+            "memoryless",
+            "echo 'error while loading shared libraries: libgpgme.so.11: cannot create shared object descriptor: \
+             Cannot allocate memory' >&2; exit 127"
+                .to_owned(),
         ),
         (
             "threadless",

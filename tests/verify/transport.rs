@@ -279,10 +279,7 @@ async fn policy_applies_to_the_source_name_of_mirrored_images() {
     node.attachments(&RegistriesD::new().attachments("quay.test.example", true));
     let outcome = node.verify_with(&spec, &env).await;
     let said = outcome.refused(Reason::SignatureMissing);
-    assert!(
-        said.contains(&format!("the mirror {mirror}, and the sigstore signature that is attached there")),
-        "{said}"
-    );
+    assert!(said.contains(&format!("the mirror {mirror}; the sigstore signature that is attached there")), "{said}");
     node.attachments(&RegistriesD::new().attachments(&node.registry.host(), true));
 
     // A rule for the mirror does not cover the logical name.
