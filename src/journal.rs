@@ -20,44 +20,40 @@ const FIELDS: usize = 16;
 
 /// The `MESSAGE_ID`s. The journal catalog explains each, so its meaning never changes.
 pub mod id {
-    /// The agent started.
-    pub const STARTED: &str = "4d6ba9b1f6f94b0a9e4c6a7d2f0c1e35";
-    /// The agent stops.
-    pub const STOPPING: &str = "0c9a2f4be7d84e6f8f1f3c5d7a90b264";
-    /// The decision changed.
-    pub const DECIDED: &str = "b3f1d2c47a5e4f0c9b8e6d1a2c3f4e57";
-    /// The decision makes the node Degraded or Unreconcilable.
-    pub const REFUSED: &str = "7e2c4a9d1b3f4856a0c9e8d7f6b5a413";
-    /// An image's signature was verified.
-    pub const VERIFIED: &str = "e5a8c1d03f7b4926b4d7f0a1c2e3d486";
-    /// An action failed and is retried later.
-    pub const FAILED: &str = "19d4b7e2c5f04a83966e1f0d8c7b2a35";
-    /// The image is staged.
-    pub const STAGED: &str = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
-    /// The Node's annotations were changed.
-    pub const REPORTED: &str = "a1f3c5e7092b4d6f8a0c2e4f61738594";
-    /// logind accepted the reboot.
-    pub const REBOOTING: &str = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
-    /// The node runs the desired image.
-    pub const DONE: &str = "62b0d9f8e7c6453a94b1a2d3c4e5f607";
+    /// Defines a constant for each id, and the list of all.
+    macro_rules! ids {
+        ($($(#[$doc:meta])* $name:ident = $id:literal;)*) => {
+            $($(#[$doc])* pub const $name: &str = $id;)*
 
-    /// The node runs the desired image, but the node's policy refuses it.
-    pub const UNTRUSTED: &str = "f0a6d3b81c2e4795a8b4c7d9e1f20356";
+            /// All ids with their names, for the test of the catalog.
+            pub const ALL: &[(&str, &str)] = &[$((stringify!($name), $name)),*];
+        };
+    }
 
-    /// All ids with their names, for the test of the catalog.
-    pub const ALL: &[(&str, &str)] = &[
-        ("STARTED", STARTED),
-        ("STOPPING", STOPPING),
-        ("DECIDED", DECIDED),
-        ("REFUSED", REFUSED),
-        ("VERIFIED", VERIFIED),
-        ("FAILED", FAILED),
-        ("STAGED", STAGED),
-        ("REPORTED", REPORTED),
-        ("REBOOTING", REBOOTING),
-        ("DONE", DONE),
-        ("UNTRUSTED", UNTRUSTED),
-    ];
+    ids! {
+        /// The agent started.
+        STARTED = "4d6ba9b1f6f94b0a9e4c6a7d2f0c1e35";
+        /// The agent stops.
+        STOPPING = "0c9a2f4be7d84e6f8f1f3c5d7a90b264";
+        /// The decision changed.
+        DECIDED = "b3f1d2c47a5e4f0c9b8e6d1a2c3f4e57";
+        /// The decision makes the node Degraded or Unreconcilable.
+        REFUSED = "7e2c4a9d1b3f4856a0c9e8d7f6b5a413";
+        /// An image's signature was verified.
+        VERIFIED = "e5a8c1d03f7b4926b4d7f0a1c2e3d486";
+        /// An action failed and is retried later.
+        FAILED = "19d4b7e2c5f04a83966e1f0d8c7b2a35";
+        /// The image is staged.
+        STAGED = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
+        /// The Node's annotations were changed.
+        REPORTED = "a1f3c5e7092b4d6f8a0c2e4f61738594";
+        /// logind accepted the reboot.
+        REBOOTING = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
+        /// The node runs the desired image.
+        DONE = "62b0d9f8e7c6453a94b1a2d3c4e5f607";
+        /// The node runs the desired image, but the node's policy refuses it.
+        UNTRUSTED = "f0a6d3b81c2e4795a8b4c7d9e1f20356";
+    }
 }
 
 /// An owned copy of an event, for the thread that writes to the journal and may block.
