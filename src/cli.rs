@@ -58,17 +58,8 @@ pub const FILES: &[(&str, &str)] = &[
 ];
 
 fn notes() -> String {
-    let codes: Vec<String> = EXIT_CODES.iter().map(|(code, text)| format!("  {code}  {text}")).collect();
-    format!(
-        "Every option has an environment variable, so a unit drop-in is the configuration.
-
-Exit codes:
-{}",
-        codes.join(
-            "
-"
-        )
-    )
+    let codes: String = EXIT_CODES.iter().map(|(code, text)| format!("\n  {code}  {text}")).collect();
+    format!("Every option has an environment variable, so a unit drop-in is the configuration.\n\nExit codes:{codes}")
 }
 
 /// Exit codes beyond success.

@@ -149,11 +149,10 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) {
 
 /// The exit code of a decision.
 fn exit_code(observed: &Observed, decision: &Decision) -> u8 {
-    let not_image_mode = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostNotImageMode);
-    let unsupported = matches!(&observed.host, Reading::Unknown(fault) if fault.reason == Reason::HostUnsupported);
+    let is = |reason| matches!(&observed.host, Reading::Unknown(fault) if fault.reason == reason);
     match decision.state {
-        _ if not_image_mode => exit::NOT_IMAGE_MODE,
-        _ if unsupported => exit::REFUSED,
+        _ if is(Reason::HostNotImageMode) => exit::NOT_IMAGE_MODE,
+        _ if is(Reason::HostUnsupported) => exit::REFUSED,
         Some(NodeState::Degraded | NodeState::Unreconcilable) => exit::REFUSED,
         Some(NodeState::Working | NodeState::Done) => exit::NOT_YET,
         None if observed.cluster.known().is_none() || observed.host.known().is_none() => exit::UNREADABLE,
