@@ -322,6 +322,19 @@ async fn rebase_is_retried_after_the_daemon_crashes() {
     assert_eq!((stage.boots(), stage.count(rebase_requested)), (1, 2));
 }
 
+/// `journalctl -p warning` shows what the agent cannot read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unreadable_host_and_api_server_are_logged_as_warnings() {
+    let stage = Stage::new().await;
+    stage.world.machine.stop_agent().await;
+    stage.world.machine.rpm_ostreed().crash_on_calls(usize::MAX);
+    stage.world.machine.start_agent();
+    stage.says("WARN HostUnreachable: ").await;
+    stage.world.machine.rpm_ostreed().crash_on_calls(0);
+    stage.world.api.stop().await;
+    stage.says("WARN ClusterUnreachable: ").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn layered_host_is_refused_without_a_drain() {
     let stage = Stage::new().await;
