@@ -16,7 +16,7 @@ mod rpm_ostree;
 mod staged;
 mod systemd;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OnceCell, watch};
@@ -104,14 +104,14 @@ pub struct Host {
     backend: Option<Backend>,
     chosen: Arc<OnceCell<Chosen>>,
     /// The last `bootc status`, which must not run while a switch does.
-    seen: Arc<Mutex<Vec<Deployment>>>,
+    seen: watch::Sender<Vec<Deployment>>,
 }
 
 impl Host {
     /// `root` is `/` in production. `bus` is a D-Bus address; `None` is the system bus.
     #[must_use]
     pub fn new(root: Root, bus: Option<String>) -> Self {
-        let (chosen, seen) = (Arc::default(), Arc::default());
+        let (chosen, seen) = (Arc::default(), watch::Sender::default());
         Self { root, bus, deadlines: Deadlines::default(), backend: None, chosen, seen }
     }
 
@@ -294,14 +294,6 @@ impl Host {
     /// See [`HostError`].
     pub async fn service_status(&self) -> Result<(String, String), HostError> {
         systemd::status_text(self, "rebase-agent.service").await
-    }
-
-    fn see_deployments(&self, deployments: &[Deployment]) {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = deployments.to_vec();
-    }
-
-    fn deployments_seen(&self) -> Vec<Deployment> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Runs `work` as a client of rpm-ostreed.

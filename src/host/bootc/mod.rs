@@ -43,7 +43,7 @@ pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
     let deployments = match &transaction {
         None => status(host).await?,
         // Use the last status of this process. While our own switch runs, none is needed.
-        Some(active) => match host.deployments_seen() {
+        Some(active) => match host.seen.borrow().clone() {
             seen if seen.is_empty() && active.ours.is_none() => return Err(busy(active)),
             seen => seen,
         },
@@ -221,7 +221,7 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
             deployment.locked |= note.locked;
         }
     }
-    host.see_deployments(&deployments);
+    host.seen.send_replace(deployments.clone());
     Ok(deployments)
 }
 
