@@ -140,11 +140,7 @@ impl Engine {
                 ProxyError::SkopeoSpawnError(error) | ProxyError::Io(error) => is_scarce(error),
                 _ => is_scarcity(&text),
             };
-            let ended = format!("it does not start: {}", printable(&text, 400));
-            if scarce {
-                return self.scarce(ended);
-            }
-            self.unfit(ended)
+            self.failed(scarce, format!("it does not start: {}", printable(&text, 400)))
         })?;
         drop(bytes);
         let version = proxy.protocol_version();
@@ -255,15 +251,13 @@ impl Engine {
     /// The file with the cluster's proxy, which MCO writes; empty if it does not exist. It overrides a drop-in's variables.
     fn proxy_file(&self) -> String {
         let path = self.settings.etc.join(PROXY_FILE);
-        match read_bounded(&path, MAX_PROXY_FILE) {
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-            Err(error) => {
-                if error.kind() != std::io::ErrorKind::NotFound {
-                    tracing::warn!("cannot read {}, so its proxy is not used: {error}", path.display());
-                }
-                String::new()
+        let bytes = read_bounded(&path, MAX_PROXY_FILE).unwrap_or_else(|error| {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                tracing::warn!("cannot read {}, so its proxy is not used: {error}", path.display());
             }
-        }
+            Vec::new()
+        });
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Checks the engine's version before its first use and whenever the program changes. An engine that ignores
@@ -287,8 +281,7 @@ impl Engine {
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| {
             let said = format!("{} {}", text, String::from_utf8_lossy(&output.stderr));
-            let why = format!("it does not report its version: {}", printable(&said, 200));
-            if is_scarcity(&said) { self.scarce(why) } else { self.unfit(why) }
+            self.failed(is_scarcity(&said), format!("it does not report its version: {}", printable(&said, 200)))
         })?;
         if version < ENFORCING_SKOPEO {
             let (major, minor) = version;
@@ -304,14 +297,17 @@ impl Engine {
         TrustError::Engine { skopeo: self.settings.skopeo.clone(), why: why.into() }
     }
 
-    fn scarce(&self, why: impl Into<String>) -> TrustError {
-        TrustError::Scarce { why: format!("{}: {}", self.settings.skopeo.display(), why.into()) }
+    /// The error for a failed start: a shortage, or an unfit engine.
+    fn failed(&self, scarce: bool, why: String) -> TrustError {
+        match scarce {
+            true => TrustError::Scarce { why: format!("{}: {why}", self.settings.skopeo.display()) },
+            false => self.unfit(why),
+        }
     }
 
-    /// The error for a failed system call: a shortage, or an unfit engine.
+    /// The error for a failed system call.
     fn broken(&self, what: &str, error: &std::io::Error) -> TrustError {
-        let why = format!("{what}: {error}");
-        if is_scarce(error) { self.scarce(why) } else { self.unfit(why) }
+        self.failed(is_scarce(error), format!("{what}: {error}"))
     }
 
     fn deadline(&self, image: &PinnedImage) -> TrustError {

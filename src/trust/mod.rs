@@ -20,6 +20,7 @@ use serde::Deserialize;
 use crate::model::{Digest, ImageFacts, PinnedImage, printable};
 
 pub use engine::Engine;
+use engine::Fetched;
 pub(crate) use engine_text::without_queries;
 pub use error::TrustError;
 pub use gate::NodePolicy;
@@ -107,7 +108,7 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImag
              and will refuse {image}: chmod a+r {file}"
         );
     }
-    let facts = facts(image, scope, &fetched.instance, &fetched.manifest, &fetched.config)?;
+    let facts = facts(image, scope, &fetched)?;
     Ok(VerifiedImage { facts, default_is_insecure: policy.policy.default_is_insecure() })
 }
 
@@ -117,13 +118,8 @@ fn root_only(file: &str) -> bool {
 }
 
 /// Parses the manifest and the config. Pure.
-fn facts(
-    image: &PinnedImage,
-    vouched_by: String,
-    instance: &str,
-    manifest: &[u8],
-    config: &[u8],
-) -> Result<ImageFacts, TrustError> {
+fn facts(image: &PinnedImage, vouched_by: String, fetched: &Fetched) -> Result<ImageFacts, TrustError> {
+    let Fetched { instance, manifest, config } = fetched;
     let invalid = |why: String| TrustError::Invalid { image: image.clone(), why: printable(&why, 300) };
     let instance = Digest::parse(instance)
         .ok_or_else(|| invalid(format!("the engine reports `{instance}`, which is not a digest")))?;
@@ -216,8 +212,9 @@ mod tests {
             let config = format!(
                 r#"{{{field}"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":[]}},"history":[]}}"#
             );
-            let facts = facts(&image, "default".to_owned(), &digest, manifest.as_bytes(), config.as_bytes());
-            facts.unwrap().created
+            let (manifest, config) = (manifest.clone().into_bytes(), config.into_bytes());
+            let fetched = Fetched { instance: digest.clone(), manifest, config };
+            facts(&image, "default".to_owned(), &fetched).unwrap().created
         };
         assert_eq!(created(r#""created":"2026-11-22T09:30:00.123456789+01:30","#), Some(1_795_334_400_123));
         for none in ["", r#""created":"yesterday","#, r#""created":"0001-01-01T00:00:00Z","#] {
