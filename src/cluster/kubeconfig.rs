@@ -54,15 +54,18 @@ pub(super) enum Credentials {
 #[serde(rename_all = "kebab-case")]
 struct Config {
     current_context: String,
-    clusters: Vec<NamedCluster>,
-    contexts: Vec<NamedContext>,
-    users: Vec<NamedUser>,
+    clusters: Vec<Named>,
+    contexts: Vec<Named>,
+    users: Vec<Named>,
 }
 
+/// An element of `clusters`, `contexts` or `users`, which has the field of that kind.
 #[derive(Deserialize)]
-struct NamedCluster {
+struct Named {
     name: String,
-    cluster: Cluster,
+    cluster: Option<Cluster>,
+    context: Option<Context>,
+    user: Option<User>,
 }
 
 #[derive(Deserialize)]
@@ -78,21 +81,9 @@ struct Cluster {
 }
 
 #[derive(Deserialize)]
-struct NamedContext {
-    name: String,
-    context: Context,
-}
-
-#[derive(Deserialize)]
 struct Context {
     cluster: String,
     user: String,
-}
-
-#[derive(Deserialize)]
-struct NamedUser {
-    name: String,
-    user: User,
 }
 
 #[derive(Deserialize)]
@@ -131,11 +122,11 @@ fn access(path: &Path, node: Option<&str>) -> Result<Access, String> {
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 1_000 },
     };
     let config: Config = serde_saphyr::from_str_with_options(&text, options).map_err(|e| e.to_string())?;
-    let context = config.contexts.iter().find(|c| c.name == config.current_context).map(|c| &c.context);
+    let context = config.contexts.iter().find(|c| c.name == config.current_context).and_then(|c| c.context.as_ref());
     let context = context.ok_or("current-context: there is no context of this name")?;
-    let cluster = config.clusters.iter().find(|c| c.name == context.cluster).map(|c| &c.cluster);
+    let cluster = config.clusters.iter().find(|c| c.name == context.cluster).and_then(|c| c.cluster.as_ref());
     let cluster = cluster.ok_or("the current context's cluster: there is no cluster of this name")?;
-    let user = config.users.iter().find(|u| u.name == context.user).map(|u| &u.user);
+    let user = config.users.iter().find(|u| u.name == context.user).and_then(|u| u.user.as_ref());
     let user = user.ok_or("the current context's user: there is no user of this name")?;
     for (field, used) in
         [("exec", user.exec.is_some()), ("auth-provider", user.auth_provider.is_some()), ("as", user.r#as.is_some())]
