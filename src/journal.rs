@@ -57,6 +57,7 @@ pub mod id {
 }
 
 /// An owned copy of an event, for the thread that writes to the journal and may block.
+#[derive(Debug)]
 struct Record {
     metadata: &'static Metadata<'static>,
     fields: Vec<(Field, String)>,
@@ -111,12 +112,6 @@ impl Journal {
         if let Some(lane) = self.0 {
             lane.flush(FLUSH);
         }
-    }
-}
-
-impl std::fmt::Debug for Record {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.metadata.name())
     }
 }
 
