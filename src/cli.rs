@@ -42,21 +42,6 @@ pub const EXIT_CODES: &[(&str, &str)] = &[
     ("5", "this host is not image-mode (no ostree deployment is booted)"),
 ];
 
-/// The files that the agent reads, each with its writer.
-pub const FILES: &[(&str, &str)] = &[
-    ("/var/lib/kubelet/kubeconfig", "The kubelet's credentials for the API server; the kubelet writes it."),
-    ("/etc/containers/policy.json", "The signature policy, and the keys that it names; MCO writes it."),
-    (
-        "/etc/containers/registries.d, /etc/containers/registries.conf",
-        "Signature storage and mirrors; MCO writes them.",
-    ),
-    (
-        "/run/ostree/auth.json, /etc/ostree/auth.json, /usr/lib/ostree/auth.json",
-        "Registry credentials; the first file that exists is used.",
-    ),
-    ("/etc/systemd/system/rebase-agent.service.d/*.conf", "Drop-ins with REBASE_AGENT_ variables: the configuration."),
-];
-
 fn notes() -> String {
     let codes: String = EXIT_CODES.iter().map(|(code, text)| format!("\n  {code}  {text}")).collect();
     format!("Every option has an environment variable, so a unit drop-in is the configuration.\n\nExit codes:{codes}")

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::CommandFactory as _;
 use clap_mangen::Man;
-use rebase_agent::cli::{Cli, EXIT_CODES, FILES};
+use rebase_agent::cli::{Cli, EXIT_CODES};
 use rebase_agent::decide::Rule;
 use rebase_agent::host::Deadlines;
 use rebase_agent::journal::id;
@@ -601,6 +601,21 @@ fn shell_completion_is_up_to_date() {
     clap_complete::generate(clap_complete::Shell::Bash, &mut Cli::command(), "rebase-agent", &mut script);
     is_current("systemd/rebase-agent.bash", &String::from_utf8(script).unwrap());
 }
+
+/// The files that the agent reads, each with its writer.
+const FILES: &[(&str, &str)] = &[
+    ("/var/lib/kubelet/kubeconfig", "The kubelet's credentials for the API server; the kubelet writes it."),
+    ("/etc/containers/policy.json", "The signature policy, and the keys that it names; MCO writes it."),
+    (
+        "/etc/containers/registries.d, /etc/containers/registries.conf",
+        "Signature storage and mirrors; MCO writes them.",
+    ),
+    (
+        "/run/ostree/auth.json, /etc/ostree/auth.json, /usr/lib/ostree/auth.json",
+        "Registry credentials; the first file that exists is used.",
+    ),
+    ("/etc/systemd/system/rebase-agent.service.d/*.conf", "Drop-ins with REBASE_AGENT_ variables: the configuration."),
+];
 
 const EXAMPLES: &[(&str, &str)] = &[
     ("rebase-agent status", "Shows the desired, booted and staged image, and what the node waits for."),
