@@ -87,10 +87,8 @@ struct Service {
 impl Service {
     /// Splits the status text into the rule and the sentence about confinement.
     fn new(active: String, status_text: &str) -> Self {
-        let (status, confinement) = match status_text.rsplit_once(CONFINEMENT) {
-            Some((status, confinement)) => (status, Some(confinement.to_owned())),
-            None => (status_text, None),
-        };
+        let split = status_text.rsplit_once(CONFINEMENT);
+        let (status, confinement) = split.map_or((status_text, None), |(status, said)| (status, Some(said.to_owned())));
         Self { active, status: status.to_owned(), confinement }
     }
 }
