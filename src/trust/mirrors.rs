@@ -2,67 +2,40 @@
 //!
 //! For messages only: the engine reads the file itself. Lines that this parser does not understand are ignored.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
 /// Largest of these files read, in bytes.
 pub const MAX_CONF: u64 = 1 << 20;
 
-/// One `[[registry]]`.
-#[derive(Default)]
-struct Registry {
-    prefix: String,
-    location: String,
-    mirrors: Vec<Mirror>,
-}
-
-/// One `[[registry.mirror]]`.
-#[derive(Default)]
-struct Mirror {
-    location: String,
-    /// The mirror is not used for a digest, which all our images have.
-    tag_only: bool,
-}
+/// A table's header and its settings.
+type Table<'a> = (&'a str, BTreeMap<&'a str, &'a str>);
 
 /// The mirrors of `name` (`host/repository`), in the order of their use. `conf` is `registries.conf` followed by the
 /// files of `registries.conf.d`; a later file overrides an earlier one.
 #[must_use]
 pub fn mirrors(conf: &str, name: &str) -> Vec<String> {
-    let mut registries: Vec<Registry> = Vec::new();
-    let mut in_mirror = false;
+    let mut tables: Vec<Table<'_>> = Vec::new();
     for line in conf.lines().map(str::trim) {
-        match line {
-            "[[registry]]" => {
-                registries.push(Registry::default());
-                in_mirror = false;
-            }
-            "[[registry.mirror]]" => {
-                in_mirror = true;
-                if let Some(registry) = registries.last_mut() {
-                    registry.mirrors.push(Mirror::default());
-                }
-            }
-            _ => {
-                let (Some(registry), Some((key, value))) = (registries.last_mut(), setting(line)) else { continue };
-                match (registry.mirrors.last_mut().filter(|_| in_mirror), key) {
-                    (Some(mirror), "location") => value.clone_into(&mut mirror.location),
-                    (Some(mirror), "pull-from-mirror") => mirror.tag_only = value == "tag-only",
-                    (None, "prefix") => value.clone_into(&mut registry.prefix),
-                    (None, "location") => value.clone_into(&mut registry.location),
-                    _ => {}
-                }
-            }
+        if line.starts_with('[') {
+            tables.push((line, BTreeMap::new()));
+        } else if let (Some((_, table)), Some((key, value))) = (tables.last_mut(), setting(line)) {
+            table.insert(key, value);
         }
     }
-    let rest = |registry: &Registry| {
-        let prefix = if registry.prefix.is_empty() { &registry.location } else { &registry.prefix };
-        let rest = name.strip_prefix(prefix.as_str())?;
-        (!prefix.is_empty() && (rest.is_empty() || rest.starts_with('/'))).then(|| rest.to_owned())
-    };
+    let registries = tables.chunk_by(|_, (header, _)| *header == "[[registry.mirror]]");
+    let applying = registries.filter_map(|tables| {
+        let ((header, registry), mirrors) = tables.split_first()?;
+        let given = |key: &str| registry.get(key).filter(|value| !value.is_empty());
+        let rest = name.strip_prefix(given("prefix").or(given("location"))?)?;
+        (*header == "[[registry]]" && (rest.is_empty() || rest.starts_with('/'))).then_some((mirrors, rest))
+    });
     // The longest prefix; of equal ones the last.
-    let chosen = registries.iter().rev().filter_map(|registry| Some((registry, rest(registry)?)));
-    let chosen = chosen.min_by_key(|(_, rest)| rest.len());
-    chosen.map_or_else(Vec::new, |(registry, rest)| {
-        let asked = registry.mirrors.iter().filter(|mirror| !mirror.tag_only && !mirror.location.is_empty());
-        asked.map(|mirror| format!("{}{rest}", mirror.location)).collect()
-    })
+    let (mirrors, rest) = applying.max_by_key(|(_, rest)| Reverse(rest.len())).unwrap_or_default();
+    // Our images all have a digest, for which a mirror of tags is not used.
+    let mirrors = mirrors.iter().filter(|(_, mirror)| mirror.get("pull-from-mirror") != Some(&"tag-only"));
+    let locations = mirrors.filter_map(|(_, mirror)| mirror.get("location").filter(|location| !location.is_empty()));
+    locations.map(|location| format!("{location}{rest}")).collect()
 }
 
 /// Parses `key = "value"`, with or without a comment after it.
