@@ -21,7 +21,7 @@ pub enum Event {
     },
     /// A method that creates a transaction was called on rpm-ostreed, or `bootc switch` was run.
     TransactionRequested {
-        /// `rebase`, `cleanup`, `kernel-args`, or `switch`.
+        /// `rebase`, `cleanup`, `kernel-args`, `finalize-deployment`, or `switch`.
         method: String,
         /// The reference or another characteristic argument.
         argument: String,
@@ -46,6 +46,11 @@ pub enum Event {
         reference: String,
         /// Its ostree checksum.
         checksum: String,
+    },
+    /// The staged deployment is no longer locked: any reboot boots it.
+    Unlocked {
+        /// Its container image reference.
+        reference: String,
     },
     /// A unit was started over D-Bus.
     UnitStarted(String),

@@ -1,45 +1,38 @@
-//! A double of the rpm-ostree daemon: its objects on the bus, its transactions on private sockets, its exits.
+//! A double of the rpm-ostree daemon: [`rpm_ostreed`] over a made-up disk, with the faults that tests ask for.
 //!
 //! The pull is real: the policy-enforcing skopeo of the [`Engine`] gets the image, and its layers are unpacked into
 //! the deployment.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rpm_ostreed::{Daemon, Happened, Host, Job, KernelArguments, OS, Rebase, Request, TRANSACTION, os_path};
+pub use rpm_ostreed::{Deployment, NAME, Version};
 use tokio::sync::Notify;
-use zbus::message::Message;
-use zbus::{Connection, MessageStream, ObjectPath, OwnedVariant};
+use zbus::{Connection, MessageStream, OwnedVariant};
 
 mod pull;
 mod sysroot;
-mod transaction;
 
 pub(crate) use pull::{Image, Reference};
-pub use sysroot::{Deployment, Sysroot};
-use transaction::{Request, Transaction};
+pub use sysroot::Sysroot;
 
-use crate::bus::{self, Answer, Call, Dict, Failure, Interface, Service, lookup_bool, lookup_str, variant};
+use crate::bus::{self, Answer, Call, Failure, variant};
 use crate::events::{Event, Events};
 use crate::machine::Engine;
 use crate::systemd::Systemd;
 
-/// The daemon's bus name.
-pub const NAME: &str = "org.projectatomic.rpmostree1";
-const SYSROOT_PATH: &str = "/org/projectatomic/rpmostree1/Sysroot";
-const SYSROOT: &str = "org.projectatomic.rpmostree1.Sysroot";
-const OS: &str = "org.projectatomic.rpmostree1.OS";
-const BUSY: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code26";
-const NOT_FOUND: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code1";
-const FAILED: &str = "org.gtk.GDBus.UnmappedGError.Quark._g_2dio_2derror_2dquark.Code0";
-/// An error of the daemon's own domain.
-const INVALID: &str = "org.projectatomic.rpmostreed.Error.Failed";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const UNIT: &str = "rpm-ostreed.service";
+/// A text that [`RpmOstreed::crash_at`] and [`RpmOstreed::hang_at`] find right after the unlocking.
+pub const UNLOCKED: &str = "Finalized deployment; rebooting into";
+
+type Transaction = rpm_ostreed::Transaction<Double>;
 
 /// The runner of the units that the daemon needs.
 enum Units {
@@ -53,28 +46,19 @@ impl Units {
     async fn activate(&self, unit: &str) -> Result<(), String> {
         match self {
             Self::Double(systemd) => systemd.activate(unit).await,
-            Self::Real => {
-                let mut command = tokio::process::Command::new("systemctl");
-                command.args(["start", unit]).stdin(Stdio::null()).kill_on_drop(true);
-                let output = command.output().await.map_err(|error| error.to_string())?;
-                if output.status.success() {
-                    return Ok(());
-                }
-                Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
-            }
+            Self::Real => systemctl(&["start", unit]).await,
         }
     }
 }
 
-/// The work of a transaction after its start.
-pub(crate) enum Work {
-    Rebase { options: Dict, reference: String },
-    Cleanup(Vec<String>),
-    KernelArgs { existing: String, changes: ArgumentChanges, locked: bool },
-    Rollback,
-    Upgrade,
-    Foreign(Arc<Notify>),
-    Nothing,
+async fn systemctl(arguments: &[&str]) -> Result<(), String> {
+    let mut command = tokio::process::Command::new("systemctl");
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(|error| error.to_string())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
 #[derive(Default)]
@@ -97,41 +81,36 @@ struct Faults {
     chatter: u32,
     properties: HashMap<String, OwnedVariant>,
     properties_once: HashMap<String, OwnedVariant>,
+    version: Version,
 }
 
-#[derive(Default)]
-struct State {
-    connection: Option<Connection>,
-    active: Option<Arc<Transaction>>,
-    deployments: Vec<Deployment>,
-    clients: HashMap<String, String>,
-}
-
-pub(crate) struct Inner {
+/// The host below the daemon.
+pub(crate) struct Double {
     address: String,
     dir: PathBuf,
-    pub(crate) events: Events,
+    events: Events,
     sysroot: Arc<Sysroot>,
     engine: Mutex<Engine>,
     units: Units,
-    state: Mutex<State>,
     faults: Mutex<Faults>,
     hanging: AtomicBool,
     release: Notify,
     lazy_finalizer: AtomicBool,
     force_close: Mutex<Duration>,
-    transactions: std::sync::atomic::AtomicU64,
+    transactions: AtomicU64,
+    /// Ends the foreign transaction that is about to start.
+    foreign: Mutex<Option<Arc<Notify>>>,
 }
 
 /// The handle to the double.
 #[derive(Clone)]
 pub struct RpmOstreed {
-    inner: Arc<Inner>,
+    daemon: Arc<Daemon<Double>>,
 }
 
 impl fmt::Debug for RpmOstreed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RpmOstreed").field("sysroot", &self.inner.sysroot).finish_non_exhaustive()
+        f.debug_struct("RpmOstreed").field("sysroot", &self.double().sysroot).finish_non_exhaustive()
     }
 }
 
@@ -160,12 +139,12 @@ impl RpmOstreed {
         systemd: Systemd,
     ) -> Self {
         let this = Self::with(address, dir, events, sysroot, engine, Units::Double(systemd.clone()));
-        let weak = Arc::downgrade(&this.inner);
+        let weak = Arc::downgrade(&this.daemon);
         systemd.on_start(UNIT, move || {
             let weak = weak.clone();
             async move {
                 match weak.upgrade() {
-                    Some(inner) => inner.start().await,
+                    Some(daemon) => start(&daemon).await,
                     None => Err("resources".to_owned()),
                 }
             }
@@ -181,216 +160,233 @@ impl RpmOstreed {
     }
 
     fn with(address: String, dir: &Path, events: Events, sysroot: Arc<Sysroot>, engine: Engine, units: Units) -> Self {
-        let inner = Arc::new(Inner {
+        let double = Double {
             address,
             dir: dir.to_owned(),
             events,
             sysroot,
             engine: Mutex::new(engine),
             units,
-            state: Mutex::default(),
             faults: Mutex::default(),
             hanging: AtomicBool::new(false),
             release: Notify::new(),
             lazy_finalizer: AtomicBool::new(false),
             force_close: Mutex::new(Duration::from_secs(30)),
-            transactions: std::sync::atomic::AtomicU64::new(0),
-        });
-        Self { inner }
+            transactions: AtomicU64::new(0),
+            foreign: Mutex::default(),
+        };
+        Self { daemon: Arc::new(Daemon::new(double)) }
+    }
+
+    fn double(&self) -> &Double {
+        &self.daemon.host
+    }
+
+    fn faults(&self) -> std::sync::MutexGuard<'_, Faults> {
+        self.double().faults.lock().unwrap()
+    }
+
+    /// Sets what the daemon can do.
+    pub fn set_version(&self, version: Version) {
+        self.faults().version = version;
     }
 
     /// Uses another engine for later pulls.
     pub fn set_engine(&self, engine: Engine) {
-        *self.inner.engine.lock().unwrap() = engine;
+        *self.double().engine.lock().unwrap() = engine;
     }
 
     /// The next started transaction fails with `text`, which may be long.
     pub fn fail_next(&self, text: impl Into<String>) {
-        self.inner.faults.lock().unwrap().fail = Some(text.into());
+        self.faults().fail = Some(text.into());
     }
 
     /// Every started transaction fails with `text`; `None` ends that.
     pub fn fail_all(&self, text: Option<&str>) {
-        self.inner.faults.lock().unwrap().fail_all = text.map(str::to_owned);
+        self.faults().fail_all = text.map(str::to_owned);
     }
 
     /// Sets how long the daemon loads the sysroot before it takes its name.
     pub fn set_start_delay(&self, delay: Duration) {
-        self.inner.faults.lock().unwrap().start_delay = delay;
+        self.faults().start_delay = delay;
     }
 
     /// The next started transaction succeeds without doing anything.
     pub fn no_change_next(&self) {
-        self.inner.faults.lock().unwrap().no_change = true;
+        self.faults().no_change = true;
     }
 
     /// A running transaction stops at the first message that contains `text`, until [`RpmOstreed::release`].
     pub fn hang_at(&self, text: &str) {
-        self.inner.faults.lock().unwrap().hang = Some(text.to_owned());
+        self.faults().hang = Some(text.to_owned());
     }
 
     /// Whether a transaction hangs now.
     #[must_use]
     pub fn is_hanging(&self) -> bool {
-        self.inner.hanging.load(Ordering::SeqCst)
+        self.double().hanging.load(Ordering::SeqCst)
     }
 
     /// Continues a hanging transaction.
     pub fn release(&self) {
-        self.inner.faults.lock().unwrap().hang = None;
-        self.inner.release.notify_waiters();
+        self.faults().hang = None;
+        self.double().release.notify_waiters();
     }
 
     /// The daemon crashes at the first message of a running transaction that contains `text`.
     pub fn crash_at(&self, text: &str) {
-        self.inner.faults.lock().unwrap().crash = Some(text.to_owned());
+        self.faults().crash = Some(text.to_owned());
     }
 
     /// The next transaction is created, but its address never reaches the caller.
     pub fn lose_reply(&self) {
-        self.inner.faults.lock().unwrap().lose_reply = true;
+        self.faults().lose_reply = true;
     }
 
     /// Calls that create a transaction are answered with this address; `None` ends that.
     pub fn answer_address(&self, address: Option<&str>) {
-        self.inner.faults.lock().unwrap().address = address.map(str::to_owned);
+        self.faults().address = address.map(str::to_owned);
     }
 
     /// Whether calls that create a transaction are answered with a number.
     pub fn answer_garbage(&self, garbage: bool) {
-        self.inner.faults.lock().unwrap().garbage_reply = garbage;
+        self.faults().garbage_reply = garbage;
     }
 
     /// Whether `Cancel` has no effect, as on a transaction that can no longer be cancelled.
     pub fn ignore_cancel(&self, ignored: bool) {
-        self.inner.faults.lock().unwrap().ignore_cancel = ignored;
+        self.faults().ignore_cancel = ignored;
     }
 
     /// The text of a cancelled transaction, in place of `Operation was cancelled`.
     pub fn say_when_cancelled(&self, text: &str) {
-        self.inner.faults.lock().unwrap().cancel_text = Some(text.to_owned());
+        self.faults().cancel_text = Some(text.to_owned());
     }
 
     /// Whether all callers count as users that polkit does not know.
     pub fn distrust(&self, strangers: bool) {
-        self.inner.faults.lock().unwrap().strangers = strangers;
+        self.faults().strangers = strangers;
     }
 
     /// The number of messages before `Start` is answered and before a foreign signal.
     pub fn chatter(&self, messages: u32) {
-        self.inner.faults.lock().unwrap().chatter = messages;
+        self.faults().chatter = messages;
     }
 
     /// Shows another value of a property of the sysroot object.
     pub fn show(&self, property: &str, value: impl Into<zbus::Variant<'static>>) {
-        self.inner.faults.lock().unwrap().properties.insert(property.to_owned(), variant(value));
+        self.faults().properties.insert(property.to_owned(), variant(value));
     }
 
     /// Shows another value once, as if it had changed right after it was read.
     pub fn show_once(&self, property: &str, value: impl Into<zbus::Variant<'static>>) {
-        self.inner.faults.lock().unwrap().properties_once.insert(property.to_owned(), variant(value));
+        self.faults().properties_once.insert(property.to_owned(), variant(value));
     }
 
     /// Crashes the daemon now: clients of a transaction see their socket close, the bus name is lost.
     pub async fn crash(&self) {
-        self.inner.crash().await;
+        crash(&self.daemon).await;
     }
 
     /// The daemon exits when idle: the name is released, running calls are lost. Returns `false` during a transaction;
     /// registered clients do not prevent the exit, as when an administrator stops the unit.
     pub async fn idle_exit(&self) -> bool {
-        self.inner.idle_exit().await
+        idle_exit(&self.daemon).await
     }
 
     /// The daemon exits on the next call without answering it: a client's race with the idle exit.
     pub fn idle_exit_on_next_call(&self) {
-        self.inner.faults.lock().unwrap().exit_on_call = true;
+        self.faults().exit_on_call = true;
     }
 
     /// The daemon crashes on this many calls without answering them; bus activation restarts it.
     pub fn crash_on_calls(&self, calls: usize) {
-        self.inner.faults.lock().unwrap().crash_on_calls = calls;
+        self.faults().crash_on_calls = calls;
     }
 
     /// Whether the daemon runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.inner.state.lock().unwrap().connection.is_some()
+        self.daemon.is_running()
     }
 
     /// Starts the daemon as its unit does.
     pub async fn start(&self) -> Result<(), String> {
-        match &self.inner.units {
+        match &self.double().units {
             Units::Double(systemd) => systemd.activate(UNIT).await,
-            Units::Real => self.inner.start().await,
+            Units::Real => start(&self.daemon).await,
         }
     }
 
     /// The title of the active transaction.
     #[must_use]
     pub fn active_transaction(&self) -> Option<String> {
-        self.inner.state.lock().unwrap().active.as_ref().map(|transaction| transaction.title.clone())
+        self.daemon.active().map(|transaction| transaction.title().to_owned())
     }
 
     /// The address of the active transaction.
     #[must_use]
     pub fn active_transaction_path(&self) -> Option<String> {
-        self.inner.state.lock().unwrap().active.as_ref().map(|transaction| transaction.address())
+        self.daemon.active().map(|transaction| transaction.address())
     }
 
     /// Starts a foreign transaction, e.g. `upgrade`, which runs until the handle ends it or a client cancels it.
     pub async fn foreign(&self, title: &str) -> anyhow::Result<Foreign> {
         self.start().await.map_err(anyhow::Error::msg)?;
         let end = Arc::new(Notify::new());
-        let transaction = self.inner.create(Request {
+        *self.double().foreign.lock().unwrap() = Some(end.clone());
+        let request = Request {
             method: "Upgrade".to_owned(),
             parameters: Vec::new(),
             title: title.to_owned(),
             sender: ":1.9999".to_owned(),
-            object: self.inner.os_path(),
+            object: self.os_path(),
             client: "client(id:cli dbus:1.9999 uid:0)".to_owned(),
-            work: Work::Foreign(end.clone()),
-        })?;
-        transaction.start();
-        self.inner.changed().await;
+            job: Job::Upgrade,
+        };
+        self.daemon.create(request, ()).await?.start();
         Ok(Foreign { end })
+    }
+
+    fn os_path(&self) -> String {
+        os_path(self.double().sysroot.osname())
     }
 
     /// `true` reproduces OCPBUGS-51150: the finalizer is not active after staging until it is started explicitly.
     pub fn finalizer_stays_inactive(&self, lazy: bool) {
-        self.inner.lazy_finalizer.store(lazy, Ordering::SeqCst);
+        self.double().lazy_finalizer.store(lazy, Ordering::SeqCst);
     }
 
     /// Sets how long a finished transaction waits for its clients to disconnect.
     pub fn set_force_close(&self, after: Duration) {
-        *self.inner.force_close.lock().unwrap() = after;
+        *self.double().force_close.lock().unwrap() = after;
     }
 
     /// Pulls and deploys `reference` outside of the daemon, as an installer does, with `engine`.
     pub async fn install(&self, engine: &Engine, reference: &str, kernel_arguments: &[String]) -> anyhow::Result<()> {
-        install(&self.inner.sysroot, engine, reference, kernel_arguments).await
+        install(&self.double().sysroot, engine, reference, kernel_arguments).await
     }
 
     /// Pulls `reference` into the store with this engine, outside of the daemon, as bootc does.
     pub(crate) async fn import(&self, reference: &Reference) -> Result<Image, String> {
-        let engine = self.inner.engine.lock().unwrap().clone();
-        pull::pull(&engine, &self.inner.sysroot, reference, &reference.canonical(), None).await
+        let engine = self.double().engine.lock().unwrap().clone();
+        pull::pull(&engine, &self.double().sysroot, reference, None).await
     }
 
     /// Stages an imported image with the kernel arguments of the booted deployment, as bootc does.
     pub(crate) async fn stage_imported(&self, image: Image) -> Result<(), String> {
-        let booted = self.inner.sysroot.load().into_iter().find(|deployment| deployment.booted);
+        let booted = self.double().sysroot.load().into_iter().find(|deployment| deployment.booted);
         let arguments = booted.map(|booted| booted.kernel_arguments).unwrap_or_default();
-        self.inner.stage(image, arguments, false).await.map(|_| ())
+        self.double().stage(image, arguments, false).await.map(|_| ())
     }
 
     /// Pulls and stages `reference` without the daemon, as bootc does: the daemon notices after `Reload`.
     pub async fn stage_behind(&self, reference: &str) -> anyhow::Result<()> {
-        let inner = &self.inner;
+        let inner = self.double();
         let parsed = Reference::parse(reference).map_err(anyhow::Error::msg)?;
         let engine = inner.engine.lock().unwrap().clone();
         inner.sysroot.set_locked(true);
-        let pulled = pull::pull(&engine, &inner.sysroot, &parsed, &parsed.canonical(), None).await;
+        let pulled = pull::pull(&engine, &inner.sysroot, &parsed, None).await;
         let arguments = inner.merge_arguments();
         let staged = match pulled {
             Ok(image) => inner.stage(image, arguments, false).await.map(|_| ()),
@@ -402,28 +398,49 @@ impl RpmOstreed {
 
     /// Runs `rpm-ostree rebase` by hand: a transaction of another client, to its end.
     pub async fn human_stage(&self, reference: &str) -> anyhow::Result<()> {
-        self.human_rebase(reference, false).await
+        self.human_rebase(reference, &[]).await
     }
 
     /// The same with `--lock-finalization`.
     pub async fn human_stage_locked(&self, reference: &str) -> anyhow::Result<()> {
-        self.human_rebase(reference, true).await
+        self.human_rebase(reference, &["lock-finalization"]).await
     }
 
-    async fn human_rebase(&self, reference: &str, locked: bool) -> anyhow::Result<()> {
-        self.start().await.map_err(anyhow::Error::msg)?;
-        let connection = bus::connect(&self.inner.address).await?;
-        let options: HashMap<&str, OwnedVariant> = HashMap::from([
-            ("initiating-command-line", variant(format!("rpm-ostree rebase {reference}"))),
-            ("lock-finalization", variant(locked)),
-        ]);
-        let none: Vec<&str> = Vec::new();
-        let reply = connection
-            .call_method(Some(NAME), self.inner.os_path(), Some(OS), "Rebase", &(options, reference, none))
-            .await?;
-        let (address,): (String,) = reply.body().deserialize()?;
-        run_transaction(&address).await
+    /// The same with `--download-only`.
+    pub async fn human_download(&self, reference: &str) -> anyhow::Result<()> {
+        self.human_rebase(reference, &["download-only"]).await
     }
+
+    /// The same with these options.
+    async fn human_rebase(&self, reference: &str, flags: &[&'static str]) -> anyhow::Result<()> {
+        let mut options = titled(&format!("rpm-ostree rebase {reference}"));
+        options.extend(flags.iter().map(|&flag| (flag, variant(true))));
+        self.human("Rebase", &(options, reference, Vec::<&str>::new())).await
+    }
+
+    /// Runs `rpm-ostree finalize-deployment CHECKSUM` by hand; a reboot follows.
+    pub async fn human_finalize(&self, checksum: &str) -> anyhow::Result<()> {
+        let mut options = titled(&format!("rpm-ostree finalize-deployment {checksum}"));
+        options.insert("checksum", variant(checksum));
+        self.human("FinalizeDeployment", &(options,)).await
+    }
+
+    async fn human<B: serde::Serialize + zbus::DynamicType>(&self, method: &str, body: &B) -> anyhow::Result<()> {
+        self.start().await.map_err(anyhow::Error::msg)?;
+        let connection = bus::connect(&self.double().address).await?;
+        let reply = connection.call_method(Some(NAME), self.os_path(), Some(OS), method, body).await?;
+        let (address,): (String,) = reply.body().deserialize()?;
+        let outcome = run_transaction(&address).await;
+        // Until the daemon has noticed that its client left, it refuses the next one.
+        while self.active_transaction_path().as_ref() == Some(&address) {
+            self.daemon.changed().await;
+        }
+        outcome
+    }
+}
+
+fn titled(title: &str) -> HashMap<&'static str, OwnedVariant> {
+    HashMap::from([("initiating-command-line", variant(title))])
 }
 
 /// Pulls `reference` with `engine` and deploys it as the only deployment of `sysroot`, as an installer does.
@@ -434,7 +451,7 @@ pub async fn install(
     kernel_arguments: &[String],
 ) -> anyhow::Result<()> {
     let parsed = Reference::parse(reference).map_err(anyhow::Error::msg)?;
-    let image = pull::pull(engine, sysroot, &parsed, &parsed.canonical(), None).await.map_err(anyhow::Error::msg)?;
+    let image = pull::pull(engine, sysroot, &parsed, None).await.map_err(anyhow::Error::msg)?;
     sysroot.install(&image, kernel_arguments)?;
     Ok(())
 }
@@ -443,7 +460,7 @@ pub async fn install(
 pub async fn run_transaction(address: &str) -> anyhow::Result<()> {
     let peer = zbus::connection::Builder::address(address).p2p().build().await?;
     let mut stream = MessageStream::from(&peer);
-    peer.call_method(None::<&str>, "/", Some(transaction::INTERFACE), "Start", &()).await?;
+    peer.call_method(None::<&str>, "/", Some(TRANSACTION), "Start", &()).await?;
     while let Some(Ok(message)) = bus::next(&mut stream).await {
         if message.header().member().is_some_and(|member| member.as_str() == "Finished") {
             let (success, text): (bool, String) = message.body().deserialize()?;
@@ -455,142 +472,105 @@ pub async fn run_transaction(address: &str) -> anyhow::Result<()> {
     anyhow::bail!("the daemon went away")
 }
 
-impl Inner {
-    /// Takes the name.
-    async fn start(self: &Arc<Self>) -> Result<(), String> {
-        if self.state.lock().unwrap().connection.is_some() {
-            return Ok(());
-        }
-        let failed = |_| "exit-code".to_owned();
-        let delay = self.faults.lock().unwrap().start_delay;
-        tokio::time::sleep(delay).await;
-        // The exit was requested again meanwhile.
-        if self.state.lock().unwrap().connection.is_some() {
-            return Ok(());
-        }
-        let connection = bus::connect(&self.address).await.map_err(failed)?;
-        {
-            let mut state = self.state.lock().unwrap();
-            state.deployments = self.sysroot.load();
-            state.connection = Some(connection.clone());
-        }
-        let stream = MessageStream::from(&connection);
-        tokio::spawn(bus::serve(stream, self.clone()));
-        bus::bus_call(&connection, "AddMatch", &("type='signal',member='NameOwnerChanged'",)).await.map_err(failed)?;
-        connection.request_name(NAME).await.map_err(failed)?;
-        Ok(())
+/// Takes the name.
+async fn start(daemon: &Arc<Daemon<Double>>) -> Result<(), String> {
+    if daemon.is_running() {
+        return Ok(());
+    }
+    let delay = daemon.host.faults.lock().unwrap().start_delay;
+    tokio::time::sleep(delay).await;
+    // The exit was requested again meanwhile.
+    if daemon.is_running() {
+        return Ok(());
+    }
+    let failed = |_| "exit-code".to_owned();
+    let connection = bus::connect(&daemon.host.address).await.map_err(failed)?;
+    daemon.start(connection).await.map_err(failed)
+}
+
+async fn crash(daemon: &Arc<Daemon<Double>>) {
+    if let Units::Double(systemd) = &daemon.host.units {
+        systemd.fail(UNIT, "signal");
+    }
+    daemon.stop().await;
+}
+
+async fn idle_exit(daemon: &Arc<Daemon<Double>>) -> bool {
+    if daemon.active().is_some() {
+        return false;
+    }
+    if let Units::Double(systemd) = &daemon.host.units {
+        systemd.set(UNIT, "inactive", "dead");
+    }
+    daemon.stop().await;
+    true
+}
+
+impl Host for Double {
+    type Lock = ();
+
+    async fn load(&self) -> Vec<Deployment> {
+        self.sysroot.load()
     }
 
-    /// Ends the process: the rest of a transaction first, then the connection.
-    async fn stop(self: &Arc<Self>) {
-        let (connection, active) = {
-            let mut state = self.state.lock().unwrap();
-            state.clients.clear();
-            (state.connection.take(), state.active.take())
-        };
-        if let Some(connection) = connection {
-            let _ = connection.close().await;
-        }
-        if let Some(active) = active {
-            // The transaction's tasks may include the caller: they are detached, so that every client is disconnected.
-            let _ = tokio::spawn(async move { active.force_close().await }).await;
+    async fn lock(&self) -> Result<(), Failure> {
+        if self.sysroot.is_locked() { Err(rpm_ostreed::sysroot_is_locked()) } else { Ok(()) }
+    }
+
+    async fn work(&self, transaction: &Arc<Transaction>, (): ()) -> Result<(), String> {
+        tokio::select! {
+            biased;
+            text = transaction.cancelled() => Err(text),
+            outcome = self.execute(transaction) => outcome,
         }
     }
 
-    async fn crash(self: &Arc<Self>) {
-        if let Units::Double(systemd) = &self.units {
-            systemd.fail(UNIT, "signal");
+    async fn reboot(&self) {
+        if matches!(self.units, Units::Real) {
+            let _ = systemctl(&["reboot"]).await;
+            return;
         }
-        self.stop().await;
+        let Ok(connection) = bus::connect(&self.address).await else { return };
+        let (name, manager) = ("org.freedesktop.login1", "org.freedesktop.login1.Manager");
+        let _ = connection.call_method(Some(name), "/org/freedesktop/login1", Some(manager), "Reboot", &(false,)).await;
     }
 
-    async fn idle_exit(self: &Arc<Self>) -> bool {
-        if self.state.lock().unwrap().active.is_some() {
-            return false;
-        }
-        if let Units::Double(systemd) = &self.units {
-            systemd.set(UNIT, "inactive", "dead");
-        }
-        self.stop().await;
-        true
+    fn socket(&self) -> PathBuf {
+        // Sockets of dead daemons remain; each transaction gets its own path.
+        let number = self.transactions.fetch_add(1, Ordering::SeqCst);
+        self.dir.join(format!("rpm-ostree-transaction-{number}.sock"))
     }
 
-    pub(crate) fn has_power(&self) -> bool {
-        self.sysroot.is_powered()
-    }
-
-    pub(crate) fn force_close_after(&self) -> Duration {
-        *self.force_close.lock().unwrap()
-    }
-
-    fn os_path(&self) -> String {
-        let mut path = String::from("/org/projectatomic/rpmostree1/");
-        for character in self.sysroot.osname().bytes() {
-            match character {
-                b'-' | b'/' => path.push('_'),
-                b'_' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => path.push(char::from(character)),
-                other => path.push_str(&format!("_{other:02X}")),
+    fn hear(&self, happened: Happened<'_>) {
+        self.events.emit(match happened {
+            Happened::Requested(job) => requested(job),
+            Happened::Started(request) => Event::TransactionStarted { title: request.title.clone() },
+            Happened::Said(text) => Event::TransactionMessage(text.to_owned()),
+            Happened::Finished(request, error) => {
+                Event::TransactionFinished { title: request.title.clone(), error: error.map(str::to_owned) }
             }
-        }
-        path
+            Happened::Logged(_) => return,
+        });
     }
 
-    /// Reads the sysroot again and reports changes.
-    pub(crate) async fn refresh(&self) {
-        let deployments = self.sysroot.load();
-        let changed = {
-            let mut state = self.state.lock().unwrap();
-            std::mem::replace(&mut state.deployments, deployments.clone()) != deployments
-        };
-        if changed {
-            self.changed().await;
-        }
-    }
-
-    async fn changed(&self) {
-        let connection = self.state.lock().unwrap().connection.clone();
-        let Some(connection) = connection else { return };
-        for path in [SYSROOT_PATH.to_owned(), self.os_path()] {
-            for interface in self.at(&path) {
-                bus::properties_changed(&connection, &path, &interface).await;
-            }
-        }
-    }
-
-    /// Runs when the transaction is over and its clients have left.
-    pub(crate) async fn closed(&self, transaction: &Arc<Transaction>) {
-        let mine = {
-            let mut state = self.state.lock().unwrap();
-            let mine = state.active.as_ref().is_some_and(|active| Arc::ptr_eq(active, transaction));
-            if mine {
-                state.active = None;
-            }
-            mine
-        };
-        if mine {
-            let _ = std::fs::remove_file(&transaction.socket);
-            self.changed().await;
-        }
-    }
-
-    /// Applies the faults that belong to a message.
-    pub(crate) async fn disturb(self: &Arc<Self>, text: &str) {
+    /// Applies the faults that belong to a text.
+    async fn disturb(&self, daemon: &Arc<Daemon<Self>>, text: &str) {
         // Created first, so that no later release is missed.
         let released = self.release.notified();
-        let (hang, crash) = {
+        let (hangs, crashes) = {
             let mut faults = self.faults.lock().unwrap();
-            let crash = faults.crash.take_if(|wanted| text.contains(wanted.as_str())).is_some();
-            (faults.hang.take_if(|wanted| text.contains(wanted.as_str())).is_some(), crash)
+            let crashes = faults.crash.take_if(|wanted| text.contains(wanted.as_str())).is_some();
+            (faults.hang.take_if(|wanted| text.contains(wanted.as_str())).is_some(), crashes)
         };
         if !self.has_power() {
             std::future::pending::<()>().await;
         }
-        if crash {
-            let this = self.clone();
-            tokio::spawn(async move { this.crash().await });
+        if crashes {
+            let daemon = daemon.clone();
+            tokio::spawn(async move { crash(&daemon).await });
             std::future::pending::<()>().await;
         }
-        if hang {
+        if hangs {
             self.hanging.store(true, Ordering::SeqCst);
             let guard = HangGuard(&self.hanging);
             released.await;
@@ -598,123 +578,128 @@ impl Inner {
         }
     }
 
-    pub(crate) fn ignores_cancel(&self) -> bool {
-        self.faults.lock().unwrap().ignore_cancel
+    fn cancel(&self) -> Option<String> {
+        let faults = self.faults.lock().unwrap();
+        let text = faults.cancel_text.clone().unwrap_or_else(|| "Operation was cancelled".to_owned());
+        Some(text).filter(|_| !faults.ignore_cancel)
     }
 
-    pub(crate) fn cancel_text(&self) -> String {
-        let text = self.faults.lock().unwrap().cancel_text.clone();
-        text.unwrap_or_else(|| "Operation was cancelled".to_owned())
+    async fn chatter(&self, client: &Connection) -> zbus::Result<()> {
+        let messages = self.faults.lock().unwrap().chatter;
+        for number in 0..messages {
+            let text = format!("message {number}");
+            client.emit_signal(None::<&str>, "/", TRANSACTION, "Message", &(text,)).await?;
+        }
+        if messages > 0 {
+            client.emit_signal(None::<&str>, "/", "org.example.Stranger", "Finished", &(true, "")).await?;
+        }
+        Ok(())
     }
 
-    pub(crate) fn chatters(&self) -> u32 {
-        self.faults.lock().unwrap().chatter
-    }
-
-    /// Root, which is the user that runs the daemon, may do everything; the bus tells who calls. Other users may do
-    /// what polkit allows, which is nothing here.
-    async fn authorize(&self, connection: &Connection, call: &Call) -> Result<(), Failure> {
-        let reply = bus::bus_call(connection, "GetConnectionUnixUser", &(call.sender.as_str(),)).await?;
-        let (uid,): (u32,) = reply.body().deserialize()?;
+    /// Root is the user that runs the daemon.
+    fn trusts(&self, member: &str, uid: u32) -> bool {
         if matches!(self.units, Units::Real) {
-            println!("{} is called by uid {uid}", call.member);
+            println!("{member} is called by uid {uid}");
         }
-        let open = ["GetOS", "Reload", "GetDeploymentBootConfig"].contains(&call.member.as_str());
-        let trusted = uid == nix::unistd::getuid().as_raw() && !self.faults.lock().unwrap().strangers;
-        if open || trusted {
-            return Ok(());
-        }
-        let object = if call.path == SYSROOT_PATH { "Sysroot" } else { "OS" };
-        let text = format!("rpmostreed {object} operation {} not allowed for user", call.member);
-        Err(Failure::new("org.freedesktop.DBus.Error.AccessDenied", text))
+        uid == nix::unistd::getuid().as_raw() && !self.faults.lock().unwrap().strangers
     }
 
-    fn create(self: &Arc<Self>, request: Request) -> Result<Arc<Transaction>, Failure> {
-        // Sockets of dead daemons remain; each transaction gets its own path.
-        let number = self.transactions.fetch_add(1, Ordering::SeqCst);
-        let socket = self.dir.join(format!("rpm-ostree-transaction-{number}.sock"));
-        let transaction =
-            Transaction::listen(self, socket, request).map_err(|error| Failure::new(FAILED, error.to_string()))?;
-        self.state.lock().unwrap().active = Some(transaction.clone());
-        Ok(transaction)
+    fn version(&self) -> Version {
+        self.faults.lock().unwrap().version
     }
 
-    async fn transaction(
-        self: &Arc<Self>,
-        call: &Call,
-        name: &str,
-        argument: String,
-        title: Option<String>,
-        work: Work,
-    ) -> Answer {
-        self.events.emit(Event::TransactionRequested { method: name.to_owned(), argument });
-        let parameters = call.message.body().data().bytes().to_vec();
-        let active = self.state.lock().unwrap().active.clone();
-        if let Some(active) = active {
-            if active.method == call.member && active.parameters == parameters {
-                return call.reply(&(active.address(),));
-            }
-            return Err(Failure::new(
-                BUSY,
-                format!(
-                    "Transaction in progress: {}\n You can cancel the current transaction with `rpm-ostree cancel`",
-                    active.shown_title()
-                ),
-            ));
-        }
-        if self.sysroot.is_locked() {
-            return Err(Failure::new(BUSY, "System transaction in progress"));
-        }
-        self.refresh().await;
-        let id = self.state.lock().unwrap().clients.get(&call.sender).cloned().unwrap_or_default();
-        let client = match id.as_str() {
-            "" => format!("client(dbus{} uid:0)", call.sender),
-            id => format!("client(id:{id} dbus{} uid:0)", call.sender),
-        };
-        let transaction = self.create(Request {
-            method: call.member.clone(),
-            parameters,
-            title: title.unwrap_or_else(|| name.to_owned()),
-            sender: call.sender.clone(),
-            object: call.path.clone(),
-            client,
-            work,
-        })?;
-        self.changed().await;
-        let (lost, garbage, address) = {
+    fn hand_out(&self, call: &Call, address: String) -> Answer {
+        let (lost, garbage, other) = {
             let mut faults = self.faults.lock().unwrap();
             (std::mem::take(&mut faults.lose_reply), faults.garbage_reply, faults.address.clone())
         };
-        if lost {
-            return Ok(None);
+        match (lost, garbage) {
+            (true, _) => Ok(None),
+            (false, true) => call.reply(&(7_u32,)),
+            (false, false) => call.reply(&(other.unwrap_or(address),)),
         }
-        if garbage {
-            return call.reply(&(7_u32,));
-        }
-        call.reply(&(address.unwrap_or_else(|| transaction.address()),))
     }
 
-    /// Does the work of a started transaction.
-    pub(crate) async fn execute(self: &Arc<Self>, transaction: &Arc<Transaction>, work: Work) -> Result<(), String> {
-        if !matches!(work, Work::Foreign(_)) {
-            let (fail, no_change) = {
-                let mut faults = self.faults.lock().unwrap();
-                let fail = faults.fail.take().or_else(|| faults.fail_all.clone());
-                (fail, std::mem::take(&mut faults.no_change))
-            };
-            if let Some(text) = fail {
-                return Err(text);
-            }
-            if no_change {
-                transaction.message("No change.").await;
-                return Ok(());
+    fn amend(&self, properties: &mut [(&'static str, OwnedVariant)]) {
+        let mut faults = self.faults.lock().unwrap();
+        for (name, value) in properties {
+            let once = faults.properties_once.remove(*name);
+            if let Some(other) = once.or_else(|| faults.properties.get(*name).cloned()) {
+                *value = other;
             }
         }
-        match work {
-            Work::Rebase { options, reference } => self.rebase(transaction, &options, &reference).await,
-            Work::Cleanup(kinds) => self.cleanup(transaction, &kinds).await,
-            Work::KernelArgs { existing, changes, locked } => {
-                let Some(mut arguments) = edit_arguments(&existing, &changes)? else {
+    }
+
+    fn patience(&self) -> Duration {
+        *self.force_close.lock().unwrap()
+    }
+
+    fn has_power(&self) -> bool {
+        self.sysroot.is_powered()
+    }
+
+    async fn leaves(&self, daemon: &Arc<Daemon<Self>>) -> bool {
+        let (exits, crashes) = {
+            let mut faults = self.faults.lock().unwrap();
+            let crashes = faults.crash_on_calls > 0;
+            faults.crash_on_calls = faults.crash_on_calls.saturating_sub(1);
+            (std::mem::take(&mut faults.exit_on_call), crashes)
+        };
+        if crashes {
+            // A unit that dies during its start would count as running.
+            while let Units::Double(systemd) = &self.units
+                && systemd.unit(UNIT).is_some_and(|unit| unit.active == "activating")
+            {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            crash(daemon).await;
+            return true;
+        }
+        exits && idle_exit(daemon).await
+    }
+}
+
+fn requested(job: &Job) -> Event {
+    let (method, argument) = match job {
+        Job::Rebase(rebase) => ("rebase", rebase.reference.clone()),
+        Job::Cleanup(kinds) => ("cleanup", kinds.join(",")),
+        Job::KernelArguments(KernelArguments { last: Some(last), .. }) => ("kernel-args", format!("=[{last}]")),
+        Job::KernelArguments(changes) => {
+            let [added, replaced, removed] =
+                [&changes.added, &changes.replaced, &changes.removed].map(|list| list.join(" "));
+            ("kernel-args", format!("+[{added}] ~[{replaced}] -[{removed}]"))
+        }
+        Job::Rollback => ("rollback", String::new()),
+        Job::Upgrade => ("upgrade", String::new()),
+        Job::Finalize(finalize) => ("finalize-deployment", finalize.checksum.clone().unwrap_or_default()),
+    };
+    Event::TransactionRequested { method: method.to_owned(), argument }
+}
+
+impl Double {
+    async fn execute(&self, transaction: &Arc<Transaction>) -> Result<(), String> {
+        let foreign = self.foreign.lock().unwrap().take();
+        if let Some(end) = foreign {
+            end.notified().await;
+            return Ok(());
+        }
+        let (fail, no_change) = {
+            let mut faults = self.faults.lock().unwrap();
+            let fail = faults.fail.take().or_else(|| faults.fail_all.clone());
+            (fail, std::mem::take(&mut faults.no_change))
+        };
+        if let Some(text) = fail {
+            return Err(text);
+        }
+        if no_change {
+            transaction.message("No change.").await;
+            return Ok(());
+        }
+        match transaction.job() {
+            Job::Rebase(rebase) => self.rebase(transaction, rebase).await,
+            Job::Cleanup(kinds) => self.cleanup(transaction, kinds).await,
+            Job::KernelArguments(changes) => {
+                let Some(mut arguments) = edit_arguments(changes)? else {
                     transaction.message("No changes.").await;
                     return Ok(());
                 };
@@ -722,21 +707,21 @@ impl Inner {
                 arguments.retain(|word| !word.starts_with("ostree="));
                 let first = self.sysroot.load().into_iter().next().ok_or("No deployments found")?;
                 let image = Image::stored(&self.sysroot, &first.reference)?;
-                self.deploy(transaction, image, arguments, locked).await
+                self.deploy(transaction, image, arguments, changes.locked).await
             }
-            Work::Rollback => {
+            Job::Rollback => {
                 transaction.message("Moving the rollback deployment to be first in boot order").await;
                 self.sysroot.roll_back().map_err(|error| error.to_string())
             }
-            Work::Upgrade => {
+            Job::Upgrade => {
                 transaction.message("No upgrade available.").await;
                 Ok(())
             }
-            Work::Foreign(end) => {
-                end.notified().await;
+            Job::Finalize(_) => {
+                let unlocked = self.sysroot.unlock().map_err(|error| format!("{error:#}"))?;
+                self.events.emit(Event::Unlocked { reference: unlocked.reference });
                 Ok(())
             }
-            Work::Nothing => Ok(()),
         }
     }
 
@@ -745,45 +730,27 @@ impl Inner {
         self.sysroot.load().into_iter().next().map(|first| first.kernel_arguments).unwrap_or_default()
     }
 
-    async fn rebase(
-        self: &Arc<Self>,
-        transaction: &Arc<Transaction>,
-        options: &Dict,
-        reference: &str,
-    ) -> Result<(), String> {
+    async fn rebase(&self, transaction: &Arc<Transaction>, rebase: &Rebase) -> Result<(), String> {
         let deployments = self.sysroot.load();
-        let first = deployments.first();
-        let parsed = Reference::parse(reference)?;
-        if first.is_some_and(|first| first.reference == reference) {
-            return Err(format!("Old and new refs are equal: {reference}"));
-        }
+        let parsed = Reference::parse(&rebase.reference)?;
         if deployments.iter().any(|deployment| deployment.booted && !deployment.requested_packages.is_empty()) {
             return Err("Updating rpm-md repo 'updates': cannot update repo 'updates': Cannot download repomd.xml: \
                         Cannot download repodata/repomd.xml: All mirrors were tried"
                 .to_owned());
         }
-        let source = match lookup_str(options, "revision").filter(|revision| !revision.is_empty()) {
-            Some(revision) => parsed.at(&revision),
-            None => parsed.clone(),
-        };
         let engine = self.engine.lock().unwrap().clone();
-        let image = pull::pull(&engine, &self.sysroot, &source, &parsed.canonical(), Some(transaction)).await?;
-        if lookup_bool(options, "allow-downgrade") == Some(false)
-            && first.is_some_and(|first| image.timestamp < first.timestamp)
-        {
-            return Err("While checking against deployment timestamp: Upgrade target revision is older".to_owned());
-        }
-        if lookup_bool(options, "download-only") == Some(true) {
-            transaction.message("Update downloaded.").await;
+        let image = pull::pull(&engine, &self.sysroot, &parsed, Some(transaction)).await?;
+        if rebase.download_only {
+            let changes = deployments.first().is_none_or(|first| first.digest != image.digest);
+            transaction.message(if changes { "Update downloaded." } else { "No changes." }).await;
             return Ok(());
         }
-        let locked = lookup_bool(options, "lock-finalization") == Some(true);
         let arguments = self.merge_arguments();
-        self.deploy(transaction, image, arguments, locked).await
+        self.deploy(transaction, image, arguments, rebase.locked).await
     }
 
     async fn deploy(
-        self: &Arc<Self>,
+        &self,
         transaction: &Arc<Transaction>,
         image: Image,
         arguments: Vec<String>,
@@ -797,7 +764,7 @@ impl Inner {
     }
 
     /// Stages an image, reports it, and has systemd start the finalizer.
-    async fn stage(self: &Arc<Self>, image: Image, arguments: Vec<String>, locked: bool) -> Result<Deployment, String> {
+    async fn stage(&self, image: Image, arguments: Vec<String>, locked: bool) -> Result<Deployment, String> {
         let sysroot = self.sysroot.clone();
         let staged = tokio::task::spawn_blocking(move || sysroot.stage(&image, &arguments, locked))
             .await
@@ -810,7 +777,7 @@ impl Inner {
         Ok(staged)
     }
 
-    async fn cleanup(self: &Arc<Self>, transaction: &Arc<Transaction>, kinds: &[String]) -> Result<(), String> {
+    async fn cleanup(&self, transaction: &Arc<Transaction>, kinds: &[String]) -> Result<(), String> {
         let mut changed = false;
         for kind in kinds {
             let done = match kind.as_str() {
@@ -834,126 +801,6 @@ impl Inner {
         }
         Ok(())
     }
-
-    /// The same as in the daemon: by index, or the base of a new deployment; an error where a staged deployment has no
-    /// recorded arguments.
-    async fn boot_config(
-        self: &Arc<Self>,
-        index: &str,
-        pending: bool,
-    ) -> Result<BTreeMap<String, OwnedVariant>, Failure> {
-        let deployments = self.sysroot.load();
-        if index.bytes().any(|byte| !byte.is_ascii_digit()) {
-            let text = format!("Invalid deployment index {index}, must be a number and >= 0");
-            return Err(Failure::new(INVALID, text));
-        }
-        let number: usize = match index {
-            "" if pending => 0,
-            "" => deployments.iter().position(|deployment| deployment.booted).unwrap_or(0),
-            index => index.parse().unwrap_or(usize::MAX),
-        };
-        let Some(deployment) = deployments.get(number) else {
-            let text = format!("Out of range deployment index {number}, expected < {}", deployments.len());
-            return Err(Failure::new(INVALID, text));
-        };
-        if deployment.staged && !self.sysroot.notes_arguments() {
-            self.crash().await;
-            return Err(Failure::new(
-                "org.freedesktop.DBus.Error.NoReply",
-                "Message recipient disconnected".to_owned(),
-            ));
-        }
-        let mut config = BTreeMap::from([
-            ("staged".to_owned(), variant(deployment.staged)),
-            ("options".to_owned(), variant(deployment.options())),
-        ]);
-        if !deployment.staged {
-            config.insert("title".to_owned(), variant(format!("{} {}", deployment.osname, deployment.checksum)));
-            config.insert("linux".to_owned(), variant(format!("/ostree/{}/vmlinuz", deployment.checksum)));
-        }
-        Ok(config)
-    }
-
-    async fn call_sysroot(self: &Arc<Self>, call: &Call) -> Answer {
-        let body = call.message.body();
-        match call.member.as_str() {
-            "RegisterClient" => {
-                let (options,): (Dict,) = body.deserialize()?;
-                let id = lookup_str(&options, "id").filter(|id| id != "cli").unwrap_or_default();
-                self.state.lock().unwrap().clients.insert(call.sender.clone(), id);
-                call.reply(&())
-            }
-            "UnregisterClient" => {
-                let (_options,): (Dict,) = body.deserialize()?;
-                self.state.lock().unwrap().clients.remove(&call.sender);
-                call.reply(&())
-            }
-            "Reload" => {
-                self.refresh().await;
-                call.reply(&())
-            }
-            "GetOS" => {
-                let (name,): (String,) = body.deserialize()?;
-                if name != self.sysroot.osname() {
-                    return Err(Failure::new(NOT_FOUND, format!("OS name \"{name}\" not found")));
-                }
-                call.reply(&(ObjectPath::try_from(self.os_path())?,))
-            }
-            _ => call.unknown(),
-        }
-    }
-
-    async fn call_os(self: &Arc<Self>, call: &Call) -> Answer {
-        let body = call.message.body();
-        match call.member.as_str() {
-            "Rebase" => {
-                let (options, reference, _packages): (Dict, String, Vec<String>) = body.deserialize()?;
-                let title = lookup_str(&options, "initiating-command-line");
-                let work = Work::Rebase { options, reference: reference.clone() };
-                self.transaction(call, "rebase", reference, title, work).await
-            }
-            "Cleanup" => {
-                let (kinds,): (Vec<String>,) = body.deserialize()?;
-                let known = ["base", "pending-deploy", "rollback-deploy", "repomd"];
-                let is_idle = self.state.lock().unwrap().active.is_none();
-                if let Some(kind) = kinds.iter().find(|kind| is_idle && !known.contains(&kind.as_str())) {
-                    return Err(Failure::new(FAILED, format!("Invalid cleanup type: {kind}")));
-                }
-                let title = Some("cleanup".to_owned());
-                self.transaction(call, "cleanup", kinds.join(","), title, Work::Cleanup(kinds)).await
-            }
-            "KernelArgs" => {
-                type Strings = Vec<String>;
-                let (existing, added, replaced, removed, options): (String, Strings, Strings, Strings, Dict) =
-                    body.deserialize()?;
-                let title = lookup_str(&options, "initiating-command-line").or(Some("kargs".to_owned()));
-                let locked = lookup_bool(&options, "lock-finalization") == Some(true);
-                let last = lookup_str(&options, "final-kernel-args");
-                let argument = match &last {
-                    Some(last) => format!("=[{last}]"),
-                    None => format!("+[{}] ~[{}] -[{}]", added.join(" "), replaced.join(" "), removed.join(" ")),
-                };
-                let changes = ArgumentChanges { added, replaced, removed, last };
-                let work = Work::KernelArgs { existing, changes, locked };
-                self.transaction(call, "kernel-args", argument, title, work).await
-            }
-            "Rollback" => {
-                let (_options,): (Dict,) = body.deserialize()?;
-                self.transaction(call, "rollback", String::new(), None, Work::Rollback).await
-            }
-            "Upgrade" => {
-                let (options,): (Dict,) = body.deserialize()?;
-                let title = lookup_str(&options, "initiating-command-line");
-                self.transaction(call, "upgrade", String::new(), title, Work::Upgrade).await
-            }
-            "GetDeploymentBootConfig" => {
-                let (index, pending): (String, bool) = body.deserialize()?;
-                let config = self.boot_config(&index, pending).await?;
-                call.reply(&(config,))
-            }
-            _ => call.unknown(),
-        }
-    }
 }
 
 struct HangGuard<'a>(&'a AtomicBool);
@@ -967,24 +814,9 @@ impl Drop for HangGuard<'_> {
 impl RpmOstreed {
     /// The daemon ends with the machine.
     pub(crate) async fn power_off(&self) {
-        self.inner.stop().await;
-        self.inner.sysroot.set_locked(false);
+        self.daemon.stop().await;
+        self.double().sysroot.set_locked(false);
     }
-}
-
-impl From<Failure> for anyhow::Error {
-    fn from(failure: Failure) -> Self {
-        anyhow::anyhow!("{}: {}", failure.name, failure.text)
-    }
-}
-
-/// The arguments of a `KernelArgs` call; `last` is the option `final-kernel-args`.
-#[derive(Debug)]
-pub(crate) struct ArgumentChanges {
-    added: Vec<String>,
-    replaced: Vec<String>,
-    removed: Vec<String>,
-    last: Option<String>,
 }
 
 /// Splits at blanks outside quotes, as libostree does.
@@ -1004,7 +836,8 @@ fn key_and_value(word: &str) -> (&str, Option<&str>) {
 /// rpm-ostreed's `kernel_arg_transaction_execute` with libostree's `ostree_kernel_args_delete` and `_new_replace`: the
 /// client names the existing arguments, deleting comes before replacing and appending, and of equal arguments the first
 /// is deleted. `None` without a change.
-fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Vec<String>>, String> {
+fn edit_arguments(changes: &KernelArguments) -> Result<Option<Vec<String>>, String> {
+    let existing = &changes.existing;
     if let Some(last) = &changes.last {
         return Ok((last != existing).then(|| split_arguments(last)));
     }
@@ -1046,124 +879,16 @@ fn edit_arguments(existing: &str, changes: &ArgumentChanges) -> Result<Option<Ve
     Ok((!nothing).then_some(words))
 }
 
-const SYSROOT_MEMBERS: &str = r#"
-<method name="RegisterClient"><arg name="options" type="a{sv}" direction="in"/></method>
-<method name="UnregisterClient"><arg name="options" type="a{sv}" direction="in"/></method>
-<method name="Reload"/>
-<method name="GetOS"><arg name="name" type="s" direction="in"/><arg name="object_path" type="o" direction="out"/></method>
-"#;
-
-const OS_MEMBERS: &str = r#"
-<method name="Rebase"><arg name="options" type="a{sv}" direction="in"/><arg name="refspec" type="s" direction="in"/><arg name="packages" type="as" direction="in"/><arg name="transaction_address" type="s" direction="out"/></method>
-<method name="Cleanup"><arg name="elements" type="as" direction="in"/><arg name="transaction_address" type="s" direction="out"/></method>
-<method name="KernelArgs"><arg name="existing_kernel_arg" type="s" direction="in"/><arg name="kernel_args_added" type="as" direction="in"/><arg name="kernel_args_replaced" type="as" direction="in"/><arg name="kernel_args_removed" type="as" direction="in"/><arg name="options" type="a{sv}" direction="in"/><arg name="transaction_address" type="s" direction="out"/></method>
-<method name="Rollback"><arg name="options" type="a{sv}" direction="in"/><arg name="transaction_address" type="s" direction="out"/></method>
-<method name="Upgrade"><arg name="options" type="a{sv}" direction="in"/><arg name="transaction_address" type="s" direction="out"/></method>
-<method name="GetDeploymentBootConfig"><arg name="deployid" type="s" direction="in"/><arg name="is_pending" type="b" direction="in"/><arg name="bootconfig" type="a{sv}" direction="out"/></method>
-"#;
-
-impl Service for Inner {
-    fn at(&self, path: &str) -> Vec<Interface> {
-        let state = self.state.lock().unwrap();
-        let deployments = &state.deployments;
-        let dict = |found: Option<&Deployment>| variant(found.map(Deployment::dict).unwrap_or_default());
-        let booted = deployments.iter().position(|deployment| deployment.booted);
-        if path == SYSROOT_PATH {
-            let active = match &state.active {
-                Some(active) => (active.method.clone(), active.sender.clone(), active.object.clone()),
-                None => Default::default(),
-            };
-            let address = state.active.as_ref().map(|active| active.address()).unwrap_or_default();
-            let os = if booted.is_some() { self.os_path() } else { "/".to_owned() };
-            let list: Vec<Dict> = deployments.iter().map(Deployment::dict).collect();
-            let mut properties = vec![
-                ("Booted", variant(ObjectPath::try_from(os).expect("a valid path"))),
-                ("Path", variant("/")),
-                ("ActiveTransaction", variant(active)),
-                ("ActiveTransactionPath", variant(address)),
-                ("AutomaticUpdatePolicy", variant("none")),
-                ("Deployments", variant(list)),
-            ];
-            let mut faults = self.faults.lock().unwrap();
-            for (name, value) in &mut properties {
-                let once = faults.properties_once.remove(*name);
-                if let Some(other) = once.or_else(|| faults.properties.get(*name).cloned()) {
-                    *value = other;
-                }
-            }
-            return vec![Interface { name: SYSROOT, members: SYSROOT_MEMBERS, properties }];
-        }
-        if path == self.os_path() && !deployments.is_empty() {
-            return vec![Interface {
-                name: OS,
-                members: OS_MEMBERS,
-                properties: vec![
-                    ("Name", variant(self.sysroot.osname())),
-                    ("BootedDeployment", dict(booted.and_then(|index| deployments.get(index)))),
-                    ("DefaultDeployment", dict(deployments.first())),
-                    ("RollbackDeployment", dict(booted.and_then(|index| deployments.get(index + 1)))),
-                ],
-            }];
-        }
-        Vec::new()
-    }
-
-    async fn leaves(self: &Arc<Self>) -> bool {
-        let (exits, crashes) = {
-            let mut faults = self.faults.lock().unwrap();
-            let crashes = faults.crash_on_calls > 0;
-            faults.crash_on_calls = faults.crash_on_calls.saturating_sub(1);
-            (std::mem::take(&mut faults.exit_on_call), crashes)
-        };
-        if crashes {
-            // A unit that dies during its start would count as running.
-            while let Units::Double(systemd) = &self.units
-                && systemd.unit(UNIT).is_some_and(|unit| unit.active == "activating")
-            {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            self.crash().await;
-            return true;
-        }
-        exits && self.idle_exit().await
-    }
-
-    async fn call(self: &Arc<Self>, connection: &Connection, call: &Call) -> Answer {
-        self.authorize(connection, call).await?;
-        if call.path == SYSROOT_PATH {
-            self.call_sysroot(call).await
-        } else if call.path == self.os_path() {
-            self.call_os(call).await
-        } else {
-            call.unknown()
-        }
-    }
-
-    async fn signal(self: &Arc<Self>, message: &Message) {
-        let Ok((name, _, new)) = message.body().deserialize::<(String, String, String)>() else { return };
-        if !new.is_empty() {
-            return;
-        }
-        let active = {
-            let mut state = self.state.lock().unwrap();
-            state.clients.remove(&name);
-            state.active.clone()
-        };
-        if let Some(active) = active
-            && active.sender == name
-            && active.is_waiting()
-        {
-            active.abandon().await;
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use std::path::PathBuf;
 
+    use std::collections::BTreeMap;
+
+    use rpm_ostreed::{BUSY, SYSROOT, SYSROOT_PATH};
+
     use super::*;
-    use crate::bus::Bus;
+    use crate::bus::{Bus, Dict, lookup_bool, lookup_str};
 
     /// Images in OCI layouts, and a script in place of skopeo that serves them.
     pub(crate) struct Layouts {
@@ -1273,7 +998,7 @@ pub(crate) mod tests {
         }
 
         fn load(&self) -> Vec<Deployment> {
-            self.daemon.inner.sysroot.load()
+            self.daemon.double().sysroot.load()
         }
     }
 
@@ -1311,7 +1036,7 @@ pub(crate) mod tests {
     }
 
     async fn start(peer: &Connection) -> bool {
-        let reply = peer.call_method(None::<&str>, "/", Some(transaction::INTERFACE), "Start", &()).await.unwrap();
+        let reply = peer.call_method(None::<&str>, "/", Some(TRANSACTION), "Start", &()).await.unwrap();
         reply.body().deserialize::<(bool,)>().unwrap().0
     }
 
@@ -1371,7 +1096,7 @@ pub(crate) mod tests {
         assert_eq!(host.systemd.unit(FINALIZER).unwrap().active, "active");
         let staged = &host.load()[0];
         assert_eq!(staged.kernel_arguments, ["rw", "quiet"]);
-        let tree = host.daemon.inner.sysroot.tree(staged);
+        let tree = host.daemon.double().sysroot.tree(staged);
         assert_eq!(std::fs::read_to_string(tree.join("usr/etc/version")).unwrap(), "2");
         let mut seen = Vec::new();
         while let Ok(event) = host.events.try_recv() {
@@ -1418,22 +1143,6 @@ pub(crate) mod tests {
                 assert!(xml.contains(line), "{line} is not in {xml}");
             }
         }
-        let reply =
-            client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &("", false)).await.unwrap();
-        let (config,): (Dict,) = reply.body().deserialize().unwrap();
-        assert!(lookup_str(&config, "options").unwrap().starts_with("rw quiet ostree=/ostree/boot.1/fedora-coreos/"));
-        host.daemon.stage_behind(&reference(&host.layouts.image("2", true))).await.unwrap();
-        for (index, pending, staged) in [("", false, false), ("", true, true), ("0", false, true), ("1", true, false)] {
-            let body = (index, pending);
-            let reply =
-                client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &body).await.unwrap();
-            let (config,): (Dict,) = reply.body().deserialize().unwrap();
-            assert_eq!(lookup_bool(&config, "staged"), Some(staged), "{index} {pending}");
-        }
-        let id = ("fedora-coreos-1.0", true);
-        let error =
-            client.call_method(Some(NAME), OS_PATH, Some(OS), "GetDeploymentBootConfig", &id).await.unwrap_err();
-        assert!(error.to_string().contains("Invalid deployment index fedora-coreos-1.0, must be"), "{error}");
     }
 
     #[tokio::test]
@@ -1500,7 +1209,7 @@ pub(crate) mod tests {
         let (peer, mut stream) = peer(&address).await;
         start(&peer).await;
         until("hanging", || host.daemon.is_hanging()).await;
-        peer.call_method(None::<&str>, "/", Some(transaction::INTERFACE), "Cancel", &()).await.unwrap();
+        peer.call_method(None::<&str>, "/", Some(TRANSACTION), "Cancel", &()).await.unwrap();
         assert_eq!(finished(&mut stream).await.unwrap(), (false, "Operation was cancelled".to_owned()));
         peer.closed().await;
         until("idle", || host.daemon.active_transaction().is_none()).await;
@@ -1583,8 +1292,8 @@ pub(crate) mod tests {
         assert!(lost.is_err());
         run_transaction(&host.daemon.active_transaction_path().unwrap()).await.unwrap();
         until("idle", || host.daemon.active_transaction().is_none()).await;
-        host.daemon.inner.sysroot.drop_staged().unwrap();
-        host.daemon.inner.sysroot.layer_packages(&["vim"]).unwrap();
+        host.daemon.double().sysroot.drop_staged().unwrap();
+        host.daemon.double().sysroot.layer_packages(&["vim"]).unwrap();
         let list: Vec<Dict> = {
             client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), "Reload", &()).await.unwrap();
             get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap().try_into().unwrap()
@@ -1597,8 +1306,9 @@ pub(crate) mod tests {
         let edit = |existing: &str, removed: &[&str], replaced: &[&str], added: &[&str]| {
             let list = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
             let (added, replaced, removed) = (list(added), list(replaced), list(removed));
-            let changes = ArgumentChanges { added, replaced, removed, last: None };
-            edit_arguments(existing, &changes).map(|words| words.map(|words| words.join(" ")))
+            let existing = existing.to_owned();
+            let changes = KernelArguments { existing, added, replaced, removed, last: None, locked: false };
+            edit_arguments(&changes).map(|words| words.map(|words| words.join(" ")))
         };
         let ok = |text: &str| Ok(Some(text.to_owned()));
         assert_eq!(edit("a b", &[], &[], &[]), Ok(None));
@@ -1658,6 +1368,59 @@ pub(crate) mod tests {
         assert_eq!(count().await, 2);
         host.daemon.human_stage(&reference(&host.layouts.image("4", true))).await.unwrap();
         assert_eq!(host.load()[0].version.as_deref(), Some("4"));
+    }
+
+    #[tokio::test]
+    async fn downloaded_image_needs_no_registry_until_it_is_pruned() {
+        let host = Host::new().await;
+        let target = reference(&host.layouts.image("2", true));
+        host.daemon.human_download(&target).await.unwrap();
+        assert_eq!(host.load().len(), 1, "a download makes no deployment");
+        let both = host.daemon.human_rebase(&target, &["download-only", "cache-only"]).await.unwrap_err();
+        assert_eq!(both.to_string(), "Can't specify cache-only and download-only");
+        let off = Engine { skopeo: "/bin/false".into(), ..host.layouts.engine() };
+        host.daemon.set_engine(off.clone());
+        host.daemon.human_stage(&target).await.unwrap();
+        assert_eq!(host.load()[0].reference, target);
+        host.daemon.set_engine(host.layouts.engine());
+        let unused = reference(&host.layouts.image("3", true));
+        host.daemon.human_download(&unused).await.unwrap();
+        host.daemon.human_rebase(&reference(&host.booted), &[]).await.unwrap();
+        host.daemon.set_engine(off);
+        for gone in [target, unused] {
+            let error = host.daemon.human_stage(&gone).await.unwrap_err().to_string();
+            assert!(error.contains("OpenImage"), "{gone} was not pruned: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn locks_are_kept_shown_and_refused_as_in_the_original() {
+        let host = Host::new().await;
+        let target = host.layouts.image("2", true);
+        let client = host.bus.connect().await;
+        let finalize = async |checksum: &str| host.daemon.human_finalize(checksum).await.unwrap_err().to_string();
+        assert_eq!(finalize(&target).await, "No pending staged deployment found");
+        host.daemon.human_stage_locked(&reference(&target)).await.unwrap();
+        let shows_lock = async || {
+            let list = get(&client, SYSROOT_PATH, SYSROOT, "Deployments").await.unwrap();
+            Vec::<Dict>::try_from(list).unwrap()[0].contains_key("finalization-locked")
+        };
+        assert!(host.load()[0].locked && !shows_lock().await, "a lock in the record is not shown");
+        let (old, new) = (&host.booted, &target);
+        assert_eq!(finalize(old).await, format!("Expected staged base checksum {old}, but found {new}"));
+        assert!(finalize(new).await.starts_with("Checking systemd inhibitor locks: "), "logind is not running");
+        assert_eq!(host.daemon.double().sysroot.finalize().unwrap(), None, "a locked deployment is not finalized");
+        host.daemon.set_version(Version::FinalizesByCommit);
+        let commit = &host.load()[0].checksum;
+        assert_eq!(finalize(new).await, format!("Expected staged base checksum {new}, but found {commit}"));
+        host.daemon.set_version(Version::WithoutLock);
+        assert!(finalize(new).await.contains("No such method “FinalizeDeployment”"));
+        // Staged again, to the daemon's default: an option that it does not know is ignored.
+        host.daemon.human_stage_locked(&reference(&host.layouts.image("3", true))).await.unwrap();
+        assert!(!host.load()[0].locked);
+        host.daemon.double().sysroot.lock_with_file().unwrap();
+        client.call_method(Some(NAME), SYSROOT_PATH, Some(SYSROOT), "Reload", &()).await.unwrap();
+        assert!(host.load()[0].locked && shows_lock().await, "the older file is a lock that is shown");
     }
 
     #[tokio::test]

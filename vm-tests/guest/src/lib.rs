@@ -1,6 +1,7 @@
 //! The work of the stand-ins, done by the originals' libraries: import under the container policy through ostree-ext
 //! and skopeo, staging and pruning through libostree.
 
+use std::path::Path;
 use std::pin::pin;
 
 use anyhow::{Context as _, Result};
@@ -10,6 +11,10 @@ use ostree_ext::container::store::{ImageImporter, ImportProgress, LayeredImageSt
 use ostree_ext::ostree::gio::Cancellable;
 use ostree_ext::ostree::{self, glib};
 use ostree_ext::sysroot::SysrootLock;
+
+/// libostree's record of the staged deployment.
+const RECORD: &str = "/run/ostree/staged-deployment";
+const LOCK_FILE: &str = "/run/ostree/staged-deployment-locked";
 
 /// Progress of an import and a stage.
 pub enum Said {
@@ -73,20 +78,55 @@ pub fn origin(imgref: &OstreeImageReference) -> glib::KeyFile {
     origin
 }
 
-/// Stages a commit with the `merge` deployment's changes in /etc.
+/// Stages a commit with the `merge` deployment's changes in /etc; a reboot does not boot a locked one.
 pub fn stage(
     sysroot: &SysrootLock,
     commit: &str,
     origin: &glib::KeyFile,
     merge: &ostree::Deployment,
     arguments: &[String],
+    locked: bool,
 ) -> Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let options = ostree::SysrootDeployTreeOpts { override_kernel_argv: Some(&arguments), ..Default::default() };
     sysroot
         .stage_tree_with_options(Some(&merge.osname()), commit, Some(origin), Some(merge), &options, Cancellable::NONE)
         .context("Staging deployment")?;
+    if locked { lock_staged(true) } else { Ok(()) }
+}
+
+/// The locks of the staged deployment.
+pub struct Lock {
+    /// libostree's record says so.
+    pub in_record: bool,
+    /// The file of an older libostree is there, or of `ostree admin`.
+    pub by_file: bool,
+}
+
+/// Reads them.
+#[must_use]
+pub fn is_locked() -> Lock {
+    let record = record().and_then(|record| Ok(record.lookup("locked")?));
+    Lock { in_record: record.ok().flatten().unwrap_or(false), by_file: Path::new(LOCK_FILE).exists() }
+}
+
+/// Locks the staged deployment in libostree's record as `OstreeSysrootDeployTreeOpts.locked` does, or unlocks it as
+/// `ostree_sysroot_change_finalization` does. The bindings have neither.
+pub fn lock_staged(locked: bool) -> Result<()> {
+    let record = record()?;
+    record.insert("locked", locked);
+    let new = format!("{RECORD}.new");
+    std::fs::write(&new, record.end().data())?;
+    std::fs::rename(new, RECORD)?;
+    if !locked && Path::new(LOCK_FILE).exists() {
+        std::fs::remove_file(LOCK_FILE)?;
+    }
     Ok(())
+}
+
+fn record() -> Result<glib::VariantDict> {
+    let bytes = glib::Bytes::from_owned(std::fs::read(RECORD).with_context(|| format!("Reading {RECORD}"))?);
+    Ok(glib::VariantDict::new(Some(&glib::Variant::from_bytes_with_type(&bytes, glib::VariantTy::VARDICT))))
 }
 
 /// Removes images that no deployment uses, with the objects that only they needed.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::Transaction;
 use super::sysroot::{Sysroot, sha256_hex};
-use super::transaction::Transaction;
 use crate::machine::Engine;
 
 /// A parsed image reference.
@@ -50,14 +50,6 @@ impl Reference {
         } else {
             format!("ostree-unverified-registry:{}", self.name)
         }
-    }
-
-    /// The same repository at `digest`.
-    pub(crate) fn at(&self, digest: &str) -> Self {
-        let repository = self.name.split('@').next().unwrap_or_default();
-        let slash = repository.rfind('/').unwrap_or(0);
-        let end = repository[slash..].find(':').map_or(repository.len(), |colon| slash + colon);
-        Self { signed: self.signed, name: format!("{}@{digest}", &repository[..end]) }
     }
 }
 
@@ -175,12 +167,11 @@ pub(crate) async fn say(transaction: Option<&Arc<Transaction>>, message: &str) {
 
 static DOWNLOADS: AtomicU64 = AtomicU64::new(0);
 
-/// Pulls `reference` into the image store, as `origin` (the reference itself unless a revision was requested).
+/// Pulls `reference` into the image store.
 pub(crate) async fn pull(
     engine: &Engine,
     sysroot: &Sysroot,
     reference: &Reference,
-    origin: &str,
     transaction: Option<&Arc<Transaction>>,
 ) -> Result<Image, String> {
     let canonical = reference.canonical();
@@ -198,14 +189,14 @@ pub(crate) async fn pull(
         copy(engine, sysroot, &reference.name, &temporary).await.map_err(|error| {
             format!("Creating importer: failed to invoke method OpenImage: failed to invoke method OpenImage: {error}")
         })?;
-        if let Err(error) = Image::open(&temporary, origin) {
+        if let Err(error) = Image::open(&temporary, &canonical) {
             let _ = fs::remove_dir_all(&temporary);
             return Err(error);
         }
         let _ = fs::remove_dir_all(&layout);
         fs::rename(&temporary, &layout).map_err(|e| e.to_string())?;
     }
-    let image = Image::open(&layout, origin)?;
+    let image = Image::open(&layout, &canonical)?;
     say(transaction, &format!("Importing: {canonical} (digest: {})", image.digest)).await;
     say(transaction, &format!("ostree chunk layers needed: {} ({} bytes)", image.layers.len(), image.size)).await;
     if let Some(transaction) = transaction {
@@ -278,8 +269,6 @@ mod tests {
         }
         Reference::parse("ostree-image-signed:q.io/a/b").unwrap_err();
         Reference::parse("q.io/a/b").unwrap_err();
-        let tagged = Reference::parse("ostree-image-signed:docker://q.io:5000/a/b:v1").unwrap();
-        assert_eq!(tagged.at("sha256:11").name, "q.io:5000/a/b@sha256:11");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The machine's ostree sysroot on disk: deployments, their boot order, the staged one, the image store.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -11,116 +10,21 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use glib::VariantDict;
+use rpm_ostreed::Deployment;
 use serde::{Deserialize, Serialize};
 
 use super::pull::Image;
-use crate::bus::{Dict, variant};
 
-/// One deployment with rpm-ostree's description.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Deployment {
-    /// The stateroot.
-    pub osname: String,
-    /// The ostree checksum.
-    pub checksum: String,
-    /// Number among deployments of the same checksum.
-    pub serial: i32,
-    /// Whether the machine runs it.
-    pub booted: bool,
-    /// Whether it waits for the finalizer.
-    pub staged: bool,
-    /// Whether its finalization is locked.
-    pub locked: bool,
-    /// Whether it was pinned by an administrator.
-    pub pinned: bool,
-    /// `container-image-reference`.
-    pub reference: String,
-    /// Manifest digest of the instance.
-    pub digest: String,
-    /// The image's version label.
-    pub version: Option<String>,
-    /// Seconds since the epoch.
-    pub timestamp: u64,
-    /// The manifest.
-    pub manifest: String,
-    /// The image configuration.
-    pub config: String,
-    /// Kernel arguments without `ostree=`.
-    pub kernel_arguments: Vec<String>,
-    /// Layered packages.
-    pub requested_packages: Vec<String>,
+/// The kernel command line of its boot loader entry.
+fn options(deployment: &Deployment) -> String {
+    let mut words = deployment.kernel_arguments.clone();
+    words.push(format!("ostree=/ostree/boot.1/{}/{}/{}", deployment.osname, deployment.checksum, deployment.serial));
+    words.join(" ")
 }
 
-impl Deployment {
-    /// `<osname>-<checksum>.<serial>`.
-    #[must_use]
-    pub fn id(&self) -> String {
-        format!("{}-{}.{}", self.osname, self.checksum, self.serial)
-    }
-
-    fn key(&self) -> String {
-        format!("{}.{}", self.checksum, self.serial)
-    }
-
-    /// The kernel command line of its boot loader entry.
-    #[must_use]
-    pub fn options(&self) -> String {
-        let mut words = self.kernel_arguments.clone();
-        words.push(format!("ostree=/ostree/boot.1/{}/{}/{}", self.osname, self.checksum, self.serial));
-        words.join(" ")
-    }
-
-    /// The command line that the kernel reports.
-    fn command_line(&self) -> String {
-        format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", self.checksum, self.options())
-    }
-
-    /// The dictionary of the `Deployments` property.
-    pub(crate) fn dict(&self) -> Dict {
-        let mut meta: BTreeMap<String, zbus::Variant<'static>> = BTreeMap::new();
-        for (key, value) in [
-            ("ostree.manifest-digest", &self.digest),
-            ("ostree.manifest", &self.manifest),
-            ("ostree.container.image-config", &self.config),
-        ] {
-            meta.insert(key.to_owned(), zbus::Variant::from(value.clone()));
-        }
-        let mut dict = Dict::new();
-        let mut put = |key: &str, value: zbus::OwnedVariant| dict.insert(key.to_owned(), value);
-        put("id", variant(self.id()));
-        put("osname", variant(self.osname.clone()));
-        put("checksum", variant(self.checksum.clone()));
-        put("serial", variant(self.serial));
-        put("booted", variant(self.booted));
-        put("staged", variant(self.staged));
-        put("pinned", variant(self.pinned));
-        put("unlocked", variant("none"));
-        if let Some(version) = &self.version {
-            put("version", variant(version.clone()));
-        }
-        put("timestamp", variant(self.timestamp));
-        put("container-image-reference", variant(self.reference.clone()));
-        put("container-image-reference-digest", variant(self.digest.clone()));
-        put("base-commit-meta", variant(meta));
-        put("requested-packages", variant(self.requested_packages.clone()));
-        put("packages", variant(self.requested_packages.clone()));
-        // Always there, even after the smallest change.
-        for key in ["requested-local-packages", "requested-local-fileoverride-packages"] {
-            put(key, variant(Vec::<String>::new()));
-        }
-        for key in ["requested-base-removals", "requested-base-local-replacements"] {
-            put(key, variant(Vec::<String>::new()));
-        }
-        put("regenerate-initramfs", variant(false));
-        put("base-removals", variant(Vec::<zbus::Variant<'static>>::new()));
-        put("base-local-replacements", variant(Vec::<(zbus::Variant<'static>, zbus::Variant<'static>)>::new()));
-        put("base-remote-replacements", variant(BTreeMap::<String, zbus::Variant<'static>>::new()));
-        if !self.requested_packages.is_empty() {
-            put("base-checksum", variant(sha256_hex(self.checksum.as_bytes())));
-            put("base-timestamp", variant(self.timestamp));
-        }
-        dict
-    }
+/// The command line that the kernel reports.
+fn command_line(deployment: &Deployment) -> String {
+    format!("BOOT_IMAGE=(hd0,gpt3)/ostree/{}/vmlinuz {}\n", deployment.checksum, options(deployment))
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -133,10 +37,12 @@ struct Record {
     kernel_arguments: Vec<String>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Marker {
+/// libostree's record of the staged deployment.
+struct Note {
+    /// `<checksum>.<serial>`.
     key: String,
     locked: bool,
+    arguments: Option<Vec<String>>,
 }
 
 /// SHA-256 in hexadecimal.
@@ -152,7 +58,8 @@ pub struct Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        self.sysroot.set_locked(false);
+        self.sysroot.locked.store(false, Ordering::SeqCst);
+        self.sysroot.list_lock();
     }
 }
 
@@ -162,6 +69,8 @@ pub struct Sysroot {
     root: PathBuf,
     osname: String,
     locked: AtomicBool,
+    /// Another program, outside of the doubles, holds the lock.
+    locked_by_another: AtomicBool,
     powered: AtomicBool,
     disk: Mutex<()>,
 }
@@ -176,6 +85,7 @@ impl Sysroot {
             root: root.to_owned(),
             osname: osname.to_owned(),
             locked: AtomicBool::new(false),
+            locked_by_another: AtomicBool::new(false),
             powered: AtomicBool::new(false),
             disk: Mutex::default(),
         };
@@ -210,24 +120,26 @@ impl Sysroot {
 
     /// Takes or releases the lock that `ostree admin` and bootc hold while they work.
     pub fn set_locked(&self, locked: bool) {
-        self.locked.store(locked, Ordering::SeqCst);
-        self.list_lock(locked);
+        self.locked_by_another.store(locked, Ordering::SeqCst);
+        self.list_lock();
     }
 
     /// Waits for that lock without a limit, like bootc.
     pub async fn lock(self: &Arc<Self>) -> Lock {
-        while self.locked.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        while self.locked_by_another.load(Ordering::SeqCst)
+            || self.locked.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_err()
+        {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        self.list_lock(true);
+        self.list_lock();
         Lock { sysroot: self.clone() }
     }
 
     /// Writes the kernel's list of locks.
-    fn list_lock(&self, locked: bool) {
+    fn list_lock(&self) {
         let path = self.root.join("proc/locks");
         let mut text = "1: POSIX  ADVISORY  READ 1 00:00:1 128 128\n".to_owned();
-        if let (true, Ok(file)) = (locked, fs::metadata(self.root.join("ostree/lock"))) {
+        if let (true, Ok(file)) = (self.is_locked(), fs::metadata(self.root.join("ostree/lock"))) {
             let (major, minor) = (nix::sys::stat::major(file.dev()), nix::sys::stat::minor(file.dev()));
             text.push_str(&format!("2: OFDLCK ADVISORY  WRITE -1 {major:02x}:{minor:02x}:{} 0 EOF\n", file.ino()));
         }
@@ -238,20 +150,21 @@ impl Sysroot {
     /// Whether another tool holds the lock.
     #[must_use]
     pub fn is_locked(&self) -> bool {
-        self.locked.load(Ordering::SeqCst)
+        self.locked.load(Ordering::SeqCst) || self.locked_by_another.load(Ordering::SeqCst)
     }
 
     fn deploy_dir(&self) -> PathBuf {
         self.root.join("ostree/deploy").join(&self.osname).join("deploy")
     }
 
-    fn marker_path(&self) -> PathBuf {
-        self.root.join("run/ostree/staged-deployment.json")
-    }
-
     /// libostree's record of the staged deployment, with the data that the finalizer needs.
     fn staged_path(&self) -> PathBuf {
         self.root.join("run/ostree/staged-deployment")
+    }
+
+    /// An older libostree's lock of the staged deployment.
+    fn lock_path(&self) -> PathBuf {
+        self.root.join("run/ostree/staged-deployment-locked")
     }
 
     pub(crate) fn images_dir(&self) -> PathBuf {
@@ -291,11 +204,12 @@ impl Sysroot {
     fn scan(&self) -> Vec<Deployment> {
         let booted = self.booted_key();
         let mut list = Vec::new();
-        if let Some(marker) = self.marker()
-            && let Ok(mut deployment) = self.read(&marker.key)
+        if let Some(note) = self.note()
+            && let Ok(mut deployment) = self.read(&note.key)
         {
             deployment.staged = true;
-            deployment.locked = marker.locked;
+            deployment.locked_by_file = self.lock_path().exists();
+            deployment.locked = note.locked || deployment.locked_by_file;
             list.push(deployment);
         }
         for key in self.boot_order() {
@@ -307,8 +221,15 @@ impl Sysroot {
         list
     }
 
-    fn marker(&self) -> Option<Marker> {
-        serde_json::from_slice(&fs::read(self.marker_path()).ok()?).ok()
+    fn note(&self) -> Option<Note> {
+        let bytes = glib::Bytes::from_owned(fs::read(self.staged_path()).ok()?);
+        let note = VariantDict::new(Some(&glib::Variant::from_bytes_with_type(&bytes, glib::VariantTy::VARDICT)));
+        let target = VariantDict::new(Some(&note.lookup_value("target", None)?));
+        Some(Note {
+            key: target.lookup("name").ok()??,
+            locked: note.lookup("locked").ok().flatten().unwrap_or(false),
+            arguments: note.lookup("kargs").ok().flatten(),
+        })
     }
 
     fn key_of_command_line(line: &str) -> Option<String> {
@@ -345,14 +266,16 @@ impl Sysroot {
         let origin = fs::read_to_string(dir.join(format!("{key}.origin")))?;
         let field = |name: &str| origin.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         let (checksum, serial) = key.split_once('.').context("a key without a serial")?;
+        let requested_packages: Vec<String> = field("requested")
+            .map(|list| list.split(';').filter(|name| !name.is_empty()).map(str::to_owned).collect())
+            .unwrap_or_default();
         Ok(Deployment {
             osname: self.osname.clone(),
             checksum: checksum.to_owned(),
+            base_checksum: (!requested_packages.is_empty()).then(|| sha256_hex(checksum.as_bytes())),
             serial: serial.parse()?,
-            booted: false,
-            staged: false,
-            locked: false,
             pinned: field("pinned") == Some("true"),
+            unlocked: "none".to_owned(),
             reference: field("container-image-reference").unwrap_or_default().to_owned(),
             digest: record.digest,
             version: record.version,
@@ -360,9 +283,8 @@ impl Sysroot {
             manifest: record.manifest,
             config: record.config,
             kernel_arguments: record.kernel_arguments,
-            requested_packages: field("requested")
-                .map(|list| list.split(';').filter(|name| !name.is_empty()).map(str::to_owned).collect())
-                .unwrap_or_default(),
+            requested_packages,
+            ..Deployment::default()
         })
     }
 
@@ -389,10 +311,7 @@ impl Sysroot {
             osname: self.osname.clone(),
             checksum,
             serial,
-            booted: false,
-            staged: false,
-            locked: false,
-            pinned: false,
+            unlocked: "none".to_owned(),
             reference: image.reference.clone(),
             digest: image.digest.clone(),
             version: image.version.clone(),
@@ -400,7 +319,7 @@ impl Sysroot {
             manifest: image.manifest.clone(),
             config: image.config.clone(),
             kernel_arguments: kernel_arguments.to_vec(),
-            requested_packages: Vec::new(),
+            ..Deployment::default()
         };
         let tree = self.deploy_dir().join(deployment.key());
         fs::create_dir_all(&tree)?;
@@ -432,21 +351,11 @@ impl Sysroot {
         if !self.is_powered() {
             bail!("the machine is off");
         }
-        let marker = Marker { key: deployment.key(), locked };
-        let path = self.marker_path();
-        let temporary = path.with_extension("tmp");
-        fs::write(&temporary, serde_json::to_vec(&marker)?)?;
-        fs::rename(temporary, path)?;
         self.note_staged(&deployment, locked, true)?;
         self.touch()?;
         deployment.staged = true;
         deployment.locked = locked;
         Ok(deployment)
-    }
-
-    /// Whether the record of the staged deployment has arguments.
-    pub(crate) fn notes_arguments(&self) -> bool {
-        fs::read(self.staged_path()).is_ok_and(|note| note.windows(6).any(|window| window == b"kargs\0"))
     }
 
     /// Removes the arguments from the record, as after `ostree admin deploy --stage`.
@@ -470,8 +379,28 @@ impl Sysroot {
         if with_arguments {
             note.insert("kargs", &deployment.kernel_arguments);
         }
-        fs::write(self.staged_path(), note.end().data())?;
+        let temporary = self.staged_path().with_extension("tmp");
+        fs::write(&temporary, note.end().data())?;
+        fs::rename(temporary, self.staged_path())?;
         Ok(())
+    }
+
+    /// `ostree_sysroot_change_finalization` on a locked deployment; does nothing to one that is not locked.
+    pub(crate) fn unlock(&self) -> anyhow::Result<Deployment> {
+        let _disk = self.live_disk()?;
+        let staged = self.scan().into_iter().find(|deployment| deployment.staged).context("nothing is staged")?;
+        let with_arguments = self.note().is_some_and(|note| note.arguments.is_some());
+        self.note_staged(&staged, false, with_arguments)?;
+        let _ = fs::remove_file(self.lock_path());
+        self.touch()?;
+        Ok(staged)
+    }
+
+    /// Locks the staged deployment as an older libostree does, with a file and nothing in the record.
+    pub fn lock_with_file(&self) -> anyhow::Result<()> {
+        let _disk = self.live_disk()?;
+        fs::write(self.lock_path(), "")?;
+        self.touch()
     }
 
     /// Deploys an image as the only one, as an installer does.
@@ -496,7 +425,7 @@ impl Sysroot {
                 format!(
                     "title {} {title} (ostree:{index})\nversion {version}\noptions {}\nlinux /ostree/{}/vmlinuz\n",
                     deployment.osname,
-                    deployment.options(),
+                    options(deployment),
                     deployment.checksum,
                 ),
             )?;
@@ -515,7 +444,7 @@ impl Sysroot {
     /// Deletes every deployment without a boot entry.
     fn collect(&self) -> anyhow::Result<()> {
         let mut live = self.boot_order();
-        live.extend(self.marker().map(|marker| marker.key));
+        live.extend(self.note().map(|note| note.key));
         for entry in fs::read_dir(self.deploy_dir())? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -565,9 +494,9 @@ impl Sysroot {
     }
 
     fn discard_staged(&self) -> anyhow::Result<bool> {
-        let existed = self.marker().is_some();
-        let _ = fs::remove_file(self.marker_path());
+        let existed = self.staged_path().exists();
         let _ = fs::remove_file(self.staged_path());
+        let _ = fs::remove_file(self.lock_path());
         self.collect()?;
         if existed {
             self.touch()?;
@@ -627,7 +556,7 @@ impl Sysroot {
     pub(crate) fn roll_back(&self) -> anyhow::Result<()> {
         let _disk = self.live_disk()?;
         let mut order = self.in_boot_order();
-        if self.marker().is_some() {
+        if self.note().is_some() {
             bail!("Staged deployment (remove with cleanup -p)");
         }
         if order.len() < 2 {
@@ -646,7 +575,6 @@ impl Sysroot {
         if staged.locked {
             return Ok(None);
         }
-        fs::remove_file(self.marker_path())?;
         fs::remove_file(self.staged_path())?;
         let mut order = vec![staged.clone()];
         order.extend(
@@ -660,6 +588,7 @@ impl Sysroot {
     pub(crate) fn boot(&self, index: usize) -> anyhow::Result<Deployment> {
         let _disk = self.disk();
         self.powered.store(true, Ordering::SeqCst);
+        self.locked.store(false, Ordering::SeqCst);
         self.set_locked(false);
         let run = self.root.join("run");
         let _ = fs::remove_dir_all(&run);
@@ -667,7 +596,7 @@ impl Sysroot {
         let order = self.in_boot_order();
         let deployment = order.get(index).or(order.first()).context("nothing to boot")?.clone();
         fs::create_dir_all(self.root.join("proc/sys/kernel/random"))?;
-        fs::write(self.root.join("proc/cmdline"), deployment.command_line())?;
+        fs::write(self.root.join("proc/cmdline"), command_line(&deployment))?;
         fs::write(run.join("ostree-booted"), "")?;
         let usr = self.root.join("usr");
         let _ = fs::remove_file(&usr);
@@ -682,7 +611,7 @@ impl Sysroot {
     /// The kernel command line of the first boot entry, as the boot loader passes it on.
     pub fn command_line(&self) -> anyhow::Result<String> {
         let _disk = self.disk();
-        Ok(self.in_boot_order().first().context("nothing to boot")?.command_line())
+        Ok(command_line(self.in_boot_order().first().context("nothing to boot")?))
     }
 
     /// Layers packages on the booted deployment.

@@ -64,13 +64,14 @@ impl Host {
                 })
             }
         };
+        let lock = guest::is_locked();
         Ok(json!({
             "image": shown,
             "cachedUpdate": null,
             "incompatible": is_incompatible,
             "pinned": deployment.is_pinned(),
             "softRebootCapable": false,
-            "downloadOnly": false,
+            "downloadOnly": deployment.is_staged() && (lock.in_record || lock.by_file),
             "store": reference.map(|_| "ostreeContainer"),
             "ostree": {
                 "checksum": deployment.csum().as_str(),

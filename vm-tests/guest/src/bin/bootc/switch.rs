@@ -61,7 +61,7 @@ pub async fn run(sysroot: &SysrootLock, options: &Options) -> Result<()> {
     .await?;
     // The origin is new: other settings of the old one are lost.
     let (origin, arguments) = (guest::origin(&target), guest::arguments(booted));
-    guest::stage(sysroot, &image.merge_commit, &origin, booted, &arguments)?;
+    guest::stage(sysroot, &image.merge_commit, &origin, booted, &arguments, false)?;
     // A failure from here on leaves the image staged.
     guest::tidy(sysroot)?;
     std::fs::write(REBOOT_REQUIRED, "bootc: Reboot required for image update\n").context("Writing reboot-required")?;

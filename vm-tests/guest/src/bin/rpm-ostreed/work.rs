@@ -2,63 +2,40 @@
 //!
 //! libostree's objects stay on the thread that made them, so each transaction has its own thread.
 
-use std::collections::HashMap;
-
 use anyhow::{Context as _, Result, bail};
-use guest::{Said, arguments, import, open, origin, origin_reference, stage, tidy};
+use guest::{Said, arguments, import, is_locked, open, origin, origin_reference, stage, tidy};
 use ostree_ext::container::OstreeImageReference;
 use ostree_ext::ostree::gio::Cancellable;
 use ostree_ext::ostree::{self, glib};
 use ostree_ext::sysroot::SysrootLock;
-use tokio::sync::{mpsc, oneshot, watch};
-use zbus::{OwnedVariant, Variant};
+use rpm_ostreed::bus::Failure;
+use rpm_ostreed::{Deployment, Job, KernelArguments, Rebase, failed, sysroot_is_locked};
+use tokio::sync::{mpsc, oneshot};
 
 /// While this file exists, a rebase succeeds without a change, as the original's does when it finds nothing to do.
 const CHANGES_NOTHING: &str = "/run/rpm-ostreed-changes-nothing";
 
-pub type Dict = HashMap<String, OwnedVariant>;
+type Saying = mpsc::UnboundedSender<Said>;
+type Outcome = Result<(), String>;
 
-/// The operation of a transaction.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Job {
-    Rebase {
-        reference: String,
-    },
-    Cleanup {
-        kinds: Vec<String>,
-    },
-    /// `last` is the option `final-kernel-args`, which replaces all others but `existing`.
-    KernelArguments {
-        existing: String,
-        added: Vec<String>,
-        replaced: Vec<String>,
-        removed: Vec<String>,
-        last: Option<String>,
-    },
-    Rollback,
+/// The order to a transaction's thread.
+struct Start {
+    job: Job,
+    said: Saying,
+    cancelled: oneshot::Receiver<String>,
+    done: oneshot::Sender<Outcome>,
 }
 
-/// One entry of the boot order, as shown on the bus.
-pub struct Deployment {
-    pub osname: String,
-    pub booted: bool,
-    /// Keys of its boot loader entry.
-    pub boot: Vec<(&'static str, String)>,
-    pub dict: Dict,
-}
+/// A transaction's thread, which holds the sysroot's lock. It ends when this is dropped.
+pub struct Worker(oneshot::Sender<Start>);
 
-/// A transaction's thread, which holds the sysroot's lock.
-pub struct Worker {
-    /// A message starts the work; a dropped sender means that no client will.
-    pub go: oneshot::Sender<()>,
-    pub outcome: oneshot::Receiver<Result<(), String>>,
-}
-
-/// The reason why a transaction cannot be created.
-pub enum Refusal {
-    /// Another program has the sysroot's lock.
-    Busy,
-    Failed(String),
+impl Worker {
+    /// Starts the work; `said` is closed when it is over.
+    pub fn start(self, job: Job, said: Saying) -> (oneshot::Sender<String>, oneshot::Receiver<Outcome>) {
+        let ((cancel, cancelled), (done, outcome)) = (oneshot::channel(), oneshot::channel());
+        let _ = self.0.send(Start { job, said, cancelled, done });
+        (cancel, outcome)
+    }
 }
 
 /// Reads the deployments.
@@ -69,93 +46,83 @@ pub fn load() -> Result<Vec<Deployment>> {
     sysroot.deployments().iter().map(|deployment| describe(&repo, deployment, booted.as_ref())).collect()
 }
 
-/// Takes the sysroot's lock and waits for the start.
-pub async fn prepare(
-    job: Job,
-    said: mpsc::UnboundedSender<Said>,
-    cancelled: watch::Receiver<bool>,
-) -> Result<Worker, Refusal> {
-    let (locked, is_locked) = oneshot::channel();
-    let (go, may_go) = oneshot::channel();
-    let (told, outcome) = oneshot::channel();
+/// Takes the sysroot's lock, in a thread that waits for its work.
+pub async fn lock() -> Result<Worker, Failure> {
+    let ((locked, is_locked), (start, starts)) = (oneshot::channel(), oneshot::channel::<Start>());
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async move {
-            let sysroot = match lock() {
+            let sysroot = match try_lock() {
                 Ok(sysroot) => sysroot,
-                Err(refusal) => return drop(locked.send(Err(refusal))),
+                Err(failure) => return drop(locked.send(Err(failure))),
             };
             let _ = locked.send(Ok(()));
-            if may_go.await.is_ok() {
-                let _ = told.send(run(&sysroot, &job, &said, cancelled).await);
+            if let Ok(Start { job, said, mut cancelled, done }) = starts.await {
+                let outcome = tokio::select! {
+                    biased;
+                    outcome = run(&sysroot, &job, &said) => outcome.map_err(|error| format!("{error:#}")),
+                    Ok(text) = &mut cancelled => Err(text),
+                };
+                sysroot.unlock();
+                let _ = done.send(outcome);
             }
         });
     });
     match is_locked.await {
-        Ok(Ok(())) => Ok(Worker { go, outcome }),
-        Ok(Err(refusal)) => Err(refusal),
-        Err(_) => Err(Refusal::Failed("the transaction's thread died".to_owned())),
+        Ok(Ok(())) => Ok(Worker(start)),
+        Ok(Err(failure)) => Err(failure),
+        Err(_) => Err(failed("the transaction's thread died")),
     }
 }
 
-fn lock() -> Result<SysrootLock, Refusal> {
-    let failed = |error: &dyn std::fmt::Display| Refusal::Failed(error.to_string());
-    let sysroot = open().map_err(|error| failed(&format!("{error:#}")))?;
-    if !sysroot.try_lock().map_err(|error| failed(&error))? {
-        return Err(Refusal::Busy);
+fn try_lock() -> Result<SysrootLock, Failure> {
+    let sysroot = open().map_err(|error| failed(format!("{error:#}")))?;
+    if !sysroot.try_lock().map_err(|error| failed(error.to_string()))? {
+        return Err(sysroot_is_locked());
     }
     // The previous holder of the lock may have changed the sysroot.
-    sysroot.load_if_changed(Cancellable::NONE).map_err(|error| failed(&error))?;
+    sysroot.load_if_changed(Cancellable::NONE).map_err(|error| failed(error.to_string()))?;
     Ok(SysrootLock::from_assumed_locked(&sysroot))
 }
 
-async fn run(
-    sysroot: &SysrootLock,
-    job: &Job,
-    said: &mpsc::UnboundedSender<Said>,
-    mut cancelled: watch::Receiver<bool>,
-) -> Result<(), String> {
-    let work = async {
-        match job {
-            Job::Rebase { .. } if std::path::Path::new(CHANGES_NOTHING).exists() => Ok(()),
-            Job::Rebase { reference } => rebase(sysroot, reference, said).await,
-            Job::Cleanup { kinds } => cleanup(sysroot, kinds, said),
-            Job::KernelArguments { existing, added, replaced, removed, last } => {
-                match final_arguments(existing, [removed, replaced, added], last.as_deref())? {
-                    Some(arguments) => kernel_arguments(sysroot, &arguments),
-                    None => {
-                        let _ = said.send(Said::Message("No changes.".to_owned()));
-                        Ok(())
-                    }
-                }
-            }
-            Job::Rollback => rollback(sysroot),
+async fn run(sysroot: &SysrootLock, job: &Job, said: &Saying) -> Result<()> {
+    let message = |text: &str| drop(said.send(Said::Message(text.to_owned())));
+    match job {
+        Job::Rebase(_) if std::path::Path::new(CHANGES_NOTHING).exists() => Ok(()),
+        Job::Rebase(wanted) => rebase(sysroot, wanted, said).await,
+        Job::Cleanup(kinds) => cleanup(sysroot, kinds, said),
+        Job::KernelArguments(changes) => match final_arguments(changes)? {
+            Some(arguments) => kernel_arguments(sysroot, &arguments, changes.locked),
+            None => Ok(message("No changes.")),
+        },
+        Job::Rollback => rollback(sysroot),
+        Job::Upgrade => Ok(message("No upgrade available.")),
+        Job::Finalize(_) => {
+            guest::lock_staged(false)?;
+            // Like a new deployment, this is a change that other programs notice.
+            Ok(std::fs::File::open("/ostree/deploy")?.set_modified(std::time::SystemTime::now())?)
         }
-    };
-    let outcome = tokio::select! {
-        biased;
-        outcome = work => outcome.map_err(|error| format!("{error:#}")),
-        _ = cancelled.wait_for(|cancelled| *cancelled) => Err("Operation was cancelled".to_owned()),
-    };
-    sysroot.unlock();
-    outcome
+    }
 }
 
-async fn rebase(sysroot: &SysrootLock, reference: &str, said: &mpsc::UnboundedSender<Said>) -> Result<()> {
+async fn rebase(sysroot: &SysrootLock, wanted: &Rebase, said: &Saying) -> Result<()> {
     let say = |said_now: Said| drop(said.send(said_now));
-    let imgref = OstreeImageReference::try_from(reference)?;
+    let imgref = OstreeImageReference::try_from(wanted.reference.as_str())?;
     let first = first_deployment(sysroot)?;
-    if origin_reference(&first).is_some_and(|old| old == imgref.to_string()) {
-        bail!("Old and new refs are equal: {imgref}");
-    }
     let image = import(sysroot, &imgref, say).await?;
+    if wanted.download_only {
+        let changes = first.csum() != image.merge_commit;
+        say(Said::Message(if changes { "Update downloaded." } else { "No changes." }.to_owned()));
+        return Ok(());
+    }
     say(Said::TaskBegin("Staging deployment".to_owned()));
-    stage(sysroot, &image.merge_commit, &origin(&imgref), &booted(sysroot)?, &arguments(&first))?;
+    let arguments = arguments(&first);
+    stage(sysroot, &image.merge_commit, &origin(&imgref), &booted(sysroot)?, &arguments, wanted.locked)?;
     say(Said::TaskEnd("Staging deployment".to_owned()));
     tidy(sysroot)
 }
 
-fn cleanup(sysroot: &SysrootLock, kinds: &[String], said: &mpsc::UnboundedSender<Said>) -> Result<()> {
+fn cleanup(sysroot: &SysrootLock, kinds: &[String], said: &Saying) -> Result<()> {
     let has = |kind: &str| kinds.iter().any(|wanted| wanted == kind);
     let booted = booted(sysroot)?;
     let all = sysroot.deployments();
@@ -178,10 +145,11 @@ fn cleanup(sysroot: &SysrootLock, kinds: &[String], said: &mpsc::UnboundedSender
 
 /// The same as rpm-ostreed's `kernel_arg_transaction_execute`: the client names the existing arguments. `None` without
 /// a change.
-fn final_arguments(existing: &str, changes: [&[String]; 3], last: Option<&str>) -> Result<Option<Vec<String>>> {
-    let [removed, replaced, added] = changes;
-    let changed = last.map_or(changes.iter().any(|list| !list.is_empty()), |last| last != existing);
-    let arguments = ostree::KernelArgs::from_string(last.unwrap_or(existing));
+fn final_arguments(wanted: &KernelArguments) -> Result<Option<Vec<String>>> {
+    let KernelArguments { existing, added, replaced, removed, last, .. } = wanted;
+    let edits = [added, replaced, removed].iter().any(|list| !list.is_empty());
+    let changed = last.as_ref().map_or(edits, |last| last != existing);
+    let arguments = ostree::KernelArgs::from_string(last.as_ref().unwrap_or(existing));
     if last.is_none() {
         removed.iter().try_for_each(|one| arguments.delete(one))?;
         replaced.iter().try_for_each(|one| arguments.new_replace(one))?;
@@ -191,10 +159,10 @@ fn final_arguments(existing: &str, changes: [&[String]; 3], last: Option<&str>) 
     Ok(changed.then(|| list.collect()))
 }
 
-fn kernel_arguments(sysroot: &SysrootLock, arguments: &[String]) -> Result<()> {
+fn kernel_arguments(sysroot: &SysrootLock, arguments: &[String], locked: bool) -> Result<()> {
     let first = first_deployment(sysroot)?;
     let origin = first.origin().context("The deployment has no origin")?;
-    stage(sysroot, &first.csum(), &origin, &booted(sysroot)?, arguments)?;
+    stage(sysroot, &first.csum(), &origin, &booted(sysroot)?, arguments, locked)?;
     tidy(sysroot)
 }
 
@@ -232,48 +200,26 @@ fn describe(
     booted: Option<&ostree::Deployment>,
 ) -> Result<Deployment> {
     let checksum = deployment.csum().to_string();
-    let (osname, serial) = (deployment.osname().to_string(), deployment.deployserial());
-    let id = format!("{osname}-{checksum}.{serial}");
-    let is_booted = booted.is_some_and(|booted| booted.equal(deployment));
     let (commit, _) = repo.load_commit(&checksum)?;
     let metadata = glib::VariantDict::new(Some(&commit.child_value(0)));
     let text = |key: &str| metadata.lookup::<String>(key).ok().flatten();
-
-    let mut dict = Dict::new();
-    let mut set = |key: &str, value: Variant<'static>| -> Result<()> {
-        dict.insert(key.to_owned(), OwnedVariant::try_from(value)?);
-        Ok(())
-    };
-    set("id", id.into())?;
-    set("osname", osname.clone().into())?;
-    set("checksum", checksum.into())?;
-    set("serial", serial.into())?;
-    set("booted", is_booted.into())?;
-    set("staged", deployment.is_staged().into())?;
-    set("pinned", deployment.is_pinned().into())?;
-    set("unlocked", ostree::Deployment::unlocked_state_to_string(deployment.unlocked()).to_string().into())?;
-    set("timestamp", ostree::commit_get_timestamp(&commit).into())?;
-    if let Some(version) = text("version") {
-        set("version", version.into())?;
-    }
-    if let Some(reference) = origin_reference(deployment) {
-        set("container-image-reference", reference.into())?;
-    }
-    if let Some(digest) = text("ostree.manifest-digest") {
-        set("container-image-reference-digest", digest.into())?;
-    }
-    const OF_IMAGES: [&str; 3] = ["ostree.manifest-digest", "ostree.manifest", "ostree.container.image-config"];
-    let shown: HashMap<String, Variant<'static>> =
-        OF_IMAGES.iter().filter_map(|key| Some(((*key).to_owned(), Variant::from(text(key)?)))).collect();
-    set("base-commit-meta", Variant::from(shown))?;
-    // Always there, even after the smallest change.
-    for key in ["requested-packages", "requested-local-packages", "requested-base-removals", "packages"] {
-        set(key, Variant::from(Vec::<String>::new()))?;
-    }
-    set("regenerate-initramfs", false.into())?;
-
-    const OF_BOOT: [&str; 5] = ["title", "version", "linux", "initrd", "options"];
-    let config = deployment.bootconfig();
-    let boot = OF_BOOT.iter().filter_map(|key| Some((*key, config.as_ref()?.get(key)?.to_string()))).collect();
-    Ok(Deployment { osname, booted: is_booted, boot, dict })
+    let lock = is_locked();
+    Ok(Deployment {
+        osname: deployment.osname().to_string(),
+        checksum,
+        serial: deployment.deployserial(),
+        booted: booted.is_some_and(|booted| booted.equal(deployment)),
+        staged: deployment.is_staged(),
+        locked: deployment.is_staged() && (lock.in_record || lock.by_file),
+        locked_by_file: lock.by_file,
+        pinned: deployment.is_pinned(),
+        unlocked: ostree::Deployment::unlocked_state_to_string(deployment.unlocked()).to_string(),
+        version: text("version"),
+        timestamp: ostree::commit_get_timestamp(&commit),
+        reference: origin_reference(deployment).unwrap_or_default(),
+        digest: text("ostree.manifest-digest").unwrap_or_default(),
+        manifest: text("ostree.manifest").unwrap_or_default(),
+        config: text("ostree.container.image-config").unwrap_or_default(),
+        ..Deployment::default()
+    })
 }

@@ -1,6 +1,8 @@
 //! One transaction: its peer-to-peer socket, its clients, its states.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -12,11 +14,11 @@ use tokio::task::AbortHandle;
 use zbus::connection::Builder;
 use zbus::{Connection, Guid};
 
-use super::{Inner, Work};
 use crate::bus::{self, Answer, Call, Interface, Service, variant};
-use crate::events::Event;
+use crate::{Daemon, Happened, Host, Job, TRANSACTION, lock};
 
-pub(crate) const INTERFACE: &str = "org.projectatomic.rpmostree1.Transaction";
+/// Longest time for one client to read a message: a client that does not read must not block the daemon.
+const TELLING: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
@@ -25,52 +27,58 @@ enum Phase {
     Finished(bool, String),
 }
 
+/// The request of a transaction.
+#[derive(Debug)]
+pub struct Request {
+    /// The method.
+    pub method: String,
+    /// The serialized parameters: an equal request joins the transaction.
+    pub parameters: Vec<u8>,
+    /// The name of the requesting client on the bus.
+    pub sender: String,
+    /// The object that was called.
+    pub object: String,
+    /// The description of the client.
+    pub client: String,
+    /// The title.
+    pub title: String,
+    /// The work.
+    pub job: Job,
+}
+
 /// A transaction.
-pub(crate) struct Transaction {
-    pub(crate) method: String,
-    pub(crate) parameters: Vec<u8>,
-    pub(crate) title: String,
-    pub(crate) sender: String,
-    pub(crate) object: String,
-    pub(crate) client: String,
-    pub(crate) socket: PathBuf,
-    daemon: Weak<Inner>,
+pub struct Transaction<H: Host> {
+    pub(crate) request: Request,
+    socket: PathBuf,
+    daemon: Weak<Daemon<H>>,
     phase: Mutex<Phase>,
-    work: Mutex<Option<Work>>,
-    cancelled: watch::Sender<bool>,
+    lock: Mutex<Option<H::Lock>>,
+    cancelled: watch::Sender<Option<String>>,
     peers: Mutex<HashMap<u64, Connection>>,
     next_peer: AtomicU64,
     tasks: Mutex<Vec<AbortHandle>>,
 }
 
-/// Settings of a new transaction.
-pub(crate) struct Request {
-    pub(crate) method: String,
-    pub(crate) parameters: Vec<u8>,
-    pub(crate) title: String,
-    pub(crate) sender: String,
-    pub(crate) object: String,
-    pub(crate) client: String,
-    pub(crate) work: Work,
+impl<H: Host> fmt::Debug for Transaction<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transaction").field("request", &self.request).finish_non_exhaustive()
+    }
 }
 
-impl Transaction {
-    /// Listens on `socket` for the transaction's clients.
-    pub(crate) fn listen(daemon: &Arc<Inner>, socket: PathBuf, request: Request) -> std::io::Result<Arc<Self>> {
+impl<H: Host> Transaction<H> {
+    /// Listens for the transaction's clients.
+    pub(crate) fn listen(daemon: &Arc<Daemon<H>>, request: Request, held: H::Lock) -> std::io::Result<Arc<Self>> {
+        let socket = daemon.host.socket();
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket)?;
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666))?;
         let this = Arc::new(Self {
-            method: request.method,
-            parameters: request.parameters,
-            title: request.title,
-            sender: request.sender,
-            object: request.object,
-            client: request.client,
+            request,
             socket,
             daemon: Arc::downgrade(daemon),
             phase: Mutex::new(Phase::Waiting),
-            work: Mutex::new(Some(request.work)),
-            cancelled: watch::channel(false).0,
+            lock: Mutex::new(Some(held)),
+            cancelled: watch::channel(None).0,
             peers: Mutex::default(),
             next_peer: AtomicU64::new(0),
             tasks: Mutex::default(),
@@ -89,12 +97,13 @@ impl Transaction {
         Ok(this)
     }
 
-    pub(crate) fn address(&self) -> String {
+    /// The address of its socket.
+    pub fn address(&self) -> String {
         format!("unix:path={}", self.socket.display())
     }
 
     fn keep<T>(&self, task: tokio::task::JoinHandle<T>) {
-        self.tasks.lock().unwrap().push(task.abort_handle());
+        lock(&self.tasks).push(task.abort_handle());
     }
 
     /// Serves one client until it disconnects.
@@ -102,78 +111,89 @@ impl Transaction {
         let built = Builder::unix_stream(stream).server(Guid::generate()).p2p().build_message_stream().await;
         let Ok(stream) = built else { return };
         let id = self.next_peer.fetch_add(1, Ordering::SeqCst);
-        self.peers.lock().unwrap().insert(id, Connection::from(&stream));
+        lock(&self.peers).insert(id, Connection::from(&stream));
         bus::serve(stream, Arc::new(Peer { transaction: self.clone() })).await;
-        self.peers.lock().unwrap().remove(&id);
+        lock(&self.peers).remove(&id);
         self.close_if_done().await;
     }
 
+    /// Whether `request` is this one.
+    pub(crate) fn is_of(&self, call: &Call) -> bool {
+        self.request.method == call.member && self.request.parameters == call.message.body().data().bytes()
+    }
+
     pub(crate) fn is_waiting(&self) -> bool {
-        *self.phase.lock().unwrap() == Phase::Waiting
+        *lock(&self.phase) == Phase::Waiting
     }
 
     /// Starts the transaction unless it was started; returns whether this call did.
-    pub(crate) fn start(self: &Arc<Self>) -> bool {
+    pub fn start(self: &Arc<Self>) -> bool {
         {
-            let mut phase = self.phase.lock().unwrap();
+            let mut phase = lock(&self.phase);
             if *phase != Phase::Waiting {
                 return false;
             }
             *phase = Phase::Running;
         }
-        let Some(daemon) = self.daemon.upgrade() else { return false };
-        daemon.events.emit(Event::TransactionStarted { title: self.title.clone() });
-        let work = self.work.lock().unwrap().take();
+        let held = lock(&self.lock).take();
+        let (Some(daemon), Some(held)) = (self.daemon.upgrade(), held) else { return false };
+        daemon.host.hear(Happened::Started(&self.request));
         let this = self.clone();
         self.keep(tokio::spawn(async move {
-            let mut cancelled = this.cancelled.subscribe();
-            let outcome = tokio::select! {
-                biased;
-                _ = cancelled.wait_for(|cancelled| *cancelled) => Err(daemon.cancel_text()),
-                outcome = daemon.execute(&this, work.unwrap_or(Work::Nothing)) => outcome,
-            };
-            drop(daemon);
-            this.finish(outcome).await;
+            let outcome = daemon.execute(&this, held).await;
+            this.finish(&daemon, outcome).await;
         }));
         true
     }
 
-    pub(crate) fn cancel(&self) {
-        if self.daemon.upgrade().is_some_and(|daemon| daemon.ignores_cancel()) {
-            return;
+    /// Waits until the transaction is cancelled; returns the error of its end.
+    pub async fn cancelled(&self) -> String {
+        let mut cancelled = self.cancelled.subscribe();
+        let text = cancelled.wait_for(Option::is_some).await;
+        text.ok().and_then(|text| text.clone()).unwrap_or_default()
+    }
+
+    fn cancel(&self) {
+        if let Some(text) = self.daemon.upgrade().and_then(|daemon| daemon.host.cancel()) {
+            self.cancelled.send_replace(Some(text));
         }
-        self.cancelled.send_replace(true);
     }
 
     /// The client that requested it left the bus before the start: the transaction ends without a signal.
     pub(crate) async fn abandon(self: &Arc<Self>) {
-        *self.phase.lock().unwrap() = Phase::Finished(false, String::new());
+        *lock(&self.phase) = Phase::Finished(false, String::new());
+        drop(lock(&self.lock).take());
         self.force_close().await;
     }
 
     /// The title that clients see: a deploying transaction gets its own when it starts.
     pub(crate) fn shown_title(&self) -> &str {
-        let deploys = ["Rebase", "Upgrade"].contains(&self.method.as_str());
-        if deploys && self.is_waiting() { "new-deployment" } else { &self.title }
+        let waits = self.request.job.deploys() && self.is_waiting();
+        if waits { "new-deployment" } else { &self.request.title }
     }
 
-    async fn finish(self: &Arc<Self>, outcome: Result<(), String>) {
-        let Some(daemon) = self.daemon.upgrade() else { return };
-        if !daemon.has_power() {
+    /// The work.
+    pub fn job(&self) -> &Job {
+        &self.request.job
+    }
+
+    /// The title after the start.
+    pub fn title(&self) -> &str {
+        &self.request.title
+    }
+
+    async fn finish(self: &Arc<Self>, daemon: &Arc<Daemon<H>>, outcome: Result<(), String>) {
+        if !daemon.host.has_power() {
             return;
         }
-        if outcome.is_ok() {
-            daemon.refresh().await;
-        }
-        let (success, text) = match &outcome {
-            Ok(()) => (true, String::new()),
-            Err(text) => (false, text.clone()),
-        };
-        daemon.events.emit(Event::TransactionFinished { title: self.title.clone(), error: outcome.err() });
-        *self.phase.lock().unwrap() = Phase::Finished(success, text.clone());
+        daemon.refresh().await;
+        daemon.host.hear(Happened::Finished(&self.request, outcome.as_ref().err().map(String::as_str)));
+        let (success, text) = (outcome.is_ok(), outcome.err().unwrap_or_default());
+        *lock(&self.phase) = Phase::Finished(success, text.clone());
         self.signal("Finished", &(success, text)).await;
-        let (this, patience) = (self.clone(), daemon.force_close_after());
+        let (this, daemon, patience) = (self.clone(), daemon.clone(), daemon.host.patience());
         tokio::spawn(async move {
+            daemon.reboot_if_due().await;
             tokio::time::sleep(patience).await;
             this.force_close().await;
         });
@@ -181,7 +201,7 @@ impl Transaction {
     }
 
     async fn close_if_done(self: &Arc<Self>) {
-        let done = matches!(*self.phase.lock().unwrap(), Phase::Finished(..)) && self.peers.lock().unwrap().is_empty();
+        let done = matches!(*lock(&self.phase), Phase::Finished(..)) && lock(&self.peers).is_empty();
         if done {
             self.close().await;
         }
@@ -189,16 +209,17 @@ impl Transaction {
 
     async fn close(self: &Arc<Self>) {
         if let Some(daemon) = self.daemon.upgrade() {
+            let _ = std::fs::remove_file(&self.socket);
             daemon.closed(self).await;
         }
-        for task in self.tasks.lock().unwrap().drain(..) {
+        for task in lock(&self.tasks).drain(..) {
             task.abort();
         }
     }
 
     /// Disconnects every client, as the daemon does some time after the end and a crash does at once.
     pub(crate) async fn force_close(self: &Arc<Self>) {
-        let peers: Vec<Connection> = self.peers.lock().unwrap().drain().map(|(_, peer)| peer).collect();
+        let peers: Vec<Connection> = lock(&self.peers).drain().map(|(_, peer)| peer).collect();
         for peer in peers {
             let _ = peer.close().await;
         }
@@ -206,34 +227,37 @@ impl Transaction {
     }
 
     async fn signal<B: serde::Serialize + zbus::DynamicType>(&self, name: &str, body: &B) {
-        let peers: Vec<Connection> = self.peers.lock().unwrap().values().cloned().collect();
+        let peers: Vec<Connection> = lock(&self.peers).values().cloned().collect();
         for peer in peers {
-            let send = peer.emit_signal(None::<&str>, "/", INTERFACE, name, body);
-            // A client that does not read must not block the daemon.
-            let _ = tokio::time::timeout(Duration::from_secs(1), send).await;
+            let send = peer.emit_signal(None::<&str>, "/", TRANSACTION, name, body);
+            let _ = tokio::time::timeout(TELLING, send).await;
         }
     }
 
     async fn tell(self: &Arc<Self>, signal: &str, text: &str) {
         let Some(daemon) = self.daemon.upgrade() else { return };
-        daemon.events.emit(Event::TransactionMessage(text.to_owned()));
+        daemon.host.hear(Happened::Said(text));
         self.signal(signal, &(text,)).await;
-        daemon.disturb(text).await;
+        daemon.host.disturb(&daemon, text).await;
     }
 
-    pub(crate) async fn message(self: &Arc<Self>, text: &str) {
+    /// Tells clients something.
+    pub async fn message(self: &Arc<Self>, text: &str) {
         self.tell("Message", text).await;
     }
 
-    pub(crate) async fn task_begin(self: &Arc<Self>, text: &str) {
+    /// Tells clients that a part of the work starts.
+    pub async fn task_begin(self: &Arc<Self>, text: &str) {
         self.tell("TaskBegin", text).await;
     }
 
-    pub(crate) async fn task_end(&self, text: &str) {
+    /// Tells clients that a part of the work is done.
+    pub async fn task_end(&self, text: &str) {
         self.signal("TaskEnd", &(text,)).await;
     }
 
-    pub(crate) async fn percent(&self, text: &str, percentage: u32) {
+    /// Tells clients how much of a part is done.
+    pub async fn percent(&self, text: &str, percentage: u32) {
         self.signal("PercentProgress", &(text, percentage)).await;
         if percentage == 100 {
             self.signal("ProgressEnd", &()).await;
@@ -241,8 +265,8 @@ impl Transaction {
     }
 }
 
-struct Peer {
-    transaction: Arc<Transaction>,
+struct Peer<H: Host> {
+    transaction: Arc<Transaction<H>>,
 }
 
 const MEMBERS: &str = r#"
@@ -256,17 +280,17 @@ const MEMBERS: &str = r#"
 <signal name="ProgressEnd"/>
 "#;
 
-impl Service for Peer {
+impl<H: Host> Service for Peer<H> {
     fn at(&self, path: &str) -> Vec<Interface> {
         if path != "/" {
             return Vec::new();
         }
         vec![Interface {
-            name: INTERFACE,
+            name: TRANSACTION,
             members: MEMBERS,
             properties: vec![
                 ("Title", variant(self.transaction.shown_title())),
-                ("InitiatingClientDescription", variant(self.transaction.client.as_str())),
+                ("InitiatingClientDescription", variant(self.transaction.request.client.as_str())),
             ],
         }]
     }
@@ -277,19 +301,12 @@ impl Service for Peer {
         }
         match call.member.as_str() {
             "Start" => {
-                if let Some(messages) = self.transaction.daemon.upgrade().map(|daemon| daemon.chatters()) {
-                    for number in 0..messages {
-                        let text = format!("message {number}");
-                        connection.emit_signal(None::<&str>, "/", INTERFACE, "Message", &(text,)).await?;
-                    }
-                    if messages > 0 {
-                        let stranger = "org.example.Stranger";
-                        connection.emit_signal(None::<&str>, "/", stranger, "Finished", &(true, "")).await?;
-                    }
+                if let Some(daemon) = self.transaction.daemon.upgrade() {
+                    daemon.host.chatter(connection).await?;
                 }
                 let started = self.transaction.start();
                 let reply = call.reply(&(started,))?;
-                let finished = match &*self.transaction.phase.lock().unwrap() {
+                let finished = match &*lock(&self.transaction.phase) {
                     Phase::Finished(success, text) if !started => Some((*success, text.clone())),
                     _ => None,
                 };
@@ -298,7 +315,7 @@ impl Service for Peer {
                 if let Some(reply) = reply {
                     connection.send(&reply).await?;
                 }
-                connection.emit_signal(None::<&str>, "/", INTERFACE, "Finished", &finished).await?;
+                connection.emit_signal(None::<&str>, "/", TRANSACTION, "Finished", &finished).await?;
                 Ok(None)
             }
             "Cancel" => {
