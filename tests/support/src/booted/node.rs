@@ -53,29 +53,16 @@ const FILES: [(&str, &str); 10] = [
     ),
     (
         "usr/share/dbus-1/system-services/org.projectatomic.rpmostree1.service",
-        "[D-BUS Service]\nName=org.projectatomic.rpmostree1\nExec=/bin/false\nUser=root\n\
-         SystemdService=rpm-ostreed.service\n",
+        include_str!(
+            "../../../../vm-tests/image/stand-ins/rpm-ostree/usr/share/dbus-1/system-services/org.projectatomic.rpmostree1.service"
+        ),
     ),
     // Root owns the name; the daemon decides about permissions.
     (
         "usr/share/dbus-1/system.d/org.projectatomic.rpmostree1.conf",
-        r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <policy user="root">
-    <allow own="org.projectatomic.rpmostree1"/>
-    <allow send_destination="org.projectatomic.rpmostree1"/>
-  </policy>
-  <policy context="default">
-    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Introspectable"/>
-    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Peer"/>
-    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Properties"/>
-    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.projectatomic.rpmostree1.Sysroot"/>
-    <allow send_destination="org.projectatomic.rpmostree1" send_interface="org.projectatomic.rpmostree1.OS"/>
-    <deny send_destination="org.projectatomic.rpmostree1" send_interface="org.freedesktop.DBus.Properties" send_member="Set"/>
-  </policy>
-</busconfig>
-"#,
+        include_str!(
+            "../../../../vm-tests/image/stand-ins/rpm-ostree/usr/share/dbus-1/system.d/org.projectatomic.rpmostree1.conf"
+        ),
     ),
     // Other updaters, which must not run while the agent is enabled.
     ("usr/lib/systemd/system/zincati.service", UPDATER),
