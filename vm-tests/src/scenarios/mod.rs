@@ -87,7 +87,7 @@ impl Scenario {
 
 /// All scenarios, in order.
 pub const ALL: &[Scenario] = &[
-    scenario(0, "guest", "the guest boots a deployment, and the agent's sandbox is in force", |lab| {
+    scenario(0, "guest", "the guest boots a deployment, no unit fails, and Landlock is in force", |lab| {
         Box::pin(guest::is_what_it_claims(lab))
     })
     .short(),
