@@ -675,6 +675,7 @@ async fn hear(weak: Weak<Inner>, socket: UnixDatagram) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logind::Inhibitor;
     use crate::rpmostreed::tests::{Layouts, reference};
 
     struct Lab {
@@ -743,6 +744,42 @@ mod tests {
         let command_line = std::fs::read_to_string(machine.root().join("proc/cmdline")).unwrap();
         assert!(command_line.contains("console=ttyS0 ostree=/ostree/boot.1/rhcos/"), "{command_line}");
         assert_eq!(std::fs::read_to_string(machine.root().join("usr/lib/version")).unwrap(), "2");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn locked_deployment_boots_only_after_its_finalization() {
+        let mut lab = Lab::new(SLEEPER, |_| {}).await;
+        let (machine, target) = (lab.machine.clone(), lab.new.clone());
+        let daemon = machine.rpm_ostreed();
+        machine.power_on().await.unwrap();
+        lab.see(|event| matches!(event, Event::Booted { .. })).await;
+        daemon.human_stage_locked(&reference(&target)).await.unwrap();
+        machine.logind().reboot().await;
+        lab.see(|event| matches!(event, Event::Booted { .. })).await;
+        assert_eq!(machine.deployments().len(), 1, "the locked deployment is dropped at the boot");
+        assert_eq!(machine.booted().unwrap().digest, lab.old);
+        daemon.human_stage_locked(&reference(&target)).await.unwrap();
+        machine.logind().add_inhibitor(Inhibitor::block("someone", "a backup"));
+        let refused = daemon.human_finalize(&target).await.unwrap_err().to_string();
+        let text = "Reboot blocked by a systemd inhibitor lock in `block` mode\nHeld by: someone\nReason: a backup";
+        assert_eq!(refused, text);
+        machine.logind().remove_inhibitor("someone");
+        assert!(machine.deployments()[0].locked, "a refusal unlocked it");
+        // The client learns of the success before the reboot begins; later clients are refused.
+        machine.logind().refuse_reboot(Some(("org.example.Refused", "not now")));
+        daemon.human_finalize(&target).await.unwrap();
+        let late = daemon.human_finalize(&target).await.unwrap_err().to_string();
+        assert!(late.contains("Reboot initiated, cannot start new transaction"), "{late}");
+        daemon.crash().await;
+        machine.logind().refuse_reboot(None);
+        assert_eq!(daemon.human_finalize(&target).await.unwrap_err().to_string(), "Staged deployment already unlocked");
+        daemon.human_stage(&reference(&lab.old)).await.unwrap();
+        daemon.human_stage_locked(&reference(&target)).await.unwrap();
+        daemon.human_finalize(&target).await.unwrap();
+        lab.see(|event| matches!(event, Event::Unlocked { .. })).await;
+        lab.see(|event| *event == Event::RebootAccepted).await;
+        lab.see(|event| matches!(event, Event::Booted { .. })).await;
+        assert_eq!(machine.booted().unwrap().digest, target);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
