@@ -1,5 +1,5 @@
-//! A double of bootc as the agent uses it: the two template units of `bootc switch`, and the socket behind which
-//! `bootc status` answers. It uses the same disk as the double of rpm-ostree, with the same real pull.
+//! A double of bootc as the agent uses it: the two template units of `bootc switch`, the one of
+//! `ostree container image pull`, and the socket behind which `bootc status` answers. It uses the same disk as the double of rpm-ostree, with the same real pull.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt as _;
@@ -22,6 +22,8 @@ pub const STATUS_UNIT: &str = "rebase-agent-bootc-status.socket";
 const SOCKET: &str = "run/rebase-agent/bootc-status.sock";
 const SWITCH: &str = "rebase-agent-bootc@";
 const SWITCH_SIGNED: &str = "rebase-agent-bootc-signed@";
+/// Its instance is a whole reference, e.g. `ostree-image-signed:docker://…`.
+const PULL: &str = "rebase-agent-bootc-pull@";
 
 #[derive(Default)]
 struct Faults {
@@ -88,6 +90,14 @@ impl Bootc {
                 }
             });
         }
+        let weak = Arc::downgrade(&inner);
+        systemd.install_template(PULL, move |instance| {
+            let weak = weak.clone();
+            async move {
+                let Some(inner) = weak.upgrade() else { return Err("resources".to_owned()) };
+                inner.pull(&unescape(&instance)).await
+            }
+        });
         Self { inner }
     }
 
@@ -123,7 +133,7 @@ impl Bootc {
         }
     }
 
-    /// The next switch ends with exit code 1 without staging.
+    /// The next switch or pull ends with exit code 1 and does nothing.
     pub fn fail_next(&self) {
         self.inner.faults.lock().unwrap().fail_before = true;
     }
@@ -143,12 +153,12 @@ impl Bootc {
         self.inner.faults.lock().unwrap().idle = true;
     }
 
-    /// The next switch stops after its pull, holding the lock, until [`Bootc::release`] or until its unit is stopped.
+    /// The next switch stops after its pull, holding the lock, and the next pull at its end, until [`Bootc::release`] or until its unit is stopped.
     pub fn hang(&self) {
         self.inner.faults.lock().unwrap().hang = true;
     }
 
-    /// Whether a switch hangs now.
+    /// Whether a switch or a pull hangs now.
     #[must_use]
     pub fn is_hanging(&self) -> bool {
         self.inner.hanging.load(Ordering::SeqCst)
@@ -229,11 +239,7 @@ impl Inner {
         let image = self.rpm_ostreed.import(target).await?;
         self.events.emit(Event::TransactionMessage(format!("Importing: {reference} (digest: {})", image.digest)));
         if hangs {
-            let released = self.release.notified();
-            self.hanging.store(true, Ordering::SeqCst);
-            let hanging = Hanging(self);
-            released.await;
-            drop(hanging);
+            self.hang().await;
         }
         self.rpm_ostreed.stage_imported(image).await?;
         if std::mem::take(&mut self.faults.lock().unwrap().fail_after) {
@@ -241,6 +247,34 @@ impl Inner {
         }
         let _ = self.sysroot.prune_images();
         std::fs::write(self.sysroot.root().join("run/reboot-required"), "").map_err(|error| error.to_string())
+    }
+
+    async fn hang(&self) {
+        let released = self.release.notified();
+        self.hanging.store(true, Ordering::SeqCst);
+        let hanging = Hanging(self);
+        released.await;
+        drop(hanging);
+    }
+
+    /// `ostree container image pull`, which does not take the sysroot's lock.
+    async fn pull(&self, reference: &str) -> Result<(), String> {
+        let (fails, hangs) = {
+            let mut faults = self.faults.lock().unwrap();
+            (std::mem::take(&mut faults.fail_before), std::mem::take(&mut faults.hang))
+        };
+        self.events.emit(Event::TransactionRequested { method: "pull".to_owned(), argument: reference.to_owned() });
+        let outcome = match Reference::parse(reference) {
+            Ok(_) if fails => Err("something went wrong".to_owned()),
+            Ok(parsed) => self.rpm_ostreed.import(&parsed).await,
+            Err(error) => Err(error),
+        };
+        if hangs {
+            self.hang().await;
+        }
+        outcome
+            .map(drop)
+            .map_err(|_| self.faults.lock().unwrap().result.take().unwrap_or_else(|| "exit-code".to_owned()))
     }
 
     async fn status(self: &Arc<Self>, mut stream: UnixStream) {
@@ -358,10 +392,39 @@ pub(crate) fn status(deployments: &[Deployment]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::Bus;
+    use crate::machine::Engine;
+    use crate::rpmostreed::tests::{Layouts, reference};
 
     #[test]
     fn instances_are_unescaped() {
         assert_eq!(unescape(r"quay.io-a-b\x2dc\x40sha256:00"), "quay.io/a/b-c@sha256:00");
         assert_eq!(unescape(r"\x2d\x2dapply"), "--apply");
+    }
+
+    #[tokio::test]
+    async fn pulled_image_is_switched_to_without_the_registry() {
+        let dir = tempfile::tempdir().unwrap();
+        let layouts = Layouts::new(dir.path());
+        let (old, new) = (layouts.image("1", true), layouts.image("2", true));
+        let bus = Bus::start(dir.path()).unwrap();
+        let events = Events::new();
+        let systemd = Systemd::start(&bus, events.clone()).await.unwrap();
+        let sysroot = Arc::new(Sysroot::create(&dir.path().join("root"), "default").unwrap());
+        let (address, engine) = (bus.address(), layouts.engine());
+        let daemon =
+            RpmOstreed::new(address, dir.path(), events.clone(), sysroot.clone(), engine.clone(), systemd.clone());
+        daemon.install(&engine, &reference(&old), &[]).await.unwrap();
+        sysroot.boot(0).unwrap();
+        let bootc = Bootc::new(events, sysroot, daemon.clone(), &systemd);
+        let escaped = |text: &str| text.replace('-', r"\x2d").replace('/', "-");
+        let unit = |reference: &str| format!("{PULL}{}.service", escaped(reference));
+        assert_eq!(systemd.activate(&unit(&format!("q.io/os/node@{new}"))).await, Err("exit-code".to_owned()));
+        systemd.activate(&unit(&reference(&new))).await.unwrap();
+        assert_eq!(bootc.status()["status"]["staged"], Value::Null);
+        daemon.set_engine(Engine { skopeo: "/bin/false".into(), ..engine });
+        bootc.human_switch(&format!("q.io/os/node@{new}"), true).await.unwrap();
+        let staged = &bootc.status()["status"]["staged"];
+        assert_eq!((&staged["image"]["imageDigest"], &staged["downloadOnly"]), (&json!(new), &json!(false)));
     }
 }
