@@ -122,6 +122,19 @@ impl Pki {
         self.client_certificate(&key, user, groups, from, until) + &text(ec.private_key_to_pem())
     }
 
+    /// A client certificate for any user and groups, valid for a day, and its key in PKCS#8.
+    #[must_use]
+    pub fn client(&self, user: &str, groups: &[&str]) -> (String, String) {
+        self.client_valid(user, groups, -HOUR, 24 * HOUR)
+    }
+
+    /// Like [`Pki::client`], valid from `from` to `until` seconds after now; negative lies in the past.
+    #[must_use]
+    pub fn client_valid(&self, user: &str, groups: &[&str], from: i64, until: i64) -> (String, String) {
+        let key = PKey::from_ec_key(generate()).unwrap();
+        (self.client_certificate(&key, user, groups, from, until), text(key.private_key_to_pem_pkcs8()))
+    }
+
     /// Only the certificate, for a key of any kind.
     #[must_use]
     pub fn client_certificate(

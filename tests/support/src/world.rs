@@ -100,21 +100,7 @@ impl World {
         let events = Events::new();
         let pki = Pki::new();
 
-        let (cert_pem, key_pem) = pki.server(&[]);
-        let tls = ServerTls { cert_pem, key_pem, ca_pem: pki.ca_pem() };
-        let registry = Registry::start(&path.join("registry"), tls).await?;
-        let signer = Signer::generate(KeyKind::P256);
-        let key = path.join("os.pub");
-        signer.write_public(&key)?;
-        let scope = format!("{}/example", registry.host());
-        let policy = path.join("containers/policy.json");
-        let stock = || Policy::accept_by_default().scope(&scope, [Requirement::sigstore_key_path(&key)]);
-        options.policy.unwrap_or_else(stock).write(&policy)?;
-        let registries_d = path.join("containers/registries.d");
-        RegistriesD::new().attachments(&scope, true).write(&registries_d.join("os.yaml"))?;
-        let skopeo = tools::skopeo()?;
-        let engine =
-            Engine { skopeo: skopeo.clone(), policy: policy.clone(), registries_d, cert_dir: registry.cert_dir() };
+        let Trust { registry, signer, engine } = Trust::new(&path, &pki, options.policy).await?;
 
         let api = ApiServer::start(&pki, events.clone())?;
         let store = api.store();
@@ -123,19 +109,10 @@ impl World {
         let pem = rotate_client_pem(&kubelet.join("pki"), &pki.kubelet_pem(NODE));
         write_kubeconfig(&kubelet.join("kubeconfig"), &api.url(), &pki.ca_pem(), &pem);
 
-        let text = |path: &Path| path.display().to_string();
-        let mut env: Vec<(String, String)> = [
-            ("KUBECONFIG", text(&kubelet.join("kubeconfig"))),
-            ("POLICY", text(&engine.policy)),
-            ("REGISTRIES_D", text(&engine.registries_d)),
-            ("SKOPEO", text(options.agent_skopeo.as_deref().unwrap_or(&skopeo))),
-            ("CERT_DIR", text(&engine.cert_dir)),
-            ("SIGNATURE_GRACE", "2".to_owned()),
-            ("UPTIME_FLOOR", "60".to_owned()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (format!("REBASE_AGENT_{name}"), value))
-        .collect();
+        let mut env = agent_env(&kubelet.join("kubeconfig"), &engine);
+        if let Some(skopeo) = &options.agent_skopeo {
+            env.push(("REBASE_AGENT_SKOPEO".to_owned(), skopeo.display().to_string()));
+        }
         env.extend(options.env);
         let agent = AgentCommand { program: options.agent, args: vec!["run".to_owned()], env };
         let mut machine = MachineOptions::new(&path, engine, events.clone(), agent.clone());
@@ -262,12 +239,62 @@ impl World {
     }
 }
 
+/// The registry, the key that signs its images, and the engine of a node whose policy demands that key.
+pub struct Trust {
+    /// A real registry.
+    pub registry: Registry,
+    /// The key that the node's policy names.
+    pub signer: Signer,
+    /// The engine, with the node's policy.
+    pub engine: Engine,
+}
+
+impl Trust {
+    /// Starts the registry and writes the node's files below `path`. The default policy is OpenShift's own with one scope
+    /// that requires a signature.
+    pub async fn new(path: &Path, pki: &Pki, policy: Option<Policy>) -> anyhow::Result<Self> {
+        let (cert_pem, key_pem) = pki.server(&[]);
+        let tls = ServerTls { cert_pem, key_pem, ca_pem: pki.ca_pem() };
+        let registry = Registry::start(&path.join("registry"), tls).await?;
+        let signer = Signer::generate(KeyKind::P256);
+        let key = path.join("os.pub");
+        signer.write_public(&key)?;
+        let scope = format!("{}/example", registry.host());
+        let file = path.join("containers/policy.json");
+        let stock = || Policy::accept_by_default().scope(&scope, [Requirement::sigstore_key_path(&key)]);
+        policy.unwrap_or_else(stock).write(&file)?;
+        let registries_d = path.join("containers/registries.d");
+        RegistriesD::new().attachments(&scope, true).write(&registries_d.join("os.yaml"))?;
+        let engine = Engine { skopeo: tools::skopeo()?, policy: file, registries_d, cert_dir: registry.cert_dir() };
+        Ok(Self { registry, signer, engine })
+    }
+}
+
+/// The variables of an agent that uses this kubeconfig and this engine.
+#[must_use]
+pub fn agent_env(kubeconfig: &Path, engine: &Engine) -> Vec<(String, String)> {
+    let text = |path: &Path| path.display().to_string();
+    let pairs = [
+        ("KUBECONFIG", text(kubeconfig)),
+        ("POLICY", text(&engine.policy)),
+        ("REGISTRIES_D", text(&engine.registries_d)),
+        ("SKOPEO", text(&engine.skopeo)),
+        ("CERT_DIR", text(&engine.cert_dir)),
+        ("SIGNATURE_GRACE", "2".to_owned()),
+        ("UPTIME_FLOOR", "60".to_owned()),
+    ];
+    pairs.into_iter().map(|(name, value)| (format!("REBASE_AGENT_{name}"), value)).collect()
+}
+
 async fn push(registry: &Registry, tag: &str, spec: &ImageSpec) -> anyhow::Result<Pushed> {
     registry.push(REPOSITORY, tag, spec).await
 }
 
-/// The files that MCS and the installer leave on a node.
-fn write_first_boot(root: &Path, config: &str, image: &str) -> anyhow::Result<()> {
+/// Writes the file that MCS leaves on a node.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_first_boot(root: &Path, config: &str, image: &str) -> anyhow::Result<()> {
     let pairs = [
         ("currentConfig", config),
         ("desiredConfig", config),
