@@ -384,6 +384,8 @@ impl Shape {
             }
             Self::MetadataList => {
                 let items: Vec<_> = items.iter().map(partial).collect();
+                // As Go encodes an empty list.
+                let items = if items.is_empty() { Value::Null } else { items.into() };
                 let (kind, version) = ("PartialObjectMetadataList", "meta.k8s.io/v1");
                 Ok(json!({"kind": kind, "apiVersion": version, "metadata": metadata, "items": items}))
             }
@@ -635,9 +637,10 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
         }
         (&Method::GET, None) => {
             let shape = Shape::of(&call.headers)?;
-            let selected = call.selected()?;
             let watches = call.flag("watch");
-            readable(user, if watches { "watch" } else { "list" }, selected)?;
+            // The authorizer knows only selectors that it can parse.
+            readable(user, if watches { "watch" } else { "list" }, call.selected().unwrap_or_default())?;
+            let selected = call.selected()?;
             if watches {
                 return watch(store, call, selected, shape);
             }
@@ -670,6 +673,9 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
             // Checked before anything is written, as in the real server.
             shape.object(Value::Null)?;
             shape.object(store.patch(&manager, name, &patch, user.node())?).map(Answer::Json)
+        }
+        (method, name) if user.node().is_some() => {
+            Err(user.forbidden(&method.as_str().to_lowercase(), name.unwrap_or_default(), ""))
         }
         _ => Err(ApiError::new(405, None, "the server does not allow this method on the requested resource")),
     }

@@ -630,8 +630,8 @@ fn patched(old: &Value, name: &str, patch: &Value, node: Option<&str>) -> Result
         return Err(ApiError::new(400, Some(name), why));
     }
     if let Some(asked) = is.get("uid").filter(|uid| **uid != was["uid"]) {
-        let why = format!("Precondition failed: UID in precondition: {asked}, UID in object meta: {}", was["uid"]);
-        return Err(ApiError::conflict(name, &why));
+        let why = format!("metadata.uid: Invalid value: {asked}: field is immutable");
+        return Err(ApiError::invalid(name, &why));
     }
     if is.get("resourceVersion").is_some_and(|version| *version != was["resourceVersion"]) {
         let why = "the object has been modified; please apply your changes to the latest version and try again";

@@ -187,7 +187,7 @@ async fn patches_merge_with_preconditions_and_emit_events_before_the_answer() {
     let stale = json!({"metadata": {"resourceVersion": version, "annotations": {"x": "z"}}});
     refused(cluster.patch("worker-0", &stale), 409, "Conflict", "the object has been modified").await;
     let recreated = json!({"metadata": {"uid": "other", "annotations": {"x": "z"}}});
-    refused(cluster.patch("worker-0", &recreated), 409, "Conflict", "Precondition failed: UID").await;
+    refused(cluster.patch("worker-0", &recreated), 422, "Invalid", "field is immutable").await;
     let uid = cluster.store.node("worker-0").unwrap()["metadata"]["uid"].clone();
     let good = json!({"metadata": {"uid": uid, "resourceVersion": cluster.version(), "annotations": {"x": "z"}}});
     assert_eq!(cluster.patch("worker-0", &good).send().await.unwrap().status(), 200);
