@@ -8,6 +8,7 @@ pub mod apiserver;
 pub mod bootc;
 pub mod booted;
 pub mod bus;
+pub mod controlplane;
 pub mod events;
 pub mod gpg;
 pub mod hostile_registry;

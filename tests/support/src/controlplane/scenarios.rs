@@ -1,0 +1,541 @@
+//! What happens to a pool of agents on a real control plane. Each scenario ends with the pool `Updated=True` or with the
+//! documented refusal, or it fails.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use nix::sys::signal::Signal;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::time::{sleep, timeout};
+
+use super::site::{DEADLINE, role};
+use super::{Client, Options, Program, Site, SiteOptions, conformance, until};
+use crate::events::Event;
+use crate::image::Pushed;
+use crate::mcc::annotation;
+
+/// Longest scenario; one that hangs fails after this.
+const LIMIT: Duration = Duration::from_secs(600);
+/// The documented way to have a refusal checked again at once.
+const RETRY: &str = "rebase-agent.openshift.io/retry";
+
+/// What a scenario gets.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// The agent's program.
+    pub agent: PathBuf,
+    /// The directory that `tests/support/controlplane/build` prints.
+    pub programs: PathBuf,
+    /// A directory for the scenario's files; a short path.
+    pub directory: PathBuf,
+}
+
+impl Stage {
+    async fn site(&self, change: impl FnOnce(&mut SiteOptions)) -> anyhow::Result<Site> {
+        let plane = Options { programs: self.programs.clone(), gated: false, api_arguments: Vec::new() };
+        let mut options = SiteOptions {
+            agent: self.agent.clone(),
+            plane,
+            nodes: 1,
+            pool: "worker".to_owned(),
+            max_unavailable: 1,
+            topology: "HighlyAvailable".to_owned(),
+            machine: |_| {},
+        };
+        change(&mut options);
+        Site::new(&self.directory, options).await
+    }
+
+    /// A site whose nodes are up and done on the installed image.
+    async fn settled(&self, change: impl FnOnce(&mut SiteOptions)) -> anyhow::Result<Site> {
+        let site = self.site(change).await?;
+        site.power_on().await?;
+        site.wait_updated(&site.installed).await.context("the first boot")?;
+        Ok(site)
+    }
+}
+
+/// What a scenario measured.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// The agents' requests, from the server's audit log.
+    pub requests: usize,
+    /// Those that write.
+    pub writes: usize,
+    /// What else is worth a line.
+    pub note: String,
+}
+
+type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Outcome>> + 'a>>;
+
+/// A scenario.
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// Whether it belongs to the short set.
+    pub short: bool,
+    run: fn(&Stage) -> Running<'_>,
+}
+
+impl Scenario {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// Any deviation from the expected course.
+    pub async fn run(&self, stage: &Stage) -> anyhow::Result<Outcome> {
+        timeout(LIMIT, (self.run)(stage)).await.with_context(|| format!("not finished after {LIMIT:?}"))?
+    }
+}
+
+macro_rules! scenarios {
+    ($($name:literal $(($short:ident))? => $run:path),* $(,)?) => {
+        /// All scenarios, in the order of the table.
+        pub const SCENARIOS: &[Scenario] = &[$(
+            Scenario { name: $name, short: scenarios!(@ $($short)?), run: |stage| Box::pin($run(stage)) },
+        )*];
+    };
+    (@ short) => { true };
+    (@) => { false };
+}
+
+scenarios! {
+    "conformance" (short) => conformance::scenario,
+    "first-boot" (short) => first_boot,
+    "custom-pool" => custom_pool,
+    "two-nodes" => two_nodes,
+    "three-nodes" => three_nodes,
+    "unsigned-then-signed" => unsigned_then_signed,
+    "paused" => paused,
+    "disruption-budget" => disruption_budget,
+    "retarget-while-staging" => retarget_while_staging,
+    "file-only-config" => file_only_config,
+    "layering-reverted" => layering_reverted,
+    "node-recreated" => node_recreated,
+    "server-stopped" => server_stopped,
+    "server-killed" => server_killed,
+    "database-restored" => database_restored,
+    "certificate-rotated" => certificate_rotated,
+    "certificate-expired" => certificate_expired,
+    "watch-expired" => watch_expired,
+    "single-replica" => single_replica,
+    "mcc-away" => mcc_away,
+    "idle" => idle,
+}
+
+/// The end of a scenario: no request was refused, and every agent stops.
+async fn close(site: Site, note: String, allowed: &[u16]) -> anyhow::Result<Outcome> {
+    let audit = site.plane.audit()?;
+    for request in audit.of_agents(None) {
+        let refused = (400..500).contains(&request.status) && !allowed.contains(&request.status);
+        ensure!(!refused, "the server answered {} to {} {}", request.status, request.verb, request.uri);
+    }
+    let requests = audit.of_agents(None).count();
+    let writes = audit.of_agents(None).filter(|request| request.is_write()).count();
+    for worker in &site.workers {
+        worker.machine.stop_agent().await;
+    }
+    Ok(Outcome { requests, writes, note })
+}
+
+/// Signs and sets a target, and waits for the pool.
+async fn update(site: &Site, version: &str) -> anyhow::Result<Pushed> {
+    let image = site.signed(version).await?;
+    site.target(version, &image).await?;
+    site.wait_updated(&image).await?;
+    Ok(image)
+}
+
+fn drain_of(version: &str) -> impl Fn(&Value) -> bool {
+    let wanted = format!("drain-rendered-worker-{version}");
+    move |node| annotation(node, "desiredDrain") == Some(&wanted)
+}
+
+async fn first_boot(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    let node = site.node(site.only()).await?.context("the Node is gone")?;
+    ensure!(annotation(&node, "firstPivotConfig") == Some("rendered-worker-1"), "no firstPivotConfig: {node:#}");
+    let before = site.plane.audit()?.of_agents(None).count();
+    let writes =
+        |site: &Site| anyhow::Ok(site.plane.audit()?.of_agents(None).filter(|request| request.is_write()).count());
+    let written = writes(&site)?;
+    update(&site, "2").await?;
+    let node = site.node(site.only()).await?.context("the Node is gone")?;
+    ensure!(annotation(&node, "lastAppliedDrain") == Some("uncordon-rendered-worker-2"), "not uncordoned: {node:#}");
+    let requests = site.plane.audit()?.of_agents(None).count() - before;
+    let note = format!("an update took {requests} requests, {} of them writes", writes(&site)? - written);
+    close(site, note, &[]).await
+}
+
+async fn custom_pool(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.site(|options| options.pool = "infra".to_owned()).await?;
+    site.power_on().await?;
+    let first = |node: &Value| annotation(node, "firstPivotConfig") == Some("rendered-infra-1");
+    site.wait(site.only(), "the first-boot annotations", first).await?;
+    // Newer controllers do this when they see `firstPivotConfig`.
+    let labels = json!({"metadata": {"labels": {role("infra"): ""}}});
+    site.plane.admin().merge(&format!("/api/v1/nodes/{}", site.only().name), &labels).await?;
+    site.wait_updated(&site.installed).await?;
+    update(&site, "2").await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn nodes(stage: &Stage, nodes: usize) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.nodes = nodes).await?;
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    let seen = site.wait_updated(&two).await?;
+    ensure!(seen.cordoned == 1 && seen.unavailable == 1, "maxUnavailable is 1, and at once there were {seen:?}");
+    close(site, String::new(), &[]).await
+}
+
+async fn two_nodes(stage: &Stage) -> anyhow::Result<Outcome> {
+    nodes(stage, 2).await
+}
+
+async fn three_nodes(stage: &Stage) -> anyhow::Result<Outcome> {
+    nodes(stage, 3).await
+}
+
+async fn unsigned_then_signed(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    let worker = site.only();
+    let two = site.unsigned("2").await?;
+    site.target("2", &two).await?;
+    let refused = |node: &Value| {
+        let reason = annotation(node, "reason").unwrap_or_default();
+        annotation(node, "state") == Some("Degraded") && reason.starts_with("SignatureMissing")
+    };
+    let node = site.wait(worker, "the refusal", refused).await?;
+    ensure!(
+        node["spec"]["unschedulable"] != true
+            && annotation(&node, "desiredDrain").is_none_or(|drain| !drain.starts_with("drain-")),
+        "drained for an unsigned image"
+    );
+    ensure!(worker.machine.deployments().iter().all(|deployment| !deployment.staged), "an unsigned image is staged");
+    let degraded = async || {
+        let pool = site.pool().await?;
+        let conditions = pool["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let is = |condition: &Value| condition["type"] == "NodeDegraded" && condition["status"] == "True";
+        Ok(conditions.into_iter().find(is))
+    };
+    let condition = until("the pool's NodeDegraded", DEADLINE, degraded).await?;
+    ensure!(condition["message"].as_str().is_some_and(|text| text.contains("SignatureMissing")), "{condition}");
+    site.sign(&two, "2").await?;
+    site.annotate(worker, RETRY, Some("signed")).await?;
+    site.wait_updated(&two).await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn paused(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    site.pause(true).await?;
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    let writes =
+        |site: &Site| anyhow::Ok(site.plane.audit()?.of_agents(None).filter(|request| request.is_write()).count());
+    let before = writes(&site)?;
+    let waits = async || {
+        let pool = site.pool().await?;
+        Ok(pool["status"].to_string().contains("Pool is paused; will not update").then_some(()))
+    };
+    until("MCC's sync of the paused pool", DEADLINE, waits).await?;
+    sleep(Duration::from_secs(5)).await;
+    ensure!(writes(&site)? == before, "the agent wrote while the pool was paused");
+    ensure!(site.only().boots().len() == 1, "the node of a paused pool booted again");
+    site.pause(false).await?;
+    site.wait_updated(&two).await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn disruption_budget(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    let worker = site.only();
+    let admin = site.plane.admin();
+    let labels = json!({"app": "database"});
+    let pod = json!({
+        "metadata": {"name": "database", "labels": labels},
+        "spec": {
+            "nodeName": worker.name, "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "database", "image": "registry.example/database"}],
+        },
+    });
+    admin.create("/api/v1/namespaces/default/pods", &pod).await?;
+    let running = json!({"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}});
+    admin.strategic("/api/v1/namespaces/default/pods/database/status", &running).await?;
+    let budget =
+        json!({"metadata": {"name": "database"}, "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}}});
+    let budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets";
+    admin.create(budgets, &budget).await?;
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    site.wait(worker, "the drain request", drain_of("2")).await?;
+    site.wait(worker, "the cordon", |node| node["spec"]["unschedulable"] == true).await?;
+    // Longer than one attempt of the drain controller.
+    sleep(Duration::from_secs(20)).await;
+    let node = site.node(worker).await?.context("the Node is gone")?;
+    ensure!(annotation(&node, "lastAppliedDrain") != annotation(&node, "desiredDrain"), "the budget did not hold");
+    ensure!(annotation(&node, "reason").is_some_and(|reason| reason.starts_with("DrainPending")), "{node:#}");
+    ensure!(worker.boots().len() == 1, "booted without a drain");
+    admin.delete(&format!("{budgets}/database")).await?;
+    site.wait_updated(&two).await?;
+    ensure!(admin.get("/api/v1/namespaces/default/pods/database").await?.found()?.is_none(), "booted with the pod");
+    close(site, String::new(), &[]).await
+}
+
+async fn retarget_while_staging(stage: &Stage) -> anyhow::Result<Outcome> {
+    // With 1, MCC gives a node that is not done no other target.
+    let site = stage.settled(|options| options.max_unavailable = 2).await?;
+    let worker = site.only();
+    let (two, three) = (site.signed("2").await?, site.signed("3").await?);
+    worker.machine.rpm_ostreed().hang_at("Importing");
+    site.target("2", &two).await?;
+    let hangs = async || Ok(worker.machine.rpm_ostreed().is_hanging().then_some(()));
+    until("the staging of image 2", DEADLINE, hangs).await?;
+    site.target("3", &three).await?;
+    let wanted = three.pullspec();
+    site.wait(worker, "MCC's new target", |node| annotation(node, "desiredImage") == Some(&*wanted)).await?;
+    worker.machine.rpm_ostreed().release();
+    site.wait_updated(&three).await?;
+    let boots = worker.boots();
+    ensure!(boots.len() == 2 && boots[1].contains(&three.digest), "booted {boots:?}");
+    close(site, String::new(), &[]).await
+}
+
+async fn file_only_config(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.max_unavailable = 2).await?;
+    let worker = site.only();
+    // MCO reuses the image for a config that differs only in files.
+    site.target("2", &site.installed).await?;
+    let node = site.wait_reason(worker, "ConfigAheadOfImage").await?;
+    ensure!(annotation(&node, "state") == Some("Working"), "the state is not Working: {node:#}");
+    ensure!(node["spec"]["unschedulable"] != true && worker.boots().len() == 1, "drained or rebooted for nothing");
+    // The rebuild of the same config.
+    update(&site, "2").await?;
+    close(site, "the rebuilt image needs a second slot (maxUnavailable 2)".to_owned(), &[]).await
+}
+
+async fn layering_reverted(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.max_unavailable = 2).await?;
+    let worker = site.only();
+    let two = update(&site, "2").await?;
+    site.unlayer().await?;
+    let node = site.wait_reason(worker, "LayeringReverted").await?;
+    ensure!(annotation(&node, "desiredImage").is_none(), "desiredImage is still there: {node:#}");
+    ensure!(node["spec"]["unschedulable"] != true, "cordoned although nothing is to be done");
+    ensure!(worker.boots().len() == 2, "booted for a pool without an image");
+    site.layer().await?;
+    site.target("2", &two).await?;
+    site.wait_updated(&two).await?;
+    update(&site, "3").await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn node_recreated(stage: &Stage) -> anyhow::Result<Outcome> {
+    let mut site = stage.settled(|_| {}).await?;
+    let worker = site.only().clone();
+    let two = update(&site, "2").await?;
+    site.plane.admin().delete(&format!("/api/v1/nodes/{}", worker.name)).await?;
+    let gone = async || {
+        let status = worker.machine.systemd().unit("rebase-agent.service").map(|unit| unit.status_text);
+        Ok(status.filter(|text| text.contains("NodeNotFound")))
+    };
+    until("the agent's NodeNotFound", DEADLINE, gone).await?;
+    site.register(&worker).await?;
+    site.wait_updated(&two).await?;
+    update(&site, "3").await?;
+    close(site, String::new(), &[404]).await
+}
+
+/// Waits for the drain request, has `trouble` happen to the control plane, and waits for the pool.
+async fn in_the_middle(
+    mut site: Site,
+    trouble: impl AsyncFnOnce(&mut Site) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    site.wait(&site.workers[0], "the drain request", drain_of("2")).await?;
+    trouble(&mut site).await?;
+    site.wait_updated(&two).await?;
+    update(&site, "3").await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn server_stopped(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    in_the_middle(site, async |site| {
+        site.plane.stop_program(Program::ApiServer, Signal::SIGTERM).await?;
+        sleep(Duration::from_secs(20)).await;
+        site.plane.start_program(Program::ApiServer).await
+    })
+    .await
+}
+
+async fn server_killed(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    in_the_middle(site, async |site| {
+        site.plane.stop_program(Program::ApiServer, Signal::SIGKILL).await?;
+        site.plane.start_program(Program::ApiServer).await
+    })
+    .await
+}
+
+async fn database_restored(stage: &Stage) -> anyhow::Result<Outcome> {
+    let mut site = stage.settled(|options| options.nodes = 2).await?;
+    let backup = site.plane.backup().await?;
+    let two = update(&site, "2").await?;
+    // The restored annotations name image 1 on nodes that run image 2.
+    site.plane.restore(&backup).await?;
+    site.wait_updated(&site.installed).await?;
+    for worker in &site.workers {
+        let boots = worker.boots();
+        ensure!(boots.len() == 3 && boots[1].contains(&two.digest), "{} booted {boots:?}", worker.name);
+    }
+    site.target("2", &two).await?;
+    site.wait_updated(&two).await?;
+    close(site, String::new(), &[]).await
+}
+
+async fn certificate_rotated(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    in_the_middle(site, async |site| {
+        site.workers[0].rotate(site.plane.pki(), 24 * 3600);
+        Ok(())
+    })
+    .await
+}
+
+async fn certificate_expired(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    let worker = site.only();
+    worker.machine.stop_agent().await;
+    worker.rotate(site.plane.pki(), 15);
+    worker.machine.start_agent();
+    let two = site.signed("2").await?;
+    // Nothing to write before the certificate has expired.
+    let expired = until_line(worker, "expired");
+    sleep(Duration::from_secs(20)).await;
+    site.target("2", &two).await?;
+    let line =
+        timeout(DEADLINE, expired).await.context("the agent does not say that the certificate has expired")??;
+    worker.rotate(site.plane.pki(), 24 * 3600);
+    site.wait_updated(&two).await?;
+    close(site, line, &[401]).await
+}
+
+/// The agent's next line with this text.
+fn until_line(worker: &super::Worker, text: &str) -> impl Future<Output = anyhow::Result<String>> + use<> {
+    let (mut queue, text) = (worker.events.subscribe(), text.to_owned());
+    async move {
+        loop {
+            if let Ok(Event::AgentLine(line)) = queue.recv().await
+                && line.contains(&text)
+            {
+                return Ok(line.trim().to_owned());
+            }
+        }
+    }
+}
+
+/// Fake nodes whose kubelets report.
+const CROWD: usize = 500;
+
+async fn watch_expired(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.machine = |machine| machine.watchdog = None).await?;
+    let worker = site.only();
+    let admin = site.plane.admin();
+    let nodes = admin.get("/api/v1/nodes").await?.ok()?;
+    let old = nodes["metadata"]["resourceVersion"].as_str().context("no version")?.to_owned();
+    let two = site.signed("2").await?;
+    // The agent sleeps while its watch window passes.
+    worker.machine.signal_agent(Signal::SIGSTOP);
+    for number in 0..CROWD {
+        let node = json!({"metadata": {"name": format!("crowd-{number}")}});
+        admin.create("/api/v1/nodes", &node).await?;
+    }
+    let mut reports = 0;
+    let expired = async {
+        loop {
+            for number in 0..CROWD {
+                let condition = json!({"type": "Ready", "status": "True", "message": format!("report {reports}")});
+                let path = format!("/api/v1/nodes/crowd-{number}/status");
+                admin.strategic(&path, &json!({"status": {"conditions": [condition]}})).await?;
+                reports += 1;
+            }
+            if has_expired(admin, &old).await? {
+                return anyhow::Ok(());
+            }
+        }
+    };
+    timeout(Duration::from_secs(400), expired).await.context("the watch window does not pass")??;
+    site.target("2", &two).await?;
+    worker.machine.signal_agent(Signal::SIGCONT);
+    site.wait_updated(&two).await?;
+    close(site, format!("{reports} reports of {CROWD} nodes"), &[]).await
+}
+
+async fn has_expired(admin: &Client, version: &str) -> anyhow::Result<bool> {
+    let path =
+        format!("/api/v1/nodes?watch=1&fieldSelector=metadata.name%3Dnone&timeoutSeconds=1&resourceVersion={version}");
+    let answer = admin.send(Method::GET, &path, None).await?;
+    // Without a matching event the body is empty; an expired watch is HTTP 200 with an ERROR event.
+    Ok(answer.status == 200 && answer.body["type"] == "ERROR" && answer.body["object"]["code"] == 410)
+}
+
+async fn single_replica(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.topology = "SingleReplica".to_owned()).await?;
+    let worker = site.only();
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    let seen = site.wait_updated(&two).await?;
+    ensure!(seen.cordoned == 0, "a single node was cordoned");
+    let node = site.node(worker).await?.context("the Node is gone")?;
+    ensure!(annotation(&node, "controlPlaneTopology") == Some("SingleReplica"), "{node:#}");
+    ensure!(annotation(&node, "lastAppliedDrain") == Some("uncordon-rendered-worker-2"), "no uncordon: {node:#}");
+    close(site, String::new(), &[]).await
+}
+
+async fn mcc_away(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|_| {}).await?;
+    let two = site.signed("2").await?;
+    site.target("2", &two).await?;
+    let wanted = two.pullspec();
+    site.wait(site.only(), "MCC's target", |node| annotation(node, "desiredImage") == Some(&*wanted)).await?;
+    let mut site = site;
+    site.plane.stop_program(Program::Mco, Signal::SIGKILL).await?;
+    let worker = site.only();
+    site.wait(worker, "the drain request", drain_of("2")).await?;
+    sleep(Duration::from_secs(15)).await;
+    let node = site.node(worker).await?.context("the Node is gone")?;
+    ensure!(node["spec"]["unschedulable"] != true && worker.boots().len() == 1, "went on without MCC: {node:#}");
+    ensure!(annotation(&node, "reason").is_some_and(|reason| reason.starts_with("DrainPending")), "{node:#}");
+    site.plane.start_program(Program::Mco).await?;
+    site.wait_updated(&two).await?;
+    close(site, String::new(), &[]).await
+}
+
+/// How long the idle agents are watched.
+const IDLE: Duration = Duration::from_secs(330);
+
+async fn idle(stage: &Stage) -> anyhow::Result<Outcome> {
+    let site = stage.settled(|options| options.nodes = 3).await?;
+    let before = site.plane.audit()?.of_agents(None).count();
+    // The kubelets report every five minutes: once in this time.
+    sleep(IDLE / 2).await;
+    for worker in &site.workers {
+        let condition = json!({"type": "DiskPressure", "status": "False", "message": "no pressure"});
+        let path = format!("/api/v1/nodes/{}/status", worker.name);
+        site.plane.admin().strategic(&path, &json!({"status": {"conditions": [condition]}})).await?;
+    }
+    sleep(IDLE / 2).await;
+    let audit = site.plane.audit()?;
+    let requests: Vec<_> = audit.of_agents(None).skip(before).collect();
+    ensure!(requests.iter().all(|request| !request.is_write()), "an idle agent wrote");
+    let hour = requests.len() as f64 / site.workers.len() as f64 * 3600.0 / IDLE.as_secs_f64();
+    ensure!(hour <= 60.0, "an idle agent makes {hour:.0} requests an hour");
+    let note =
+        format!("{hour:.0} requests an hour and node, from {} s of {} nodes", IDLE.as_secs(), site.workers.len());
+    close(site, note, &[]).await
+}
