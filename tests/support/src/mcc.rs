@@ -11,7 +11,9 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
-use crate::apiserver::{ApiError, Store};
+use crate::apiserver::{ApiError, Store, rfc3339};
+
+mod monitor;
 
 /// The field manager of everything that the controllers write.
 pub const MANAGER: &str = "machine-config-controller";
@@ -298,6 +300,7 @@ async fn run_pool(store: Store, pool: PoolSpec, control: watch::Sender<PoolContr
 }
 
 fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<(), ApiError> {
+    sync_mcns(store, pool);
     let Some(target) = control.target.as_ref().filter(|_| !control.paused) else { return Ok(()) };
     let mut nodes = nodes_of(store, pool);
     for node in &nodes {
@@ -332,9 +335,23 @@ fn sync_pool(store: &Store, pool: &PoolSpec, control: &PoolControl) -> Result<()
     for node in get_candidates(&nodes, target, pool.max_unavailable) {
         let name = node["metadata"]["name"].as_str().unwrap();
         let wanted = [("desiredConfig", Some(target.config.as_str())), ("desiredImage", target.image.as_deref())];
+        monitor::set_spec(store, name, &pool.name, Some(&target.config), target.image.as_deref());
         store.patch_as(MANAGER, name, patch_of(&wanted))?;
     }
     Ok(())
+}
+
+/// The operator's part: a MachineConfigNode for each Node, and none for a Node that is gone.
+fn sync_mcns(store: &Store, pool: &PoolSpec) {
+    for name in &pool.nodes {
+        match (store.node(name), store.mcn(name)) {
+            (None, Some(_)) => store.set_mcn(name, None),
+            (Some(node), None) => {
+                monitor::set_spec(store, name, &pool.name, annotation(&node, "desiredConfig"), None);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The drain controller's delays.
@@ -515,6 +532,12 @@ impl Drainer {
             Some("drain") => self.drain(name).await?,
             Some("uncordon") => {
                 self.cordon(name, false)?;
+                monitor::write(
+                    &self.store,
+                    &node,
+                    ("UpdateComplete", "True", "Uncordoned Node as part of completing upgrade phase"),
+                    ("Uncordoned", "True", "UnCordoned node. The node is reporting Unschedulable = false"),
+                );
                 self.log.lock().unwrap().ongoing.remove(name);
             }
             verb => anyhow::bail!("unknown drain action {verb:?} in {desired:?}"),
@@ -533,16 +556,32 @@ impl Drainer {
 
     async fn drain(&self, name: &str) -> anyhow::Result<()> {
         let ongoing = !self.log.lock().unwrap().ongoing.insert(name.to_owned());
+        let told = |message: &str, child: (&str, &str, &str)| {
+            let Some(node) = self.store.node(name) else { return };
+            monitor::write(&self.store, &node, ("UpdateExecuted", "Unknown", message), child);
+        };
         if !ongoing || !self.is_cordoned(name) {
             self.cordon(name, true)?;
+            let cordoned = ("Cordoned", "True", "Cordoned node. The node is reporting Unschedulable = true");
+            told("Cordoned Node as part of update executed phase", cordoned);
         }
+        let begins = ("Drained", "Unknown", "Draining node. The drain will not be complete until it is acknowledged");
+        told("Draining Node as part of update executed phase", begins);
         self.log.lock().unwrap().drains += 1;
         sleep(self.delays.evict).await;
         let mut evictions = self.evictions.clone();
         let released = evictions.wait_for(|evictions| !evictions.blocked || evictions.failing);
-        let failing =
-            timeout(self.delays.give_up, released).await.context("drain did not complete within timeout")??.failing;
+        let ended = timeout(self.delays.give_up, released).await.context("drain did not complete within timeout");
+        let failing = ended.as_ref().is_ok_and(|evictions| evictions.as_ref().is_ok_and(|it| it.failing));
+        if failing || ended.is_err() {
+            told("Node Drain has not succeeded", ("Drained", "Unknown", "Error: Node Drain has not succeeded."));
+        }
+        ended??;
         anyhow::ensure!(!failing, "cannot evict pod as it would violate the pod's disruption budget");
+        told(
+            "Drained Node as part of update executed phase",
+            ("Drained", "True", "Drained node. The drain is complete"),
+        );
         self.log.lock().unwrap().evicted += 1;
         anyhow::ensure!(self.is_cordoned(name), "the node was uncordoned during the drain");
         self.log.lock().unwrap().ongoing.remove(name);

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::apiserver::{ApiServer, Store};
+use crate::apiserver::{ApiServer, Crd, Store};
 use crate::events::{Event, Events};
 use crate::image::{ImageSpec, Pushed};
 use crate::machine::{AgentCommand, Engine, HostTools, Machine, MachineOptions};
@@ -44,6 +44,10 @@ pub struct WorldOptions {
     pub agent_skopeo: Option<PathBuf>,
     /// The node's host tools.
     pub host_tools: HostTools,
+    /// The CRD of MachineConfigNodes, and whether the agent's manifests are applied.
+    pub mcns: (Crd, bool),
+    /// The drain controller's delays.
+    pub delays: Delays,
     /// Changes to the machine.
     pub machine: fn(&mut MachineOptions),
 }
@@ -60,6 +64,8 @@ impl WorldOptions {
             policy: None,
             agent_skopeo: None,
             host_tools: HostTools::RpmOstree,
+            mcns: (Crd::Default, true),
+            delays: Delays { evict: Duration::from_millis(300), ..Delays::short() },
             machine: |_| {},
         }
     }
@@ -104,6 +110,7 @@ impl World {
 
         let api = ApiServer::start(&pki, events.clone())?;
         let store = api.store();
+        store.set_mcns(options.mcns.0, options.mcns.1);
         store.create_node(NODE, &[]);
         let kubelet = path.join("kubelet");
         let pem = rotate_client_pem(&kubelet.join("pki"), &pki.kubelet_pem(NODE));
@@ -125,8 +132,7 @@ impl World {
         let custom = if name == "worker" { Vec::new() } else { vec![name.clone()] };
         let spec = PoolSpec { name: name.clone(), custom, topology: options.topology, ..PoolSpec::worker(&[NODE]) };
         let pool = PoolController::start(store.clone(), spec);
-        let drains =
-            DrainController::start(store.clone(), Delays { evict: Duration::from_millis(300), ..Delays::short() });
+        let drains = DrainController::start(store.clone(), options.delays);
         let config = format!("rendered-{name}-1");
         let installed = push(&registry, "1", &ImageSpec::new("1").rendered_config(&config)).await?;
         sign(&registry, &installed.digest, &installed.repo, &format!("{}:1", installed.repository()), &signer).await?;

@@ -13,13 +13,15 @@ pub struct ApiError {
     pub reason: &'static str,
     /// The text for users.
     pub message: String,
-    /// The node that the error is about.
+    /// The object that the error is about.
     pub name: Option<String>,
+    /// The kind of that object, in the plural.
+    pub kind: &'static str,
 }
 
 impl ApiError {
     pub(super) fn new(code: u16, name: Option<&str>, message: impl Into<String>) -> Self {
-        Self { code, reason: reason(code), message: message.into(), name: name.map(str::to_owned) }
+        Self { code, reason: reason(code), message: message.into(), name: name.map(str::to_owned), kind: "nodes" }
     }
 
     pub(super) fn not_found(name: &str) -> Self {
@@ -51,7 +53,7 @@ impl ApiError {
             "message": self.message, "reason": self.reason, "code": self.code,
         });
         if let Some(name) = &self.name {
-            status["details"] = json!({"name": name, "kind": "nodes"});
+            status["details"] = json!({"name": name, "kind": self.kind});
         }
         status
     }

@@ -24,7 +24,7 @@ fn leaves(object: &Value) -> BTreeMap<Path, Value> {
     leaves
 }
 
-fn parse(fields: &Value, prefix: &Path, into: &mut BTreeSet<Path>) {
+pub(super) fn parse(fields: &Value, prefix: &Path, into: &mut BTreeSet<Path>) {
     for (key, below) in fields.as_object().into_iter().flatten() {
         let path = [&prefix[..], std::slice::from_ref(key)].concat();
         if below.as_object().is_none_or(Map::is_empty) {
@@ -35,7 +35,7 @@ fn parse(fields: &Value, prefix: &Path, into: &mut BTreeSet<Path>) {
     }
 }
 
-fn render(paths: &BTreeSet<Path>) -> Value {
+pub(super) fn render(paths: &BTreeSet<Path>) -> Value {
     let mut root = Map::new();
     for path in paths {
         let mut at = &mut root;

@@ -28,8 +28,9 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_openssl::SslStream;
 
-use super::ApiError;
+use super::mcn;
 use super::store::{Change, Expired, Fate, Fault, RequestRecord, Scope, Store};
+use super::{ApiError, Crd};
 use crate::events::Events;
 use crate::pki::Pki;
 
@@ -429,7 +430,11 @@ impl Call {
     }
 
     fn scope(&self) -> Scope {
-        if self.method != Method::GET {
+        if self.path.starts_with("/apis/") {
+            Scope::Mcn
+        } else if self.path.ends_with("/events") {
+            Scope::Event
+        } else if self.method != Method::GET {
             Scope::Write
         } else if self.flag("watch") {
             Scope::Watch
@@ -492,6 +497,7 @@ fn decode(text: &str) -> String {
 /// The store's answer to a call.
 enum Answer {
     Json(Value),
+    Created(Value),
     Text(&'static str),
     Watch(Watch),
 }
@@ -584,6 +590,7 @@ async fn answer(
             return Ok(Response::builder().header(CONTENT_TYPE, "application/json").body(Reply::Fed(fed)).unwrap());
         }
         Ok(Answer::Json(value)) => (200, "application/json", value.to_string()),
+        Ok(Answer::Created(value)) => (201, "application/json", value.to_string()),
         Ok(Answer::Text(text)) => (200, "text/plain", text.to_owned()),
         Err(error) => (error.code, "application/json", error.status().to_string()),
     };
@@ -619,6 +626,15 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
         "/healthz" | "/livez" | "/readyz" => return Ok(Answer::Text("ok")),
         "/version" => return Ok(Answer::Json(json!({"major": "1", "minor": "36", "gitVersion": "v1.36.0"}))),
         _ => {}
+    }
+    if let Some(path) = call.path.strip_prefix(&format!("/apis/{}/machineconfignodes/", mcn::API)) {
+        return machine_config_node(store, user, call, path, body);
+    }
+    let events = call.path.strip_prefix("/api/v1/namespaces/").and_then(|rest| rest.strip_suffix("/events"));
+    if let (Some(namespace), &Method::POST, true) = (events, &call.method, user.node().is_some() || user.admin()) {
+        let invalid = |error| ApiError::new(400, None, format!("error decoding: {error}"));
+        let event = serde_json::from_slice(body).map_err(invalid)?;
+        return store.tell_event(namespace, event).map(Answer::Created);
     }
     if user.node().is_none() && !user.admin() || user.node().is_some() && !call.path.starts_with("/api/v1/nodes") {
         let verb = call.method.as_str().to_lowercase();
@@ -679,6 +695,46 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
         }
         _ => Err(ApiError::new(405, None, "the server does not allow this method on the requested resource")),
     }
+}
+
+/// GET of a MachineConfigNode, and server-side apply of its status. Nodes need the rights that the agent's manifests
+/// grant, and the admission policy in them limits writes to the node's own object.
+fn machine_config_node(store: &Store, user: &User, call: &Call, path: &str, body: &[u8]) -> Result<Answer, ApiError> {
+    let (name, subresource) = path.split_once('/').map_or((path, ""), |(name, rest)| (name, rest));
+    let (verb, resource) = match (&call.method, subresource) {
+        (&Method::GET, "") => ("get", "machineconfignodes"),
+        (&Method::PATCH, "status") => ("patch", "machineconfignodes/status"),
+        _ => return Err(ApiError::new(405, None, "the server does not allow this method on the requested resource")),
+    };
+    let granted = store.state().mcns.granted && user.node().is_some();
+    if !granted && !user.admin() {
+        let why = format!(
+            "User \"{}\" cannot {verb} resource \"{resource}\" in API group \"machineconfiguration.openshift.io\" at the \
+             cluster scope",
+            user.name
+        );
+        return Err(mcn::error(403, name, &why));
+    }
+    if store.crd() == Crd::Absent {
+        return Err(mcn::error(404, "", ""));
+    }
+    if verb == "get" {
+        return store.mcn(name).ok_or_else(|| mcn::error(404, name, "")).map(Answer::Json);
+    }
+    if call.headers.get(CONTENT_TYPE).is_none_or(|kind| kind != "application/apply-patch+yaml") {
+        return Err(ApiError::new(415, None, "only server-side apply is served here"));
+    }
+    let Some(manager) = call.parameter("fieldManager") else {
+        let why = "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
+        return Err(ApiError::new(422, None, why));
+    };
+    if let Some(node) = user.node().filter(|node| *node != name) {
+        let why = format!("ValidatingAdmissionPolicy: system:node:{node} may write only its own MachineConfigNode");
+        return Err(mcn::error(403, name, &why));
+    }
+    let invalid = |error| ApiError::new(400, None, format!("error decoding YAML: {error}"));
+    let object: Value = serde_json::from_slice(body).map_err(invalid)?;
+    store.apply_mcn(manager, name, &object, call.flag("force")).map(Answer::Json)
 }
 
 fn readable(user: &User, verb: &str, name: Option<&str>) -> Result<(), ApiError> {

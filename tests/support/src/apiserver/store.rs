@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::ApiError;
 use super::fields;
+use super::mcn::Mcns;
 use crate::events::{Event, Events};
 
 const ANNOTATIONS_LIMIT: usize = 256 * 1024;
@@ -18,14 +19,18 @@ const ANNOTATIONS_LIMIT: usize = 256 * 1024;
 /// Which requests a fault applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Every request.
+    /// Every request for Nodes.
     Any,
-    /// GET that is not a watch.
+    /// GET of Nodes that is not a watch.
     Read,
-    /// Watches.
+    /// Watches of Nodes.
     Watch,
-    /// PATCH.
+    /// PATCH of Nodes.
     Write,
+    /// Requests for MachineConfigNodes.
+    Mcn,
+    /// Requests for Events.
+    Event,
 }
 
 /// A fault of a request.
@@ -124,6 +129,9 @@ pub(super) struct State {
     capacity: usize,
     window: Duration,
     pub nodes: BTreeMap<String, Value>,
+    pub mcns: Mcns,
+    /// The core/v1 Events, in the order of their creation.
+    pub told: Vec<Value>,
     faults: Vec<(Scope, usize, Fault)>,
     watches: u64,
     mute_below: u64,
@@ -168,6 +176,8 @@ impl Store {
             capacity: 1000,
             window: Duration::from_secs(300),
             nodes: BTreeMap::new(),
+            mcns: Mcns::default(),
+            told: Vec::new(),
             faults: Vec::new(),
             watches: 0,
             mute_below: 0,
@@ -303,6 +313,51 @@ impl Store {
         });
     }
 
+    /// The core/v1 Events, in the order of their creation.
+    #[must_use]
+    pub fn told(&self) -> Vec<Value> {
+        self.state().told.clone()
+    }
+
+    /// Creates a core/v1 Event.
+    pub(super) fn tell_event(&self, namespace: &str, mut event: Value) -> Result<Value, ApiError> {
+        let refused =
+            |code: u16, name: &str, why: String| ApiError { kind: "events", ..ApiError::new(code, Some(name), why) };
+        let name = event["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        if event["apiVersion"] != "v1" || event["kind"] != "Event" {
+            return Err(refused(400, &name, "the object provided is unrecognized".to_owned()));
+        }
+        if !qualified(&name) {
+            return Err(refused(422, &name, format!("Event \"{name}\" is invalid: metadata.name: Invalid value")));
+        }
+        let about = event["involvedObject"]["namespace"].as_str().unwrap_or_default().to_owned();
+        if !(about == namespace || about.is_empty() && namespace == "default") {
+            let why = format!("involvedObject.namespace: Invalid value: \"{about}\": does not match event.namespace");
+            return Err(refused(422, &name, format!("Event \"{name}\" is invalid: {why}")));
+        }
+        let mut state = self.state();
+        if state.told.iter().any(|known| known["metadata"]["name"] == name.as_str()) {
+            return Err(ApiError {
+                reason: "AlreadyExists",
+                ..refused(409, &name, format!("events \"{name}\" already exists"))
+            });
+        }
+        event["metadata"]["namespace"] = json!(namespace);
+        event["metadata"]["uid"] = json!(uid());
+        state.told.push(event.clone());
+        Ok(event)
+    }
+
+    /// The server's time in an object.
+    pub(super) fn date_rfc3339(&self) -> String {
+        format_time(seconds().saturating_add_signed(self.state().clock))
+    }
+
+    /// Tells controllers about a change of something other than Nodes.
+    pub(super) fn announce(&self, version: u64) {
+        self.0.version.send_replace(version);
+    }
+
     fn write_status(&self, name: &str, edit: impl FnOnce(&mut Value)) {
         self.write("kubelet", name, true, |old| {
             let mut node = old.ok_or_else(|| ApiError::not_found(name))?.clone();
@@ -369,7 +424,8 @@ impl Store {
     pub(super) fn next_fault(&self, scope: Scope) -> Option<Fault> {
         let mut state = self.state();
         let faults = &mut state.faults;
-        let at = faults.iter().position(|(wanted, _, _)| *wanted == Scope::Any || *wanted == scope)?;
+        let any = !matches!(scope, Scope::Mcn | Scope::Event);
+        let at = faults.iter().position(|(wanted, _, _)| *wanted == scope || *wanted == Scope::Any && any)?;
         faults[at].1 = faults[at].1.saturating_sub(1);
         let fault = faults[at].2.clone();
         if faults[at].1 == 0 {
@@ -788,7 +844,7 @@ fn difference(old: Option<&Value>, new: Option<&Value>) -> BTreeMap<String, Opti
     changed.map(|key| (key.clone(), new.get(key).cloned())).collect()
 }
 
-fn uid() -> String {
+pub(super) fn uid() -> String {
     let mut bytes = [0; 16];
     openssl::rand::rand_bytes(&mut bytes).unwrap();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -796,7 +852,7 @@ fn uid() -> String {
 }
 
 /// Now, in whole seconds.
-fn rfc3339() -> String {
+pub(crate) fn rfc3339() -> String {
     format_time(seconds())
 }
 
