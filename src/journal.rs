@@ -53,6 +53,8 @@ pub mod id {
         DONE = "62b0d9f8e7c6453a94b1a2d3c4e5f607";
         /// The node runs the desired image, but the node's policy refuses it.
         UNTRUSTED = "f0a6d3b81c2e4795a8b4c7d9e1f20356";
+        /// Our MachineConfigNode cannot be written as it should be.
+        UNSHOWN = "9b3e6a41d7c04f5c8e2d1f60a7b9c358";
     }
 }
 

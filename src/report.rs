@@ -73,7 +73,7 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
 
 /// The state to write. Degraded and Unreconcilable stay until Done, as with the MCD: MCC treats a node that goes back to
 /// Working as one that no longer fails.
-fn effective(node: &NodeFacts, wanted: NodeState, unsticks: bool) -> &str {
+pub(crate) fn effective(node: &NodeFacts, wanted: NodeState, unsticks: bool) -> &str {
     let sticky = [NodeState::Degraded.as_str(), NodeState::Unreconcilable.as_str()];
     match node.state.as_deref() {
         Some(current) if wanted == NodeState::Working && !unsticks && sticky.contains(&current) => current,

@@ -7,6 +7,7 @@
 //! | a read of host, machine and, for a reboot, the whole Node | [`looking`], one at a time | [`Event::Looked`] |
 //! | the agent's work: verify, stage, … reboot | [`task`], one at a time | [`Event::Progress`], [`Event::Ended`] |
 //! | a patch of our Node's annotations | [`reporting`], one at a time | [`Event::Patched`] |
+//! | a write of our MachineConfigNode | [`telling`], one at a time | [`Event::Shown`] |
 //! | the thread `notify`, which writes to systemd | [`log`], once | nothing |
 //!
 //! `events` carries all events but the Node's changes. Both channels hold [`QUEUE`] events and are only read here.
@@ -15,6 +16,7 @@ mod log;
 mod looking;
 mod reporting;
 mod task;
+mod telling;
 
 use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -38,6 +40,7 @@ use log::Notice;
 use looking::{Look, Readings, Sight};
 use reporting::Cluster;
 use task::{Ended, Task};
+use telling::Teller;
 
 /// The longest sleep, after which the agent checks for changes without a signal: a deployment written by hand, a changed
 /// policy. It is the only timer of an idle agent; tokio's timer wheel splits it into up to three wake-ups, one a minute.
@@ -56,6 +59,7 @@ enum Event {
     Node(Told),
     Looked(Box<Readings>),
     Patched(Told, Patch),
+    Shown(telling::Told),
     Progress(String),
     /// The number of the task, and its result.
     Ended(u64, Box<Ended>),
@@ -90,6 +94,7 @@ struct Agent {
     systemd: Lane<Notice>,
     sight: Sight,
     cluster: Cluster,
+    teller: Teller,
     last: Option<Decision>,
     progress: Option<String>,
     status: String,
@@ -195,6 +200,7 @@ impl Agent {
             systemd,
             sight,
             cluster: Cluster::new(began),
+            teller: Teller::new(began),
             last: None,
             progress: None,
             status: String::new(),
@@ -236,6 +242,7 @@ impl Agent {
             }
             Event::Looked(readings) => self.looked(*readings),
             Event::Patched(told, patch) => self.patched(told, &patch),
+            Event::Shown(told) => self.shown(told),
             Event::Progress(line) => {
                 self.progress = Some(line);
                 self.tell_status();
@@ -268,6 +275,7 @@ impl Agent {
         let wake = decision.wake.map_or(HOUSEKEEPING, |wake| Duration::from_millis(jittered(wake, random())));
         self.wake = Instant::now() + wake;
         self.report(&decision);
+        self.show(&decision);
         self.act(&decision.action);
         self.last = Some(decision);
         self.tell_status();

@@ -2,6 +2,7 @@
 
 mod error;
 mod kubeconfig;
+pub mod mcn;
 pub mod node;
 mod watch;
 
@@ -93,6 +94,12 @@ impl Session {
         format!("{}/api/v1/nodes/{}", self.access.server, self.access.node)
     }
 
+    /// The URL of our MachineConfigNode, with a subresource and query.
+    fn mcn(&self, more: &str) -> String {
+        let group = "machineconfiguration.openshift.io/v1";
+        format!("{}/apis/{group}/machineconfignodes/{}{more}", self.access.server, self.access.node)
+    }
+
     /// The URL of the list that contains only our Node.
     fn list_url(&self) -> String {
         format!("{}/api/v1/nodes?fieldSelector=metadata.name%3D{}", self.access.server, self.access.node)
@@ -168,7 +175,7 @@ impl Api {
     pub async fn patch(&self, uid: &str, patch: &Patch) -> Result<NodeObject, ClusterError> {
         let body = serde_json::json!({ "metadata": { "uid": uid, "annotations": patch } });
         let url = |session: &Session| format!("{}?fieldManager={MANAGER}", session.url());
-        let (json, asked, node) = self.ask(Method::PATCH, METADATA, url, Some(body.to_string())).await?;
+        let (json, asked, node) = self.ask(Method::PATCH, METADATA, url, Some((MERGE_PATCH, body.to_string()))).await?;
         let node = self.own(&json, Some(asked), &node)?;
         if VERDICT.iter().any(|key| patch.contains_key(&format!("{MCO}{key}"))) {
             self.wrote.fetch_max(node.wrote, Relaxed);
@@ -186,20 +193,21 @@ impl Api {
         Err(ClusterError::Confused { what: "the Node", why })
     }
 
-    /// Sends a request. Returns the body of a successful answer, the time of the request, and the name of our Node.
+    /// Sends a request; `body` comes with its media type. Returns the body of a successful answer, the time of the request,
+    /// and the name of our Node.
     async fn ask(
         &self,
         method: Method,
         accept: &'static str,
         url: impl Fn(&Session) -> String,
-        body: Option<String>,
+        body: Option<(&'static str, String)>,
     ) -> Result<(Vec<u8>, Instant, String), ClusterError> {
         let once = async || {
             let session = self.session()?;
             let mut request = session.client.request(method.clone(), url(&session)).timeout(self.timing.request);
             request = request.header(ACCEPT, accept);
-            if let Some(body) = &body {
-                request = request.header(CONTENT_TYPE, MERGE_PATCH).body(body.clone());
+            if let Some((kind, body)) = &body {
+                request = request.header(CONTENT_TYPE, *kind).body(body.clone());
             }
             let asked = Instant::now();
             let response = request.send().await.map_err(|e| connection(&e))?;

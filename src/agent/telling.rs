@@ -1,0 +1,98 @@
+//! What people see in the cluster besides the Node's annotations: our MachineConfigNode. Nothing waits for it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Agent, Event};
+use crate::backoff::{Backoff, jittered, random};
+use crate::cluster::ClusterError;
+use crate::cluster::mcn::{Wanted, obstacle};
+use crate::decide::Decision;
+use crate::journal::id;
+use crate::model::is_image;
+
+/// How long a write that the API server refuses is not repeated, unless another image or config is desired: the rights,
+/// the CRD or the object are missing until a person acts.
+const REFUSED_PAUSE: Duration = Duration::from_secs(60 * 60);
+
+/// The state of our MachineConfigNode.
+pub(super) struct Teller {
+    /// What the last request applied or tried to apply.
+    tried: Option<Wanted>,
+    /// The last request succeeded, so the object shows `tried`.
+    shown: bool,
+    running: bool,
+    failures: u32,
+    not_before: Instant,
+    /// The last sentence about it in the journal.
+    said: Option<String>,
+}
+
+/// The answer to a write of our MachineConfigNode.
+pub(super) type Told = Result<Option<String>, ClusterError>;
+
+impl Teller {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { tried: None, shown: false, running: false, failures: 0, not_before: now, said: None }
+    }
+
+    /// Whether `wanted` is to be written now.
+    fn is_due(&self, wanted: &Wanted, now: Instant) -> bool {
+        match &self.tried {
+            _ if self.running => false,
+            Some(tried) if self.shown => tried != wanted,
+            Some(tried) if tried.has_target_of(wanted) => now >= self.not_before,
+            _ => true,
+        }
+    }
+}
+
+impl Agent {
+    /// Writes our MachineConfigNode if `decision` changes it. A new process reads it first, and writes only a difference.
+    pub(super) fn show(&mut self, decision: &Decision) {
+        let Some(node) = self.observed.cluster.known() else { return };
+        let staged = self.observed.host.known().and_then(|host| host.staged());
+        let staged = staged.is_some_and(|staged| node.desired().is_some_and(|image| is_image(staged, image, None)));
+        let Some(wanted) = Wanted::of(node, decision, staged) else { return };
+        if !self.teller.is_due(&wanted, Instant::now()) {
+            if !self.teller.shown && !self.teller.running {
+                self.wake = self.wake.min(self.teller.not_before);
+            }
+            return;
+        }
+        self.teller.running = true;
+        self.teller.tried = Some(wanted.clone());
+        let (api, events, now) = (self.neighbours.api.clone(), self.events.clone(), self.now().unix);
+        tokio::spawn(async move {
+            let told = api.show(&wanted, now).await;
+            let _ = events.send(Event::Shown(told)).await;
+        });
+    }
+
+    pub(super) fn shown(&mut self, told: Told) {
+        let teller = &mut self.teller;
+        teller.running = false;
+        teller.shown = told.is_ok();
+        let sentence = match &told {
+            Ok(sentence) => sentence.clone(),
+            Err(error) => obstacle(error),
+        };
+        teller.failures = if told.is_ok() { 0 } else { teller.failures.saturating_add(1) };
+        let pause = match &sentence {
+            Some(_) => u64::try_from(REFUSED_PAUSE.as_millis()).unwrap_or(u64::MAX),
+            None => Backoff::CLUSTER.delay(teller.failures),
+        };
+        teller.not_before = Instant::now() + Duration::from_millis(jittered(pause, random()));
+        match (sentence, told) {
+            (Some(sentence), _) => {
+                if teller.said.as_ref() != Some(&sentence) {
+                    tracing::warn!(message_id = id::UNSHOWN, "{sentence}");
+                }
+                teller.said = Some(sentence);
+            }
+            (None, Err(error)) => tracing::debug!("cannot write the MachineConfigNode: {error}"),
+            (None, Ok(_)) => teller.said = None,
+        }
+    }
+}
