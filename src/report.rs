@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::decide::Decision;
-use crate::model::annotations::{ATTEMPT, MCO, UNTRUSTED};
-use crate::model::{Action, Annotate, NodeFacts, NodeState, printable};
+use crate::model::annotations::{ATTEMPT, MCO, UNTRUSTED, VERIFIED};
+use crate::model::{Action, Annotate, NodeFacts, NodeState, Verified, printable};
 
 /// MCC's own limit for the reason annotation, in characters.
 const MAX_REASON: usize = 2000;
@@ -66,9 +66,24 @@ pub fn report(node: &NodeFacts, decision: &Decision) -> Patch {
             if node.untrusted != *untrusted {
                 patch.insert(UNTRUSTED.to_owned(), untrusted.clone());
             }
+            // The policy that vouched for the image no longer does.
+            if untrusted.is_some() && node.verified.is_some() {
+                patch.insert(VERIFIED.to_owned(), None);
+            }
         }
     }
     patch
+}
+
+/// Adds who vouched, unless the Node says so already. The time of an unchanged answer stays.
+pub fn vouch(patch: &mut Patch, node: &NodeFacts, verified: &Verified) {
+    let known = node.verified.as_ref().map(|known| (&known.image, &known.rule, &known.key));
+    // Serializing cannot fail: it has four strings.
+    if known != Some((&verified.image, &verified.rule, &verified.key))
+        && let Ok(text) = serde_json::to_string(verified)
+    {
+        patch.insert(VERIFIED.to_owned(), Some(text));
+    }
 }
 
 /// The state to write. Degraded and Unreconcilable stay until Done, as with the MCD: MCC treats a node that goes back to
@@ -116,6 +131,28 @@ mod tests {
         assert!(report(&node, &decision).is_empty());
         let reason = node.reason.unwrap();
         assert!(reason.chars().count() <= MAX_REASON + 1 && !reason.contains(['\n', '\u{1b}']), "{reason}");
+    }
+
+    #[test]
+    fn who_vouched_is_written_once_and_withdrawn_with_the_trust() {
+        let image = "q.io/o/i@sha256:ab".to_owned();
+        let now = |time: &str, key: &str| Verified {
+            image: image.clone(),
+            rule: "docker \"q.io\"".to_owned(),
+            key: key.to_owned(),
+            time: time.to_owned(),
+        };
+        let (mut node, mut patch) = (NodeFacts::default(), Patch::new());
+        vouch(&mut patch, &node, &now("t1", "key sha256:1"));
+        let text = patch.remove(VERIFIED).flatten().unwrap();
+        assert_eq!(text, r#"{"image":"q.io/o/i@sha256:ab","rule":"docker \"q.io\"","key":"key sha256:1","time":"t1"}"#);
+        node.verified = serde_json::from_str(&text).ok();
+        vouch(&mut patch, &node, &now("t2", "key sha256:1"));
+        assert!(patch.is_empty(), "the same answer at another time");
+        vouch(&mut patch, &node, &now("t2", "key sha256:2"));
+        assert!(patch.contains_key(VERIFIED));
+        let withdrawn = decision(None, Annotate::ReportTrust { untrusted: Some("PolicyRejects: no".to_owned()) });
+        assert_eq!(report(&node, &withdrawn).get(VERIFIED), Some(&None));
     }
 
     #[test]

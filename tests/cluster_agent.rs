@@ -22,6 +22,7 @@ use support::sign::{self, KeyKind, Signer};
 use support::world::{DEADLINE, NODE, World, WorldOptions};
 
 const HOLD: &str = "rebase-agent.openshift.io/hold";
+const VERIFIED: &str = "rebase-agent.openshift.io/verified";
 const RETRY: &str = "rebase-agent.openshift.io/retry";
 const MCD: &str = "machine-config-daemon";
 
@@ -35,6 +36,9 @@ async fn settled(options: WorldOptions) -> World {
     world.target("1", &world.installed);
     world.machine.power_on().await.unwrap();
     world.wait_done(&world.installed).await.unwrap();
+    // The last write of an installation: the image is verified in the background.
+    let vouched = |node: &Value| !node["metadata"]["annotations"][VERIFIED].is_null();
+    world.wait("the annotation about its verification", vouched).await.unwrap();
     world
 }
 

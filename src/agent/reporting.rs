@@ -9,10 +9,12 @@ use super::{Agent, Event, log};
 use crate::backoff::{Backoff, jittered, random};
 use crate::cluster::node::NodeObject;
 use crate::cluster::{ClusterError, Told};
-use crate::decide::Decision;
+use crate::decide::{Decision, Rule};
 use crate::journal::id;
+use crate::model::Verified;
 use crate::observe;
-use crate::report::{Patch, report};
+use crate::report::{Patch, report, vouch};
+use crate::time;
 
 /// When the API server may be asked again.
 pub(super) struct Cluster {
@@ -93,7 +95,13 @@ impl Agent {
         if self.observed.cluster.known().is_none() {
             return;
         }
-        let patch = report(&node.facts, decision);
+        let mut patch = report(&node.facts, decision);
+        // It goes with another change. A node that is Done has no other.
+        if let Some(proof) = self.proof.as_ref().filter(|_| !patch.is_empty() || decision.rule == Rule::Done) {
+            let time = time::text(self.now().unix);
+            let (image, rule) = (proof.image().to_string(), proof.facts().vouched_by.clone());
+            vouch(&mut patch, &node.facts, &Verified { image, rule, key: proof.vouchers().to_owned(), time });
+        }
         if patch.is_empty() {
             return;
         }

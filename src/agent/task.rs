@@ -114,11 +114,11 @@ impl Agent {
 
 fn log_verified(verified: &VerifiedImage) {
     let facts = verified.facts();
-    let (image, rule) = (&facts.image, &facts.vouched_by);
     tracing::info!(
         message_id = id::VERIFIED,
-        rebase_agent_image = %image,
-        "verified {image}: its signature meets rule {rule} of the node's policy; {} MiB, built from {}",
+        rebase_agent_image = %facts.image,
+        "{}; {} MiB, built from {}",
+        verified.sentence(),
         facts.size >> 20,
         facts.rendered_config.as_deref().unwrap_or("no rendered config")
     );

@@ -6,8 +6,8 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
-use crate::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
-use crate::model::{Attempt, NodeFacts, OtherWriter, Pullspec, printable};
+use crate::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED, VERIFIED};
+use crate::model::{Attempt, NodeFacts, OtherWriter, Pullspec, Verified, printable};
 
 /// Longest annotation that is read, in bytes; the protocol's longest is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
@@ -103,6 +103,7 @@ impl NodeObject {
             topology: mco("controlPlaneTopology"),
             attempt: annotation(ATTEMPT).and_then(|text| attempt(text)),
             hold: annotation(HOLD).map(|value| bounded(value)),
+            verified: annotation(VERIFIED).and_then(|text| verified(text)),
             untrusted: annotation(UNTRUSTED).map(|value| bounded(value)),
             retry: annotation(RETRY).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
@@ -162,6 +163,13 @@ fn attempt(text: &str) -> Option<Attempt> {
             None
         }
     }
+}
+
+/// Parses who vouched. A malformed text counts as none, and is replaced after the next verification.
+fn verified(text: &str) -> Option<Verified> {
+    let read: Verified = (text.len() <= MAX_VALUE).then(|| serde_json::from_str(text).ok())??;
+    let [image, rule, key, time] = [read.image, read.rule, read.key, read.time].map(|text| printable(&text, MAX_VALUE));
+    Some(Verified { image, rule, key, time })
 }
 
 /// The API server's time of our last write; 0 once other managers have changed all fields that we wrote.

@@ -156,6 +156,11 @@ impl Status {
             );
             line(&mut out, "Attempt", &attempt);
             line(&mut out, "Hold", node.hold.as_deref().unwrap_or("none"));
+            if let Some(verified) = &node.verified {
+                let image = verified.image.split_once('@').map_or(verified.image.as_str(), |(_, digest)| digest);
+                let text = format!("{} by rule {}, {}, {}", image, verified.rule, verified.key, verified.time);
+                line(&mut out, "Verified", &text);
+            }
             if let Some(why) = &node.untrusted {
                 line(&mut out, "Untrusted", why);
             }

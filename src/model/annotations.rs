@@ -11,5 +11,7 @@ pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
 /// Written by an operator: a new value makes the agent retry failed work at once.
 pub const RETRY: &str = "rebase-agent.openshift.io/retry";
+/// Written by the agent: who vouched for the image that was verified last, see [`super::Verified`].
+pub const VERIFIED: &str = "rebase-agent.openshift.io/verified";
 /// Written by the agent: why the policy refuses the booted image.
 pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";

@@ -50,6 +50,19 @@ pub struct Attempt {
     pub unknown: BTreeMap<String, serde_json::Value>,
 }
 
+/// Who vouched for an image, in an annotation of our Node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// The image.
+    pub image: String,
+    /// The rule of the node's policy that demanded the signature.
+    pub rule: String,
+    /// The keys and identities that the rule accepts.
+    pub key: String,
+    /// When the agent first verified it so, by the API server's clock.
+    pub time: String,
+}
+
 /// Another manager that wrote `state` or `currentConfig` after our last write.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OtherWriter {
@@ -87,6 +100,8 @@ pub struct NodeFacts {
     pub attempt: Option<Attempt>,
     /// The reason given in the hold annotation.
     pub hold: Option<String>,
+    /// Who vouched for the image that was verified last.
+    pub verified: Option<Verified>,
     /// The annotation with the reason why the policy refuses the booted image.
     pub untrusted: Option<String>,
     /// The retry annotation. A new value makes the agent retry failed work at once.

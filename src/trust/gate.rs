@@ -27,7 +27,7 @@ pub struct Policy {
     transports: Option<UniqueMap<UniqueMap<Vec<Requirement>>>>,
 }
 
-type Requirement = UniqueMap<serde_json::Value>;
+pub(super) type Requirement = UniqueMap<serde_json::Value>;
 
 /// The effect of the applicable requirements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -146,7 +146,7 @@ impl Policy {
         self.transports.as_ref()?.0.get("docker")
     }
 
-    fn applicable(&self, image: &PinnedImage) -> (String, &[Requirement]) {
+    pub(super) fn applicable(&self, image: &PinnedImage) -> (String, &[Requirement]) {
         let scoped = self.docker().and_then(|docker| {
             let named = |name: String| Some((format!("docker \"{name}\""), docker.0.get(&name)?.as_slice()));
             scopes(image).into_iter().find_map(named)
@@ -221,7 +221,7 @@ fn scopes(image: &PinnedImage) -> Vec<String> {
 
 /// A JSON object that refuses duplicate keys, as containers/image does.
 #[derive(Debug)]
-struct UniqueMap<T>(BTreeMap<String, T>);
+pub(super) struct UniqueMap<T>(pub(super) BTreeMap<String, T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for UniqueMap<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

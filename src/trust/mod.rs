@@ -9,6 +9,7 @@ pub mod mirrors;
 pub mod proxy;
 pub mod reference;
 mod stamp;
+mod voucher;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -64,6 +65,7 @@ impl Settings {
 #[derive(Clone, Debug)]
 pub struct VerifiedImage {
     facts: ImageFacts,
+    vouchers: String,
     default_is_insecure: bool,
 }
 
@@ -78,6 +80,19 @@ impl VerifiedImage {
     #[must_use]
     pub fn facts(&self) -> &ImageFacts {
         &self.facts
+    }
+
+    /// The keys and identities that the rule accepts: with one key, the key that signed the image.
+    #[must_use]
+    pub fn vouchers(&self) -> &str {
+        &self.vouchers
+    }
+
+    /// Who vouched for what, in a sentence.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        let ImageFacts { image, vouched_by, .. } = &self.facts;
+        format!("verified {image}: its signature meets rule {vouched_by} of the node's policy, by {}", self.vouchers)
     }
 
     /// The reference for the host tools, with the prefix that they accept under this policy.
@@ -109,7 +124,8 @@ pub async fn verify(engine: &Engine, image: &PinnedImage) -> Result<VerifiedImag
         );
     }
     let facts = facts(image, scope, &fetched)?;
-    Ok(VerifiedImage { facts, default_is_insecure: policy.policy.default_is_insecure() })
+    let vouchers = voucher::vouchers(&policy.policy, image);
+    Ok(VerifiedImage { facts, vouchers, default_is_insecure: policy.policy.default_is_insecure() })
 }
 
 fn root_only(file: &str) -> bool {

@@ -1,4 +1,4 @@
-//! What a cluster sees of an update besides the Node's annotations: the MachineConfigNode.
+//! What a cluster sees of an update: the MachineConfigNode, and who vouched for the image.
 
 use support::apiserver::Crd;
 use support::machine::MachineOptions;
@@ -248,4 +248,36 @@ async fn hanging_answers_delay_nothing() {
     arrived(&world, &two).await;
     world.store().clear_faults();
     shows_done(&world, "2").await;
+}
+
+#[tokio::test]
+async fn who_vouched_is_said_by_annotation_and_status() {
+    let world = settled(options()).await;
+    let two = world.signed("2").await.unwrap();
+    let before = writes(&world).len();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    let patches = writes(&world).split_off(before);
+    assert_eq!(patches.iter().filter(|patch| patch.body.contains(VERIFIED)).count(), 1, "{patches:#?}");
+    let text = world.store().annotation(NODE, VERIFIED).unwrap();
+    let verified: Value = serde_json::from_str(&text).unwrap();
+    let fingerprint = world.signer.fingerprint();
+    assert_eq!(verified["image"], two.pullspec().as_str());
+    assert_eq!(verified["rule"], format!("docker \"{}/example\"", world.registry.host()));
+    assert_eq!(verified["key"], format!("key sha256:{fingerprint}"));
+    let (_, shown, _) = world.command(&["status"]).await.unwrap();
+    let row = shown.split("Verified").nth(1).unwrap();
+    assert!(row.contains(&fingerprint) && row.contains(&two.digest), "{shown}");
+    let (_, json, _) = world.command(&["status", "--json"]).await.unwrap();
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["cluster"]["known"]["verified"], verified);
+
+    // The policy no longer accepts the key: the annotation goes with the warning.
+    Policy::reject_by_default().write(&world.path().join("containers/policy.json")).unwrap();
+    world.store().annotate("kubectl-annotate", NODE, RETRY, Some("other policy")).unwrap();
+    let withdrawn = |node: &Value| {
+        let annotations = &node["metadata"]["annotations"];
+        annotations[VERIFIED].is_null() && !annotations["rebase-agent.openshift.io/untrusted"].is_null()
+    };
+    world.wait("the end of the trust", withdrawn).await.unwrap();
 }

@@ -71,6 +71,11 @@ impl Signer {
         String::from_utf8(self.key.public_key_to_pem().unwrap()).unwrap()
     }
 
+    /// The SHA-256 of the public half in DER form, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        openssl::sha::sha256(&self.key.public_key_to_der().unwrap()).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Writes the public half to a file.
     pub fn write_public(&self, path: &Path) -> Result<()> {
         fs::write(path, self.public_key_pem()).with_context(|| format!("writing {}", path.display()))
