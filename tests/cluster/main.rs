@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests write the files that the agent reads")]
 
 mod kubeconfig;
+mod mcn;
 mod patch;
 mod watch;
 
