@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::backoff::{full_jitter, jittered, random};
+use crate::cluster::event::Event as News;
 use crate::cluster::node::NodeObject;
 use crate::cluster::{Told, follow};
 use crate::confine::Confinement;
@@ -276,6 +277,9 @@ impl Agent {
         self.wake = Instant::now() + wake;
         self.report(&decision);
         self.show(&decision);
+        if let Some(news) = News::of(&decision) {
+            self.tell(&news);
+        }
         self.act(&decision.action);
         self.last = Some(decision);
         self.tell_status();

@@ -7,14 +7,17 @@ use tokio::time::Instant;
 use super::looking::Look;
 use super::{Agent, Event, log};
 use crate::backoff::{Backoff, jittered, random};
+use crate::cluster::event::Event as News;
 use crate::cluster::node::NodeObject;
 use crate::cluster::{ClusterError, Told};
 use crate::decide::{Decision, Rule};
 use crate::journal::id;
 use crate::model::Verified;
+use crate::model::annotations::VERIFIED;
 use crate::observe;
 use crate::report::{Patch, report, vouch};
 use crate::time;
+use crate::trust::VerifiedImage;
 
 /// When the API server may be asked again.
 pub(super) struct Cluster {
@@ -123,6 +126,11 @@ impl Agent {
             Ok(node) => {
                 self.cluster.failures = 0;
                 log::patched(patch);
+                if patch.get(VERIFIED).is_some_and(Option::is_some) {
+                    if let Some(message) = self.proof.as_ref().map(VerifiedImage::sentence) {
+                        self.tell(&News { word: "Verified", warns: false, message });
+                    }
+                }
                 self.take_node(Ok(node));
             }
             Err(error) => self.cluster_failed(&error, "cannot change the Node's annotations"),

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::looking::Look;
 use super::{Agent, Event};
+use crate::cluster::event::Event as News;
 use crate::decide::Outcome;
 use crate::host::{Cancel, Progress};
 use crate::journal::id;
@@ -76,6 +77,7 @@ impl Agent {
                 match (&work, &verified) {
                     (Work::Stage { image }, _) => {
                         tracing::info!(message_id = id::STAGED, rebase_agent_image = %image, "staged {image}");
+                        self.tell(&News { word: "OSUpdateStaged", warns: false, message: format!("staged {image}") });
                     }
                     (Work::Reboot { .. }, _) => {
                         tracing::info!(message_id = id::REBOOTING, "logind accepted the reboot");

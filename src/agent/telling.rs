@@ -1,5 +1,7 @@
-//! What people see in the cluster besides the Node's annotations: our MachineConfigNode. Nothing waits for it.
+//! What people see in the cluster besides the Node's annotations: our MachineConfigNode, and Events. Nothing waits for
+//! them.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -7,6 +9,7 @@ use tokio::time::Instant;
 use super::{Agent, Event};
 use crate::backoff::{Backoff, jittered, random};
 use crate::cluster::ClusterError;
+use crate::cluster::event::Event as News;
 use crate::cluster::mcn::{Wanted, obstacle};
 use crate::decide::Decision;
 use crate::journal::id;
@@ -15,8 +18,11 @@ use crate::model::is_image;
 /// How long a write that the API server refuses is not repeated, unless another image or config is desired: the rights,
 /// the CRD or the object are missing until a person acts.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60 * 60);
+/// Most Events in [`EVENTS_PERIOD`]; an update needs seven.
+const MAX_EVENTS: usize = 30;
+const EVENTS_PERIOD: Duration = Duration::from_secs(60 * 60);
 
-/// The state of our MachineConfigNode.
+/// The state of our MachineConfigNode and of the Events.
 pub(super) struct Teller {
     /// What the last request applied or tried to apply.
     tried: Option<Wanted>,
@@ -27,6 +33,8 @@ pub(super) struct Teller {
     not_before: Instant,
     /// The last sentence about it in the journal.
     said: Option<String>,
+    /// The names of the Events that were sent, or are one too many, since the time beside them.
+    events: (Instant, BTreeSet<String>),
 }
 
 /// The answer to a write of our MachineConfigNode.
@@ -34,7 +42,15 @@ pub(super) type Told = Result<Option<String>, ClusterError>;
 
 impl Teller {
     pub(super) fn new(now: Instant) -> Self {
-        Self { tried: None, shown: false, running: false, failures: 0, not_before: now, said: None }
+        Self {
+            tried: None,
+            shown: false,
+            running: false,
+            failures: 0,
+            not_before: now,
+            said: None,
+            events: (now, BTreeSet::new()),
+        }
     }
 
     /// Whether `wanted` is to be written now.
@@ -45,6 +61,25 @@ impl Teller {
             Some(tried) if tried.has_target_of(wanted) => now >= self.not_before,
             _ => true,
         }
+    }
+
+    /// Whether the Event of this name is sent: not twice, and not more than [`MAX_EVENTS`].
+    fn takes(&mut self, name: &str, now: Instant) -> bool {
+        let (since, sent) = &mut self.events;
+        if now.duration_since(*since) >= EVENTS_PERIOD {
+            (*since, *sent) = (now, BTreeSet::new());
+        }
+        if sent.len() > MAX_EVENTS || !sent.insert(name.to_owned()) {
+            return false;
+        }
+        let fits = sent.len() <= MAX_EVENTS;
+        if !fits {
+            tracing::warn!(
+                message_id = id::UNSHOWN,
+                "the agent sent {MAX_EVENTS} Events within an hour and sends no more of them in that hour; see this journal"
+            );
+        }
+        fits
     }
 }
 
@@ -67,6 +102,24 @@ impl Agent {
         tokio::spawn(async move {
             let told = api.show(&wanted, now).await;
             let _ = events.send(Event::Shown(told)).await;
+        });
+    }
+
+    /// Sends an Event about our Node, unless it was sent before. A failed one is dropped.
+    pub(super) fn tell(&mut self, news: &News) {
+        let Some(node) = &self.node else { return };
+        let name = &node.facts.name;
+        let boot = self.observed.machine.known().map_or("", |machine| machine.boot_id.0.as_str());
+        let called = news.name(name, boot);
+        if !self.teller.takes(&called, Instant::now()) {
+            return;
+        }
+        let object = news.object(&called, name, &node.uid, self.now().unix);
+        let (api, word) = (self.neighbours.api.clone(), news.word);
+        tokio::spawn(async move {
+            if let Err(error) = api.tell(&object).await {
+                tracing::warn!(message_id = id::UNSHOWN, "the Event {word} was not created and is dropped: {error}");
+            }
         });
     }
 
@@ -94,5 +147,22 @@ impl Agent {
             (None, Err(error)) => tracing::debug!("cannot write the MachineConfigNode: {error}"),
             (None, Ok(_)) => teller.said = None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_sent_once_and_not_without_end() {
+        let now = Instant::now();
+        let mut teller = Teller::new(now);
+        let mut sent = |name: &str, at: Instant| teller.takes(name, at);
+        assert!(sent("n.0", now) && !sent("n.0", now));
+        let more = (1..1000).filter(|number| sent(&format!("n.{number}"), now)).count();
+        assert_eq!(more + 1, MAX_EVENTS);
+        assert!(!sent("n.0", now + EVENTS_PERIOD / 2));
+        assert!(sent("n.0", now + EVENTS_PERIOD), "the next hour begins with none");
     }
 }

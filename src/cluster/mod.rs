@@ -1,6 +1,7 @@
 //! The API server: reads and patches our own Node with the kubelet's credentials. Only this module speaks HTTP.
 
 mod error;
+pub mod event;
 mod kubeconfig;
 pub mod mcn;
 pub mod node;
@@ -286,14 +287,14 @@ async fn checked(mut response: Response, node: &str) -> Result<Vec<u8>, ClusterE
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(|e| connection(&e))? {
         if body.len().saturating_add(chunk.len()) > MAX_BODY {
-            if status == StatusCode::OK {
+            if status.is_success() {
                 return Err(ClusterError::TooLarge);
             }
             break;
         }
         body.extend_from_slice(&chunk);
     }
-    if status == StatusCode::OK {
+    if matches!(status, StatusCode::OK | StatusCode::CREATED) {
         return Ok(body);
     }
     Err(refusal(status, retry_after, &body, node))
@@ -305,7 +306,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
 }
 
-/// The error for a status other than 200. Pure.
+/// The error for a status other than 200 and 201. Pure.
 fn refusal(status: StatusCode, retry_after: Option<Duration>, body: &[u8], node: &str) -> ClusterError {
     #[derive(Deserialize)]
     struct Status {

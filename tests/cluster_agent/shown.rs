@@ -1,4 +1,4 @@
-//! What a cluster sees of an update: the MachineConfigNode, and who vouched for the image.
+//! What a cluster sees of an update: the MachineConfigNode, Events, and who vouched for the image.
 
 use support::apiserver::Crd;
 use support::machine::MachineOptions;
@@ -126,6 +126,9 @@ async fn transcript_of_an_update() {
         std::fs::write(&file, &transcript).unwrap();
     }
     assert_eq!(transcript, std::fs::read_to_string(&file).unwrap());
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).unwrap();
+    let shown: String = transcript.lines().map(|line| format!("    {line}\n")).collect();
+    assert!(readme.contains(&shown), "README.md has another transcript than {}", file.display());
     let patches = mcn_requests(&world, "PATCH");
     // The first write asks whether the CRD has the feature gate's field, because a new object does not show it.
     let refused: Vec<_> = patches.iter().filter(|patch| patch.status != 200).map(|patch| patch.status).collect();
@@ -250,8 +253,90 @@ async fn hanging_answers_delay_nothing() {
     shows_done(&world, "2").await;
 }
 
+/// Type and reason of the Events, in order.
+fn told(world: &World) -> Vec<(String, String)> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    world.store().told().iter().map(|event| (text(&event["type"]), text(&event["reason"]))).collect()
+}
+
+fn tells(world: &World, kind: &str, reason: &str) -> bool {
+    told(world).contains(&(kind.to_owned(), reason.to_owned()))
+}
+
 #[tokio::test]
-async fn who_vouched_is_said_by_annotation_and_status() {
+async fn events_of_an_update() {
+    let world = settled(options()).await;
+    until("the first Event", || !told(&world).is_empty()).await;
+    let before = told(&world).len();
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    shows_done(&world, "2").await;
+    until("the last Event", || tells(&world, "Normal", "NodeDone")).await;
+    let events = world.store().told();
+    let mut reasons: Vec<_> = told(&world)[before..].iter().map(|(kind, reason)| format!("{kind} {reason}")).collect();
+    // Those of one second may arrive in any order.
+    reasons.sort();
+    let expected = ["Drain", "NodeDone", "OSUpdateStaged", "OSUpdateStarted", "Reboot", "Verified"];
+    assert_eq!(reasons, expected.map(|reason| format!("Normal {reason}")));
+    let node = world.store().node(NODE).unwrap();
+    for event in &events {
+        assert_eq!(event["involvedObject"]["uid"], node["metadata"]["uid"]);
+        assert_eq!(event["source"], json!({"component": "rebase-agent", "host": NODE}));
+    }
+    // A restarted agent repeats none, and heartbeats cause none.
+    world.machine.stop_agent().await;
+    let ready = happens(&world, "a new agent", |event| matches!(event, Event::AgentStatus(s) if s.starts_with("Done")));
+    tokio::join!(ready, async { world.machine.start_agent() });
+    for _ in 0..200 {
+        world.store().heartbeat(NODE);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.store().told().len(), events.len(), "{:#?}", told(&world));
+}
+
+#[tokio::test]
+async fn events_of_a_refusal_and_of_a_hold() {
+    let world = settled(options()).await;
+    let two = world.unsigned("2").await.unwrap();
+    world.target("2", &two);
+    world.wait("the refusal", |node| annotation(node, "state") == Some("Degraded")).await.unwrap();
+    until("the refusal's Event", || tells(&world, "Warning", "SignatureMissing")).await;
+    world.store().annotate("kubectl-annotate", NODE, HOLD, Some("until Monday")).unwrap();
+    world.sign(&two, "2").await.unwrap();
+    world.store().annotate("kubectl-annotate", NODE, RETRY, Some("signed")).unwrap();
+    until("the hold's Event", || tells(&world, "Normal", "Held")).await;
+    let held = world.store().told().into_iter().find(|event| event["reason"] == "Held").unwrap();
+    assert!(held["message"].as_str().unwrap().contains("until Monday"), "{held:#}");
+    // Setting it again says nothing new.
+    for hold in [None, Some("until Monday")] {
+        world.store().annotate("kubectl-annotate", NODE, HOLD, hold).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
+    arrived(&world, &two).await;
+    assert!(told(&world).iter().filter(|(_, reason)| reason == "Held").count() <= 1);
+}
+
+#[tokio::test]
+async fn refused_events_are_dropped_and_delay_nothing() {
+    let world = World::new(options()).await.unwrap();
+    let said = journal(&world, "was not created and is dropped");
+    world.store().inject(Scope::Event, usize::MAX, Fault::Status { code: 403, retry_after: None });
+    world.target("1", &world.installed);
+    world.machine.power_on().await.unwrap();
+    world.wait_done(&world.installed).await.unwrap();
+    let two = world.signed("2").await.unwrap();
+    world.target("2", &two);
+    arrived(&world, &two).await;
+    until("the last Event", || said.lock().unwrap().iter().any(|line| line.contains("NodeDone"))).await;
+    let posts = world.api.requests().into_iter().filter(|request| request.method == "POST").count();
+    assert_eq!(posts, said.lock().unwrap().len(), "one request and one line for each: {:#?}", said.lock().unwrap());
+    assert!(world.store().told().is_empty());
+}
+
+#[tokio::test]
+async fn who_vouched_is_said_by_annotation_event_and_status() {
     let world = settled(options()).await;
     let two = world.signed("2").await.unwrap();
     let before = writes(&world).len();
@@ -265,6 +350,9 @@ async fn who_vouched_is_said_by_annotation_and_status() {
     assert_eq!(verified["image"], two.pullspec().as_str());
     assert_eq!(verified["rule"], format!("docker \"{}/example\"", world.registry.host()));
     assert_eq!(verified["key"], format!("key sha256:{fingerprint}"));
+    let event = world.store().told().into_iter().rfind(|event| event["reason"] == "Verified").unwrap();
+    let message = event["message"].as_str().unwrap();
+    assert!(message.contains(&fingerprint) && message.contains(two.pullspec().as_str()), "{message}");
     let (_, shown, _) = world.command(&["status"]).await.unwrap();
     let row = shown.split("Verified").nth(1).unwrap();
     assert!(row.contains(&fingerprint) && row.contains(&two.digest), "{shown}");
@@ -280,4 +368,5 @@ async fn who_vouched_is_said_by_annotation_and_status() {
         annotations[VERIFIED].is_null() && !annotations["rebase-agent.openshift.io/untrusted"].is_null()
     };
     world.wait("the end of the trust", withdrawn).await.unwrap();
+    until("the Event", || tells(&world, "Warning", "RunsUntrusted")).await;
 }
