@@ -28,8 +28,8 @@ use crate::tools;
 
 /// Longest start of a program, also on a busy machine.
 const START: Duration = Duration::from_secs(180);
-/// Longest end of a program after `SIGTERM`.
-const STOP: Duration = Duration::from_secs(60);
+/// Longest end of a program after `SIGTERM`. kube-apiserver waits a minute for its open watches.
+const STOP: Duration = Duration::from_secs(120);
 /// Interval of polls for a state.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -267,9 +267,10 @@ impl ControlPlane {
     }
 
     async fn with_stopped_etcd(&mut self, work: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        for program in [Program::Mco, Program::ApiServer, Program::Etcd] {
-            self.stop_program(program, Signal::SIGTERM).await?;
+        for program in [Program::Mco, Program::ApiServer] {
+            self.stop_program(program, Signal::SIGKILL).await?;
         }
+        self.stop_program(Program::Etcd, Signal::SIGTERM).await?;
         work(&self.directory.join("etcd"))?;
         for program in [Program::Etcd, Program::ApiServer, Program::Mco] {
             self.start_program(program).await?;

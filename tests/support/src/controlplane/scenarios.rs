@@ -367,7 +367,6 @@ async fn server_stopped(stage: &Stage) -> anyhow::Result<Outcome> {
     let site = stage.settled(|_| {}).await?;
     in_the_middle(site, async |site| {
         site.plane.stop_program(Program::ApiServer, Signal::SIGTERM).await?;
-        sleep(Duration::from_secs(20)).await;
         site.plane.start_program(Program::ApiServer).await
     })
     .await
@@ -383,19 +382,23 @@ async fn server_killed(stage: &Stage) -> anyhow::Result<Outcome> {
 }
 
 async fn database_restored(stage: &Stage) -> anyhow::Result<Outcome> {
-    let mut site = stage.settled(|options| options.nodes = 2).await?;
+    // MCC gives two nodes that are not done another target only when there is a third slot.
+    let change = |options: &mut SiteOptions| (options.nodes, options.max_unavailable) = (2, 3);
+    let mut site = stage.settled(change).await?;
     let backup = site.plane.backup().await?;
     let two = update(&site, "2").await?;
-    // The restored annotations name image 1 on nodes that run image 2.
+    // The restored annotations name image 1 as current and desired on nodes that run image 2. MCC does not take nodes that
+    // have their target already one after the other, so every agent waits a random time of up to 30 minutes.
     site.plane.restore(&backup).await?;
-    site.wait_updated(&site.installed).await?;
     for worker in &site.workers {
-        let boots = worker.boots();
-        ensure!(boots.len() == 3 && boots[1].contains(&two.digest), "{} booted {boots:?}", worker.name);
+        site.wait_reason(worker, "RestoreSpread").await?;
     }
     site.target("2", &two).await?;
     site.wait_updated(&two).await?;
-    close(site, String::new(), &[]).await
+    // The random time of one node may be short.
+    let boots: Vec<_> = site.workers.iter().map(|worker| worker.boots().len()).collect();
+    ensure!(boots.contains(&2), "the restore rebooted every node at once: {boots:?} boots");
+    close(site, "nodes wait (RestoreSpread), and return without a reboot".to_owned(), &[]).await
 }
 
 async fn certificate_rotated(stage: &Stage) -> anyhow::Result<Outcome> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
@@ -368,48 +368,65 @@ impl Site {
         self.wait(worker, &format!("the reason {word}"), starts).await
     }
 
-    /// Waits until MCC counts the pool complete on `image`, and checks every node: booted, reported, in service.
+    /// Waits until MCC counts the pool complete on `image`, and every node has booted it, reports it and is in service.
     ///
     /// # Errors
     /// If that does not happen in time.
     pub async fn wait_updated(&self, image: &Pushed) -> anyhow::Result<Seen> {
         let mut seen = Seen::default();
-        let pullspec = image.pullspec();
         let began = Instant::now();
         loop {
             self.plane.check()?;
             // The API server may be away for a while.
-            if let Ok((nodes, pool)) = self.look().await {
-                let cordoned = |node: &&Value| node["spec"]["unschedulable"] == true;
-                let away = |node: &&Value| cordoned(node) || !ready(node);
-                seen.cordoned = seen.cordoned.max(nodes.iter().filter(cordoned).count());
-                seen.unavailable = seen.unavailable.max(nodes.iter().filter(away).count());
-                if is_updated(&pool, &pullspec, self.workers.len()) {
-                    break;
+            let looked = self.look().await;
+            let missing = match &looked {
+                Ok((nodes, pool)) => {
+                    let cordoned = |node: &&Value| node["spec"]["unschedulable"] == true;
+                    let away = |node: &&Value| cordoned(node) || !ready(node);
+                    seen.cordoned = seen.cordoned.max(nodes.iter().filter(cordoned).count());
+                    seen.unavailable = seen.unavailable.max(nodes.iter().filter(away).count());
+                    self.missing(nodes, pool, image)
                 }
-            }
+                Err(error) => Some(format!("{error:#}")),
+            };
+            let Some(missing) = missing else { return Ok(seen) };
             if began.elapsed() > DEADLINE {
-                let (nodes, pool) = self.look().await.unwrap_or_default();
+                let (nodes, pool) = looked.unwrap_or_default();
                 let nodes: Vec<_> = nodes.iter().map(|node| &node["metadata"]["annotations"]).collect();
                 let (nodes, status) = (json!(nodes), &pool["status"]);
-                anyhow::bail!("the pool is not Updated on {pullspec} after {DEADLINE:?}: {status:#}, nodes {nodes:#}");
+                anyhow::bail!("{missing} after {DEADLINE:?}: {status:#}, nodes {nodes:#}");
             }
             tokio::time::sleep(super::POLL).await;
         }
-        for worker in &self.workers {
-            let node = self.node(worker).await?.context("the Node is gone")?;
-            let booted = worker.machine.booted().context("nothing is booted")?;
-            let name = &worker.name;
-            ensure!(booted.digest == image.digest, "{name} says Done and runs {}", booted.digest);
-            ensure!(annotation(&node, "currentImage") == Some(&*pullspec), "{name} reports another image");
-            ensure!(node["spec"]["unschedulable"] != true, "{name} is Done and cordoned");
-            ensure!(
-                annotation(&node, "desiredDrain") == annotation(&node, "lastAppliedDrain"),
-                "{name} waits for a drain"
-            );
-            ensure!(annotation(&node, "reason").is_none_or(str::is_empty), "{name} is Done with a reason");
+    }
+
+    /// What is missing to a pool that is complete on `image`.
+    fn missing(&self, nodes: &[Value], pool: &Value, image: &Pushed) -> Option<String> {
+        let pullspec = image.pullspec();
+        if !is_updated(pool, &pullspec, self.workers.len()) {
+            return Some(format!("the pool is not Updated on {pullspec}"));
         }
-        Ok(seen)
+        if nodes.len() != self.workers.len() {
+            return Some("a Node is missing".to_owned());
+        }
+        let of = |(worker, node): (&std::sync::Arc<Worker>, &Value)| {
+            let name = &worker.name;
+            let booted = worker.machine.booted().map(|booted| booted.digest).unwrap_or_default();
+            let missing = if booted != image.digest {
+                format!("{name} runs {booted}")
+            } else if annotation(node, "currentImage") != Some(&*pullspec) {
+                format!("{name} reports another image")
+            } else if node["spec"]["unschedulable"] == true {
+                format!("{name} is cordoned")
+            } else if annotation(node, "desiredDrain") != annotation(node, "lastAppliedDrain") {
+                format!("{name} waits for its drain request")
+            } else {
+                let reason = annotation(node, "reason").filter(|reason| !reason.is_empty())?;
+                format!("{name} has the reason {reason}")
+            };
+            Some(missing)
+        };
+        self.workers.iter().zip(nodes).find_map(of)
     }
 
     async fn look(&self) -> anyhow::Result<(Vec<Value>, Value)> {
