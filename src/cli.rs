@@ -31,7 +31,7 @@ pub struct Cli {
 
 /// The exit codes and their meanings.
 pub const EXIT_CODES: &[(&str, &str)] = &[
-    ("0", "run: stopped by a signal; status, explain: Done, or nothing to follow; verify: verified"),
+    ("0", "run: stopped by a signal; status, explain: Done, or nothing to follow; metrics: printed; verify: verified"),
     ("1", "the Node, the host, or a file that is needed cannot be read"),
     ("2", "the command line is wrong"),
     (
@@ -75,6 +75,8 @@ pub enum Command {
         #[command(flatten)]
         look: Look,
     },
+    /// Print OpenMetrics text for a scraper, as rebase-agent-metrics.socket does for each connection. Changes nothing.
+    Metrics,
     /// Verify an image as the service does. Changes nothing.
     Verify {
         /// The image: host/repository@sha256:<64 hex digits>

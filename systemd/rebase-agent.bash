@@ -22,6 +22,9 @@ _rebase__agent() {
             rebase__agent,help)
                 cmd="rebase__agent__subcmd__help"
                 ;;
+            rebase__agent,metrics)
+                cmd="rebase__agent__subcmd__metrics"
+                ;;
             rebase__agent,run)
                 cmd="rebase__agent__subcmd__run"
                 ;;
@@ -36,6 +39,9 @@ _rebase__agent() {
                 ;;
             rebase__agent__subcmd__help,help)
                 cmd="rebase__agent__subcmd__help__subcmd__help"
+                ;;
+            rebase__agent__subcmd__help,metrics)
+                cmd="rebase__agent__subcmd__help__subcmd__metrics"
                 ;;
             rebase__agent__subcmd__help,run)
                 cmd="rebase__agent__subcmd__help__subcmd__run"
@@ -53,7 +59,7 @@ _rebase__agent() {
 
     case "${cmd}" in
         rebase__agent)
-            opts="-h -V --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help --version run status explain verify help"
+            opts="-h -V --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help --version run status explain metrics verify help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -189,7 +195,7 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__help)
-            opts="run status explain verify help"
+            opts="run status explain metrics verify help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -217,6 +223,20 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        rebase__subcmd__agent__subcmd__help__subcmd__metrics)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -265,6 +285,64 @@ _rebase__agent() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        rebase__subcmd__agent__subcmd__metrics)
+            opts="-h --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --kubeconfig)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --node-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --backend)
+                    COMPREPLY=($(compgen -W "auto rpm-ostree bootc" -- "${cur}"))
+                    return 0
+                    ;;
+                --policy)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --registries-d)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --skopeo)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cert-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --verify-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --scratch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -224,6 +224,52 @@ fn bootc_units_have_exactly_the_reviewed_directives() {
     assert!(Duration::from_secs(60) >= deadlines.status, "bootc would be cut off while the agent waits");
 }
 
+const METRICS_SOCKET: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Print the rebase agent's metrics"),
+    ("Unit", "Documentation", "man:rebase-agent(8)"),
+    ("Unit", "ConditionPathExists", "/run/ostree-booted"),
+    ("Socket", "ListenStream", "/run/rebase-agent/public/metrics.promsock"),
+    ("Socket", "SocketMode", "0660"),
+    ("Socket", "DirectoryMode", "0755"),
+    ("Socket", "Accept", "yes"),
+    ("Socket", "MaxConnections", "4"),
+    ("Socket", "RemoveOnStop", "yes"),
+    ("Install", "WantedBy", "sockets.target"),
+];
+
+/// What the metrics' unit has in place of the agent's directives up to the sandbox.
+const METRICS: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Print the rebase agent's metrics"),
+    ("Unit", "Documentation", "man:rebase-agent(8)"),
+    ("Unit", "CollectMode", "inactive-or-failed"),
+    ("Service", "Type", "exec"),
+    ("Service", "ExecStart", "/usr/bin/rebase-agent metrics"),
+    ("Service", "StandardInput", "null"),
+    ("Service", "StandardOutput", "socket"),
+    ("Service", "StandardError", "journal"),
+    ("Service", "RuntimeMaxSec", "30"),
+    ("Service", "TimeoutStopSec", "5"),
+];
+
+/// The metrics' unit has the agent's sandbox, with lower bounds and without the engine's.
+#[test]
+fn metrics_units_have_exactly_the_reviewed_directives() {
+    let unit = |name: &str| directives(&read(&format!("systemd/{name}")));
+    let strings = |list: &[(&str, &str, &str)]| -> Vec<(String, String, String)> {
+        list.iter().map(|(s, k, v)| ((*s).to_owned(), (*k).to_owned(), (*v).to_owned())).collect()
+    };
+    assert_eq!(unit("rebase-agent-metrics.socket"), strings(METRICS_SOCKET));
+    let sandbox = UNIT.iter().skip_while(|(_, key, _)| *key != "CapabilityBoundingSet");
+    let sandbox = sandbox.filter(|(section, key, _)| *section == "Service" && *key != "OOMPolicy");
+    let bounded = sandbox.map(|(section, key, value)| match *key {
+        "MemoryMax" => (*section, *key, "134217728"),
+        "TasksMax" => (*section, *key, "64"),
+        _ => (*section, *key, *value),
+    });
+    let expected: Vec<_> = METRICS.iter().copied().chain(bounded).collect();
+    assert_eq!(unit("rebase-agent-metrics@.service"), strings(&expected));
+}
+
 /// Runs the real sed on contents that MCO's file could have.
 #[test]
 fn only_proxy_variables_reach_bootc() {
@@ -271,6 +317,27 @@ fn systemd_accepts_the_bootc_units() {
     let said = String::from_utf8_lossy(&verify.stderr);
     let ours: Vec<_> = said.lines().filter(|line| line.contains("rebase-agent")).collect();
     assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
+}
+
+#[test]
+fn systemd_accepts_the_metrics_units() {
+    if Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status().is_err() {
+        return skip("systemd-analyze is not installed, so systemd does not check the metrics' units");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let units = ["rebase-agent-metrics@.service", "rebase-agent-metrics.socket"].map(|name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, read(&format!("systemd/{name}")).replace("/usr/bin/rebase-agent", AGENT)).unwrap();
+        path
+    });
+    let verify =
+        run(Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).args(&units));
+    let said = String::from_utf8_lossy(&verify.stderr);
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("rebase-agent")).collect();
+    assert!(verify.status.success() && ours.is_empty(), "{}: {said}", verify.status);
+    let security = ["security", "--offline=yes", "--no-pager", "--threshold=15"];
+    let exposed = run(Command::new("systemd-analyze").args(security).arg(&units[0]));
+    assert!(exposed.status.success(), "more exposed than 1.5: {}", String::from_utf8_lossy(&exposed.stdout));
 }
 
 /// Asks a systemd manager that loads units and starts none how it reads the instances.
@@ -336,7 +403,11 @@ fn preset_and_tmpfiles_name_existing_files() {
     let lines = |path: &str| -> Vec<String> {
         read(path).lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
     };
-    let enabled = ["enable rebase-agent.service", "enable rebase-agent-bootc-status.socket"];
+    let enabled = [
+        "enable rebase-agent.service",
+        "enable rebase-agent-bootc-status.socket",
+        "enable rebase-agent-metrics.socket",
+    ];
     assert_eq!(lines("systemd/80-rebase-agent.preset"), enabled);
     // The first place where ostree's pull looks.
     assert_eq!(lines("systemd/10-ostree-auth.conf"), ["L /run/ostree/auth.json - - - - /var/lib/kubelet/config.json"]);
@@ -359,7 +430,7 @@ fn preset_and_tmpfiles_name_existing_files() {
 #[test]
 fn readme_names_every_option() {
     let mut named = BTreeSet::new();
-    for command in ["run", "status", "explain", "verify"] {
+    for command in ["run", "status", "explain", "metrics", "verify"] {
         let help = run(Command::new(AGENT).args([command, "--help"]));
         let help = String::from_utf8(help.stdout).unwrap();
         let words = help.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-'));
@@ -622,6 +693,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("rebase-agent status --verify", "Also verifies the desired image."),
     ("rebase-agent explain", "Shows which rule applies now and what it would do."),
     ("rebase-agent explain SignatureMissing", "Shows what a reason means and what to do about it."),
+    ("rebase-agent metrics", "Prints the same facts for a scraper."),
     ("rebase-agent verify quay.io/example/os@sha256:DIGEST", "Checks whether the node's policy accepts an image."),
     ("journalctl -x -u rebase-agent", "Shows the journal with an explanation of each message."),
 ];

@@ -3,6 +3,7 @@
 //! The JSON is a contract: its `version` changes when a field is renamed or removed, not when one is added.
 
 mod explain;
+mod metrics;
 mod run;
 mod status;
 mod verify;
@@ -36,6 +37,7 @@ pub async fn dispatch(command: Command, neighbours: Neighbours, confinement: Con
         Command::Status(look) => status::status(&neighbours, &look).await,
         Command::Explain { reason: Some(reason), look } => explain::reason(reason, look.json),
         Command::Explain { reason: None, look } => explain::explain(&neighbours, &look).await,
+        Command::Metrics => metrics::metrics(&neighbours).await,
         Command::Verify { pullspec, json } => verify::verify(&neighbours, &pullspec, json).await,
     };
     ExitCode::from(code)

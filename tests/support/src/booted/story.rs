@@ -3,11 +3,14 @@
 mod bootc;
 
 use std::future::Future;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
 
 use super::container::{Container, Options};
 use super::directives;
@@ -25,6 +28,9 @@ const RPM_OSTREED: &str = "rpm-ostreed.service";
 const FINALIZER: &str = "ostree-finalize-staged.service";
 const OTHER_UPDATERS: [&str; 3] =
     ["zincati.service", "rpm-ostreed-automatic.service", "bootc-fetch-apply-updates.service"];
+const METRICS: &str = "rebase-agent-metrics.socket";
+const METRICS_SERVICE: &str = "rebase-agent-metrics@0.service";
+const METRICS_PATH: &str = "/run/rebase-agent/public/metrics.promsock";
 const HOLD: &str = "rebase-agent.openshift.io/hold";
 const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 /// The shipped timeouts are too long for a test; their values are compared before this drop-in is installed.
@@ -127,6 +133,7 @@ impl Node<'_> {
             .await?;
         teller.step("the journal explains the messages", self.journal_explains()).await?;
         teller.step("rebase-agent status", self.status()).await?;
+        teller.step("the metrics come from systemd's socket", self.has_metrics()).await?;
         teller.step("a policy that asks for GPG", self.verifies_gpg(&two)).await?;
         teller.step("a deliberate write is stopped", self.writes_are_stopped()).await?;
         teller.step("other updaters are skipped while the agent is enabled", self.excludes_others()).await?;
@@ -390,6 +397,28 @@ impl Node<'_> {
         let lacks = parts.iter().find(|part| part.is_empty() || !text.contains(**part));
         ensure!(lacks.is_none(), "`status` does not show the service's `{own}`: {text}");
         Ok(format!("shows the service's status `{own}`"))
+    }
+
+    async fn has_metrics(&self) -> Result<String> {
+        self.container.ok(&["systemctl", "preset", "--quiet", METRICS]).await?;
+        self.container.ok(&["systemctl", "start", METRICS]).await?;
+        let mut directives = 0;
+        for unit in [METRICS, METRICS_SERVICE] {
+            directives += directives::compare(&self.container, unit).await.context(unit)?;
+        }
+        let mode = std::fs::metadata(self.container.path(METRICS_PATH))?.permissions().mode() & 0o777;
+        ensure!(mode == 0o660, "the socket's mode is {mode:o}");
+        let mut text = String::new();
+        let read = async {
+            let mut connection = UnixStream::connect(self.container.path(METRICS_PATH)).await?;
+            connection.read_to_string(&mut text).await
+        };
+        tokio::time::timeout(DEADLINE, read).await.context("the metrics do not end")??;
+        for sample in ["rebase_agent_up 1", "rebase_agent_state{state=\"Done\"} 1", "# EOF"] {
+            ensure!(text.lines().any(|line| line == sample), "no `{sample}` in {text}");
+        }
+        ensure!(!text.contains("rebase_agent_error"), "{text}");
+        Ok(format!("{directives} directives, mode {mode:o}, {} bytes", text.len()))
     }
 
     /// In the shipped unit GnuPG has no writable directory; the drop-in grants exactly one.
