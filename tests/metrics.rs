@@ -95,6 +95,16 @@ async fn metrics(world: &World) -> BTreeMap<String, f64> {
     parse(&out)
 }
 
+/// Every metric that an alert uses is one that this program prints, or comes from a source that the rules name.
+fn alerts_use_known_metrics(printed: &BTreeMap<String, f64>) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd/cluster/alerts.yaml");
+    let alerts = std::fs::read_to_string(file).unwrap();
+    let names = alerts.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let used: BTreeSet<&str> = names.filter(|word| word.starts_with("rebase_agent_")).collect();
+    let names: BTreeSet<&str> = printed.keys().map(|key| key.split('{').next().unwrap()).collect();
+    assert!(used.len() >= 4 && used.is_subset(&names), "alerts use {used:?}, the agent prints {names:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metrics_tell_the_node_and_never_guess() {
     let world = World::new(WorldOptions::new(Path::new(AGENT))).await.unwrap();
@@ -111,6 +121,7 @@ async fn metrics_tell_the_node_and_never_guess() {
     is(&done, "rebase_agent_reason{reason=\"Done\",severity=\"progress\"}", 1.0);
     let booted = done.keys().find(|key| key.starts_with("rebase_agent_booted_image_info{")).unwrap();
     assert!(booted.contains(&world.installed.digest) && booted.contains("config=\"rendered-worker-1\""), "{booted}");
+    alerts_use_known_metrics(&done);
 
     world.store().annotate("kubectl-annotate", NODE, HOLD, Some("\"quoted\" \\ text")).unwrap();
     let image = world.signed("2").await.unwrap();
