@@ -348,6 +348,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         last_applied_drain: tape.pick(&drains),
         topology: tape.pick(&[None, Some("SingleReplica".into()), Some("HighlyAvailable".into())]),
         attempt: tape.pick(&[Some(attempt), None]),
+        last_update: None,
         retry: None,
         hold: tape.pick(&[None, Some(String::new()), Some("because\nI say so".into())]),
         untrusted: tape.pick(&[None, Some("SignatureRejected: x".into())]),

@@ -133,6 +133,18 @@ async fn metrics_tell_the_node_and_never_guess() {
     is(&held, "rebase_agent_held", 1.0);
     is(&held, "rebase_agent_desired_image_booted", 0.0);
 
+    // The times of the update are on the Node, because the agent is not the same process after the reboot.
+    world.store().annotate("kubectl-annotate", NODE, HOLD, None).unwrap();
+    world.wait_done(&image).await.unwrap();
+    let updated = metrics(&world).await;
+    for rule in ["verify", "stage", "drain", "reboot", "uncordon"] {
+        let key = format!("rebase_agent_last_update_rule_seconds{{rule=\"{rule}\"}}");
+        assert!(updated.contains_key(&key), "no {key} in {updated:#?}");
+    }
+    let out = updated["rebase_agent_last_update_out_of_service_seconds"];
+    assert!(out > 0.0 && out < support::world::DEADLINE.as_secs_f64(), "{out} s out of service");
+    is(&updated, "rebase_agent_desired_image_booted", 1.0);
+
     // Without the Node there is no state, and the error says why.
     world.store().delete_node(NODE);
     let lost = metrics(&world).await;

@@ -17,6 +17,7 @@ mod looking;
 mod reporting;
 mod task;
 mod telling;
+mod timing;
 
 use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -42,6 +43,7 @@ use looking::{Look, Readings, Sight};
 use reporting::Cluster;
 use task::{Ended, Task};
 use telling::Teller;
+use timing::Timing;
 
 /// The longest sleep, after which the agent checks for changes without a signal: a deployment written by hand, a changed
 /// policy. It is the only timer of an idle agent; tokio's timer wheel splits it into up to three wake-ups, one a minute.
@@ -96,6 +98,7 @@ struct Agent {
     sight: Sight,
     cluster: Cluster,
     teller: Teller,
+    timing: Timing,
     last: Option<Decision>,
     progress: Option<String>,
     status: String,
@@ -202,6 +205,7 @@ impl Agent {
             sight,
             cluster: Cluster::new(began),
             teller: Teller::new(began),
+            timing: Timing::default(),
             last: None,
             progress: None,
             status: String::new(),
@@ -272,6 +276,7 @@ impl Agent {
         self.observed.running = self.running().cloned();
         let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
         self.memory.note(&self.observed, &decision, now);
+        self.timing.decided(self.observed.cluster.known(), decision.rule, now);
         self.say(&decision);
         let wake = decision.wake.map_or(HOUSEKEEPING, |wake| Duration::from_millis(jittered(wake, random())));
         self.wake = Instant::now() + wake;

@@ -112,6 +112,7 @@ impl Agent {
             self.wake = self.wake.min(self.cluster.not_before);
             return;
         }
+        self.timing.add(&mut patch, &node.facts, &decision.action, self.now());
         self.cluster.patching = true;
         let (api, events, uid) = (self.neighbours.api.clone(), self.events.clone(), node.uid.clone());
         tokio::spawn(async move {

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
-use crate::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED, VERIFIED};
-use crate::model::{Attempt, NodeFacts, OtherWriter, Pullspec, Verified, printable};
+use crate::model::annotations::{ATTEMPT, HOLD, LAST_UPDATE, MCO, RETRY, UNTRUSTED, VERIFIED};
+use crate::model::{NodeFacts, OtherWriter, Pullspec, printable};
 
 /// Longest annotation that is read, in bytes; the protocol's longest is a reason of 2000 characters.
 const MAX_VALUE: usize = 8192;
@@ -101,9 +102,10 @@ impl NodeObject {
             desired_drain: mco("desiredDrain"),
             last_applied_drain: mco("lastAppliedDrain"),
             topology: mco("controlPlaneTopology"),
-            attempt: annotation(ATTEMPT).and_then(|text| attempt(text)),
+            attempt: annotation(ATTEMPT).and_then(|text| own(ATTEMPT, text)),
+            last_update: annotation(LAST_UPDATE).and_then(|text| own(LAST_UPDATE, text)),
             hold: annotation(HOLD).map(|value| bounded(value)),
-            verified: annotation(VERIFIED).and_then(|text| verified(text)),
+            verified: annotation(VERIFIED).and_then(|text| own(VERIFIED, text)),
             untrusted: annotation(UNTRUSTED).map(|value| bounded(value)),
             retry: annotation(RETRY).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
@@ -148,28 +150,21 @@ fn bounded(value: &str) -> String {
     out
 }
 
-/// Parses an attempt. A malformed one counts as none, and the next attempt overwrites it.
-fn attempt(text: &str) -> Option<Attempt> {
+/// Parses an annotation of our own. A malformed one counts as none, and the next one overwrites it.
+fn own<T: DeserializeOwned>(key: &str, text: &str) -> Option<T> {
     if text.len() > MAX_VALUE {
         return None;
     }
     match serde_json::from_str(text) {
-        Ok(attempt) => Some(attempt),
+        Ok(value) => Some(value),
         Err(error) => {
             tracing::debug!(
-                "ignoring the attempt annotation, which cannot be parsed: {}",
+                "ignoring the annotation {key}, which cannot be parsed: {}",
                 printable(&error.to_string(), 200)
             );
             None
         }
     }
-}
-
-/// Parses who vouched. A malformed text counts as none, and is replaced after the next verification.
-fn verified(text: &str) -> Option<Verified> {
-    let read: Verified = (text.len() <= MAX_VALUE).then(|| serde_json::from_str(text).ok())??;
-    let [image, rule, key, time] = [read.image, read.rule, read.key, read.time].map(|text| printable(&text, MAX_VALUE));
-    Some(Verified { image, rule, key, time })
 }
 
 /// The API server's time of our last write; 0 once other managers have changed all fields that we wrote.

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::foreign;
+use crate::decide::Rule;
 use crate::host::HostError;
 use crate::model::{
     Deployment, Fault, HostFacts, NodeFacts, NodeState, Reading, Reason, Severity, is_image, is_named, printable,
@@ -82,7 +83,7 @@ struct Seen {
 struct Text(String);
 
 /// The labels of a sample, and its value.
-type Sample<'a> = (Vec<(&'a str, &'a str)>, u64);
+type Sample<'a> = (Vec<(&'a str, &'a str)>, f64);
 
 impl Text {
     /// Adds a family, unless it has no samples.
@@ -103,9 +104,17 @@ impl Text {
         }
     }
 
-    fn number(&mut self, name: &str, help: &str, value: Option<u64>) {
+    fn number(&mut self, name: &str, help: &str, value: Option<f64>) {
         self.family(name, help, &value.map(|value| (vec![], value)).into_iter().collect::<Vec<_>>());
     }
+}
+
+fn truth(is: bool) -> f64 {
+    f64::from(u8::from(is))
+}
+
+fn seconds(milliseconds: u64) -> f64 {
+    Duration::from_millis(milliseconds).as_secs_f64()
 }
 
 /// A label's value. [`printable`] leaves no line break.
@@ -117,7 +126,7 @@ impl Seen {
     fn text(&self) -> String {
         let mut text = Text(String::new());
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
-        text.family("build_info", "The version of the program.", &[(version, 1)]);
+        text.family("build_info", "The version of the program.", &[(version, 1.0)]);
         self.sources(&mut text);
         self.node(&mut text);
         self.images(&mut text);
@@ -129,10 +138,10 @@ impl Seen {
     fn sources(&self, text: &mut Text) {
         let service = self.service.known();
         let (node, host) = (self.node.known(), self.host.known());
-        let up = service.map(|service| u64::from(service.active));
+        let up = service.map(|service| truth(service.active));
         text.number("up", "Whether rebase-agent.service is active.", up);
         let known = [("node", node.is_some()), ("host", host.is_some()), ("service", service.is_some())];
-        let readable = known.map(|(source, known)| (vec![("source", source)], u64::from(known)));
+        let readable = known.map(|(source, known)| (vec![("source", source)], truth(known)));
         text.family(
             "readable",
             "Whether the API server (node), the host tool (host) and systemd (service) answered.",
@@ -140,7 +149,8 @@ impl Seen {
         );
 
         let reason = service.and_then(|service| service.reason);
-        let now = reason.map(|reason| (vec![("reason", reason.as_str()), ("severity", reason.severity().as_str())], 1));
+        let now =
+            reason.map(|reason| (vec![("reason", reason.as_str()), ("severity", reason.severity().as_str())], 1.0));
         text.family("reason", "The reason that the running service gives in its status.", now.as_slice());
         let fails = |reason: &Reason| !matches!(reason.severity(), Severity::Progress | Severity::Waiting);
         let errors = [
@@ -150,7 +160,7 @@ impl Seen {
         ];
         let errors: Vec<Sample<'_>> = errors
             .iter()
-            .filter_map(|(source, reason)| Some((vec![("source", *source), ("reason", (*reason)?.as_str())], 1)))
+            .filter_map(|(source, reason)| Some((vec![("source", *source), ("reason", (*reason)?.as_str())], 1.0)))
             .collect();
         let help = "Why a source could not be read, or why the running service refuses or retries.";
         text.family("error", help, &errors);
@@ -162,18 +172,28 @@ impl Seen {
         const STATES: [NodeState; 4] =
             [NodeState::Working, NodeState::Done, NodeState::Degraded, NodeState::Unreconcilable];
         let current = node.state.as_deref();
-        let states = STATES.map(|state| (vec![("state", state.as_str())], u64::from(current == Some(state.as_str()))));
+        let states = STATES.map(|state| (vec![("state", state.as_str())], truth(current == Some(state.as_str()))));
         text.family("state", "The Node's state: 1 for the current one.", &states);
-        let held = u64::from(node.hold.is_some());
+        let held = truth(node.hold.is_some());
         text.number("held", "Whether the hold annotation keeps the node from drain and reboot.", Some(held));
-        let attempts = node.attempt.as_ref().map_or(0, |attempt| attempt.count.into());
+        let attempts = node.attempt.as_ref().map_or(0.0, |attempt| attempt.count.into());
         text.number(
             "boot_attempts",
             "Boots into the image of the attempt annotation that were attempted.",
             Some(attempts),
         );
-        let refused = u64::from(node.untrusted.is_some());
+        let refused = truth(node.untrusted.is_some());
         text.number("booted_image_refused", "Whether the policy refuses the image that runs.", Some(refused));
+
+        let Some(update) = &node.last_update else { return };
+        let Some(out_of_service) = update.out_of_service else { return };
+        let took = |rule: &Rule| Some((vec![("rule", rule.name())], seconds(*update.took.get(rule.name())?)));
+        let took: Vec<Sample<'_>> = Rule::ALL.iter().filter_map(took).collect();
+        text.family("last_update_rule_seconds", "How long each rule applied during the last update.", &took);
+        let help = "From the end of the drain to Done, in the last update.";
+        text.number("last_update_out_of_service_seconds", help, Some(seconds(out_of_service)));
+        let done = seconds(update.drained.saturating_add(out_of_service));
+        text.number("last_update_done_timestamp_seconds", "When the last update was done.", Some(done));
     }
 
     /// What the host's deployments are.
@@ -189,13 +209,13 @@ impl Seen {
                 ("version", booted.version.as_deref().unwrap_or_default()),
                 ("backend", host.backend.as_str()),
             ];
-            text.family("booted_image_info", "The image that runs, and the host tool.", &[(labels, 1)]);
+            text.family("booted_image_info", "The image that runs, and the host tool.", &[(labels, 1.0)]);
         }
         let Some(desired) = self.node.known().and_then(NodeFacts::desired) else { return };
         // The digest that the host recorded for an index is that of the instance; then only the reference names it.
-        let is_desired = |found: &Deployment| u64::from(is_image(found, desired, None) || is_named(found, desired));
-        let booted = Some(booted.map_or(0, is_desired));
-        let staged = Some(host.staged().map_or(0, is_desired));
+        let is_desired = |found: &Deployment| truth(is_image(found, desired, None) || is_named(found, desired));
+        let booted = Some(booted.map_or(0.0, is_desired));
+        let staged = Some(host.staged().map_or(0.0, is_desired));
         text.number("desired_image_booted", "Whether the desired image runs.", booted);
         text.number("desired_image_staged", "Whether the desired image is staged.", staged);
     }
@@ -214,7 +234,9 @@ mod tests {
     }
 
     fn seen() -> Seen {
-        let node = json!({"state": "Working", "desired_image": IMAGE, "hold": "why"});
+        let update = json!({"image": IMAGE, "took": {"verify": 312, "stage": 14_000, "unknown": 1}, "drained": 5_000,
+            "outOfService": 90_500});
+        let node = json!({"state": "Working", "desired_image": IMAGE, "hold": "why", "last_update": update});
         let host = json!({"deployments": [
             {"id": "b", "booted": true, "reference": "q.io/o/i:1", "version": "a\"\\\n{b} c"},
             {"id": "s", "staged": true, "reference": IMAGE},
@@ -243,6 +265,10 @@ mod tests {
             "rebase_agent_boot_attempts 0",
             "rebase_agent_desired_image_booted 0",
             "rebase_agent_desired_image_staged 1",
+            "rebase_agent_last_update_rule_seconds{rule=\"verify\"} 0.312",
+            "rebase_agent_last_update_rule_seconds{rule=\"stage\"} 14",
+            "rebase_agent_last_update_out_of_service_seconds 90.5",
+            "rebase_agent_last_update_done_timestamp_seconds 95.5",
         ] {
             has(&text, sample);
         }

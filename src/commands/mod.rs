@@ -212,8 +212,10 @@ mod tests {
     fn observed() -> Observed {
         let attempt = json!({"image": IMAGE, "bootID": "b", "count": 1, "deployment": "d", "rolledBack": true});
         let verified = json!({"image": IMAGE, "rule": "r", "key": "k", "time": "t"});
+        let update = json!({"image": IMAGE, "took": {"verify": 1}, "outOfService": 1});
         serde_json::from_value(json!({
-            "cluster": {"known": {"name": "n", "attempt": attempt, "verified": verified, "other_writer": {"manager": "m", "unix": 1}}},
+            "cluster": {"known": {"name": "n", "attempt": attempt, "last_update": update, "verified": verified,
+                                  "other_writer": {"manager": "m", "unix": 1}}},
             "host": {"known": {
                 "deployments": [{"id": "d", "config_fault": "f"}],
                 "transaction": {"title": "t", "client": "c", "ours": null},

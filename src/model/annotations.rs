@@ -13,5 +13,7 @@ pub const HOLD: &str = "rebase-agent.openshift.io/hold";
 pub const RETRY: &str = "rebase-agent.openshift.io/retry";
 /// Written by the agent: who vouched for the image that was verified last, see [`super::Verified`].
 pub const VERIFIED: &str = "rebase-agent.openshift.io/verified";
+/// Written by the agent: how long the last update took, see [`super::LastUpdate`].
+pub const LAST_UPDATE: &str = "rebase-agent.openshift.io/last-update";
 /// Written by the agent: why the policy refuses the booted image.
 pub const UNTRUSTED: &str = "rebase-agent.openshift.io/untrusted";

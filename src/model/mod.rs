@@ -12,7 +12,7 @@ pub use host::{Backend, BootId, Deployment, HostFacts, Inhibitor, MachineFacts, 
 pub use image::{
     Digest, ImageFacts, PinnedImage, Pullspec, ReferenceError, is_image, is_named, is_staged, name_of, parse,
 };
-pub use node::{Attempt, NodeFacts, NodeState, OtherWriter, Verified};
+pub use node::{Attempt, LastUpdate, NodeFacts, NodeState, OtherWriter, Verified};
 pub use reason::{Reason, Severity};
 
 pub use crate::text::printable;

@@ -63,6 +63,21 @@ pub struct Verified {
     pub time: String,
 }
 
+/// How long the last update took, in milliseconds: written with the attempt to reboot and completed with Done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LastUpdate {
+    /// The desired image.
+    pub image: String,
+    /// How long each rule applied, by the rule's name.
+    pub took: BTreeMap<String, u64>,
+    /// The end of the drain, since the epoch by the API server's clock.
+    pub drained: u64,
+    /// From the end of the drain to Done; `None` before Done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub out_of_service: Option<u64>,
+}
+
 /// Another manager that wrote `state` or `currentConfig` after our last write.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OtherWriter {
@@ -98,6 +113,8 @@ pub struct NodeFacts {
     pub topology: Option<String>,
     /// The attempt, if the annotation exists and is well formed.
     pub attempt: Option<Attempt>,
+    /// How long the last update took, if the annotation exists and is well formed.
+    pub last_update: Option<LastUpdate>,
     /// The reason given in the hold annotation.
     pub hold: Option<String>,
     /// Who vouched for the image that was verified last.
