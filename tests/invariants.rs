@@ -351,6 +351,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         last_update: None,
         retry: None,
         hold: tape.pick(&[None, Some(String::new()), Some("because\nI say so".into())]),
+        verified: None,
         untrusted: tape.pick(&[None, Some("SignatureRejected: x".into())]),
         schedulable: tape.pick(&[Some(false), Some(true), None]),
         other_writer: tape.pick(&[

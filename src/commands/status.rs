@@ -15,6 +15,9 @@ use crate::model::{
 use crate::observe::Neighbours;
 use crate::trust::NodePolicy;
 
+/// Longest row about who vouched for the image, in characters.
+const MAX_VERIFIED: usize = 800;
+
 /// Prints the status and returns the exit code.
 pub(super) async fn status(neighbours: &Neighbours, look: &Look) -> u8 {
     if let Some(code) = foreign(neighbours, look.json) {
@@ -159,7 +162,7 @@ impl Status {
             if let Some(verified) = &node.verified {
                 let image = verified.image.split_once('@').map_or(verified.image.as_str(), |(_, digest)| digest);
                 let text = format!("{} by rule {}, {}, {}", image, verified.rule, verified.key, verified.time);
-                line(&mut out, "Verified", &text);
+                line(&mut out, "Verified", &printable(&text, MAX_VERIFIED));
             }
             if let Some(why) = &node.untrusted {
                 line(&mut out, "Untrusted", why);
