@@ -241,6 +241,11 @@ fn apply(live: &mut Value, manager: &str, status: &Value, force: bool, now: &str
     }
     let gone: Vec<Path> = entries.iter().filter(|entry| is_ours(entry)).flat_map(owned).collect();
     let mut new = live["status"].clone();
+    // New conditions come in the order in which they were applied.
+    for condition in status["conditions"].as_array().into_iter().flatten() {
+        let item = format!("k:{}", json!({"type": condition["type"]}));
+        place(&mut new, &["f:conditions".to_owned(), item]);
+    }
     for (path, value) in wanted.iter().filter(|(path, _)| path.last().is_some_and(|last| last != ".")) {
         *place(&mut new, &path[1..]) = value.clone();
     }
@@ -253,6 +258,9 @@ fn apply(live: &mut Value, manager: &str, status: &Value, force: bool, now: &str
         if last != Some("f:type") && !needed {
             remove(&mut new, &path[1..]);
         }
+    }
+    if let Some(fields) = new.as_object_mut() {
+        fields.retain(|_, field| field.as_object().is_none_or(|field| !field.is_empty()));
     }
     validate(&live["status"], &new).map_err(|why| error(422, name, &why))?;
 

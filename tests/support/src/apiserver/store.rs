@@ -327,9 +327,6 @@ impl Store {
         if event["apiVersion"] != "v1" || event["kind"] != "Event" {
             return Err(refused(400, &name, "the object provided is unrecognized".to_owned()));
         }
-        if !qualified(&name) {
-            return Err(refused(422, &name, format!("Event \"{name}\" is invalid: metadata.name: Invalid value")));
-        }
         let about = event["involvedObject"]["namespace"].as_str().unwrap_or_default().to_owned();
         if !(about == namespace || about.is_empty() && namespace == "default") {
             let why = format!("involvedObject.namespace: Invalid value: \"{about}\": does not match event.namespace");
