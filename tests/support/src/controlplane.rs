@@ -179,6 +179,8 @@ impl ControlPlane {
             Program::Mco => {
                 command.arg(format!("--kubeconfig={}", file("kubeconfig")));
                 command.args(["--update-delay=1s", "--drain-requeue-delay=5s", "--drain-timeout=10s"]);
+                // A cordon whose PATCH fails once is only repeated in the controller's cache, until all tries are used up.
+                command.arg("--cordon-backoff=1s");
             }
         }
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn();
@@ -288,6 +290,20 @@ impl ControlPlane {
     #[must_use]
     pub fn admin(&self) -> &Client {
         &self.admin
+    }
+
+    /// Gives nodes the rights on MachineConfigNodes that the agent's manifests grant, and limits each to its own.
+    ///
+    /// # Errors
+    /// If kubectl fails.
+    pub async fn grant(&self) -> anyhow::Result<()> {
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd/cluster");
+        let mut kubectl = tokio::process::Command::new(self.options.programs.join("kubectl"));
+        kubectl.arg("--kubeconfig").arg(self.kubeconfig()).arg("apply");
+        for file in ["rbac.yaml", "machineconfignode-policy.yaml", "node-policy.yaml"] {
+            kubectl.arg("-f").arg(manifests.join(file));
+        }
+        tools::run_ok(kubectl, START).await.map(drop)
     }
 
     /// The authority of all certificates.

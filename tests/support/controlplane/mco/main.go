@@ -47,6 +47,7 @@ func main() {
 	crds := flag.String("crds", "", "create the CRDs in this directory instead of running the controllers")
 	updateDelay := flag.Duration("update-delay", 5*time.Second, "the controllers' delay between an event and their work")
 	requeue := flag.Duration("drain-requeue-delay", time.Minute, "the delay between a failed drain and the next try")
+	cordon := flag.Duration("cordon-backoff", 10*time.Second, "the first delay between two tries to cordon or uncordon")
 	timeout := flag.Duration("drain-timeout", 90*time.Second, "how long one drain waits for evictions")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -59,6 +60,7 @@ func main() {
 		} else {
 			delays := drain.DefaultConfig()
 			delays.UpdateDelay, delays.DrainRequeueDelay, delays.DrainHelperTimeout = *updateDelay, *requeue, *timeout
+			delays.CordonOrUncordonBackoff.Duration = *cordon
 			err = run(ctx, config, *updateDelay, delays)
 		}
 	}

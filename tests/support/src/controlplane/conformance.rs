@@ -8,11 +8,12 @@ use nix::sys::signal::Signal;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, DATE, HeaderMap, RETRY_AFTER};
 use reqwest::{Certificate, Identity, Method, Response};
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::scenarios::{Outcome, Stage};
-use super::{ControlPlane, Options, Program};
-use crate::apiserver::ApiServer;
+use super::site::{MCNS, object};
+use super::{ControlPlane, Options, POLL, Program};
+use crate::apiserver::{ApiServer, Crd};
 use crate::events::Events;
 use crate::pki::Pki;
 
@@ -20,10 +21,12 @@ const METADATA: &str = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8
 const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io";
 const FULL: &str = "application/json";
 const MERGE: &str = "application/merge-patch+json";
+const APPLY: &str = "application/apply-patch+yaml";
 
 const OWN: &str = "/api/v1/nodes/worker-0";
 const OTHER: &str = "/api/v1/nodes/worker-1";
 const LIST: &str = "/api/v1/nodes?fieldSelector=metadata.name%3Dworker-0";
+const EVENTS: &str = "/api/v1/namespaces/default/events";
 const DEADLINE: Duration = Duration::from_secs(30);
 const DAY: i64 = 24 * 3600;
 
@@ -42,14 +45,19 @@ impl Side {
     }
 
     async fn create(&self, name: &str) -> anyhow::Result<()> {
+        let spec = json!({"node": {"name": name}, "pool": {"name": "worker"}, "configVersion": {"desired": "r-1"}});
         match self {
-            Self::Double(api) => api.store().create_node(name, &[("example.org/first", "1")]),
+            Self::Double(api) => {
+                api.store().set_mcns(Crd::ImageMode, true);
+                api.store().create_node(name, &[("example.org/first", "1")]);
+                api.store().set_mcn(name, Some(spec));
+            }
             Self::Real(plane) => {
                 // Of a Node without any field, later writers are not recorded.
-                let annotations = json!({"example.org/first": "1"});
-                let node =
-                    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "annotations": annotations}});
+                let metadata = json!({"name": name, "annotations": {"example.org/first": "1"}});
+                let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata});
                 plane.admin().create("/api/v1/nodes", &node).await?;
+                plane.admin().create(MCNS, &object("MachineConfigNode", name, spec)).await?;
             }
         }
         Ok(())
@@ -110,10 +118,16 @@ struct Replay {
 }
 
 impl Replay {
-    async fn send(&self, method: Method, path: &str, accept: &str, body: Option<&str>) -> anyhow::Result<Response> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        accept: &str,
+        body: Option<(&str, &str)>,
+    ) -> anyhow::Result<Response> {
         let mut request = self.agent.request(method, self.side.url() + path).header(ACCEPT, accept);
-        if let Some(body) = body {
-            request = request.header(CONTENT_TYPE, MERGE).body(body.to_owned());
+        if let Some((kind, body)) = body {
+            request = request.header(CONTENT_TYPE, kind).body(body.to_owned());
         }
         Ok(timeout(DEADLINE, request.send()).await??)
     }
@@ -124,7 +138,7 @@ impl Replay {
         method: Method,
         path: &str,
         accept: &str,
-        body: Option<&str>,
+        body: Option<(&str, &str)>,
     ) -> anyhow::Result<Value> {
         let response = self.send(method, path, accept, body).await.with_context(|| name.to_owned())?;
         let (status, headers) = (response.status().as_u16(), headers(response.headers()));
@@ -140,7 +154,18 @@ impl Replay {
 
     async fn patch(&mut self, name: &str, path: &str, patch: &Value) -> anyhow::Result<Value> {
         let path = format!("{path}?fieldManager=rebase-agent");
-        self.step(name, Method::PATCH, &path, METADATA, Some(&patch.to_string())).await
+        self.step(name, Method::PATCH, &path, METADATA, Some((MERGE, &patch.to_string()))).await
+    }
+
+    /// Server-side apply of a MachineConfigNode's status.
+    async fn apply(&mut self, name: &str, node: &str, status: Value) -> anyhow::Result<()> {
+        let path = format!("{MCNS}/{node}/status?fieldManager=rebase-agent&force=true");
+        let object = with_status(node, status);
+        self.step(name, Method::PATCH, &path, FULL, Some((APPLY, &object.to_string()))).await.map(drop)
+    }
+
+    async fn event(&mut self, name: &str, path: &str, event: &Value) -> anyhow::Result<()> {
+        self.step(name, Method::POST, path, FULL, Some((FULL, &event.to_string()))).await.map(drop)
     }
 
     async fn version(&self) -> anyhow::Result<u64> {
@@ -223,7 +248,14 @@ fn shape(body: &Value) -> Value {
     if metadata["name"].is_null() {
         return json!({"kind": kind, "version": version(metadata)});
     }
+    if body["kind"] == "Event" {
+        let about = [&body["involvedObject"], &body["reason"], &body["message"], &body["type"], &body["source"]];
+        return json!({"kind": kind, "name": metadata["name"], "namespace": metadata["namespace"], "about": about});
+    }
+    let mcn =
+        |field: &str| if body["kind"] == "MachineConfigNode" { body["status"][field].clone() } else { Value::Null };
     let written: Vec<_> = metadata["managedFields"].as_array().into_iter().flatten().collect();
+    let applied = written.iter().find(|entry| entry["manager"] == "rebase-agent" && entry["operation"] == "Apply");
     let ours = written.iter().filter(|entry| entry["manager"] == "rebase-agent").map(|entry| {
         let fields = &entry["fieldsV1"]["f:metadata"]["f:annotations"];
         let fields: Vec<_> = fields.as_object().into_iter().flat_map(|fields| fields.keys()).collect();
@@ -234,6 +266,8 @@ fn shape(body: &Value) -> Value {
         "annotations": metadata["annotations"], "ours": ours.collect::<Vec<_>>(),
         "deleted": metadata["deletionTimestamp"].is_string(), "spec": body["spec"].is_object(),
         "status": body["status"].is_object(), "unschedulable": body["spec"]["unschedulable"],
+        "conditions": mcn("conditions"), "configVersion": mcn("configVersion"), "configImage": mcn("configImage"),
+        "applied": applied.map(|entry| json!([entry["subresource"], entry["fieldsV1"]])),
     })
 }
 
@@ -277,8 +311,11 @@ async fn replay(pki: &Pki, side: Side) -> anyhow::Result<Vec<(String, Value)>> {
     replay.patch("restricted label", OWN, &label).await?;
     let taint = json!({"spec": {"taints": [{"key": "a", "effect": "NoSchedule"}]}});
     replay.patch("taint", OWN, &taint).await?;
-    replay.step("patch that is not JSON", Method::PATCH, OWN, METADATA, Some("{")).await?;
+    replay.step("patch that is not JSON", Method::PATCH, OWN, METADATA, Some((MERGE, "{"))).await?;
     replay.step("delete", Method::DELETE, OWN, FULL, None).await?;
+
+    machine_config_nodes(&mut replay).await?;
+    events(&mut replay).await?;
 
     // Credentials.
     replay.stranger("no certificate", pki, None).await?;
@@ -320,12 +357,83 @@ async fn replay(pki: &Pki, side: Side) -> anyhow::Result<Vec<(String, Value)>> {
     Ok(replay.answers)
 }
 
+/// What a node applies to its MachineConfigNode.
+fn with_status(node: &str, status: Value) -> Value {
+    let mut object = object("MachineConfigNode", node, Value::Null);
+    object["status"] = status;
+    object.as_object_mut().expect("an object").remove("spec");
+    object
+}
+
+async fn machine_config_nodes(replay: &mut Replay) -> anyhow::Result<()> {
+    let condition = |kind: &str, status: &str| {
+        let time = "2026-11-29T12:00:00Z";
+        json!({"type": kind, "status": status, "reason": kind, "message": "for the test", "lastTransitionTime": time})
+    };
+    let image = |name: &str| format!("{name}@sha256:{}", "ab".repeat(32));
+    let (good, versions) = (image("quay.io/o/i"), json!({"current": "r-1", "desired": "r-2"}));
+    let (updated, well) = (condition("Updated", "True"), condition("NodeDegraded", "False"));
+    let both = json!({
+        "conditions": [updated, well], "configVersion": versions,
+        "configImage": {"currentImage": good, "desiredImage": good},
+    });
+    // The real server enforces a new policy after a while.
+    for attempt in 0.. {
+        let path = format!("{MCNS}/worker-1/status?fieldManager=rebase-agent&force=true");
+        let forged = with_status("worker-1", json!({"conditions": [updated]}));
+        let answer = replay.send(Method::PATCH, &path, FULL, Some((APPLY, &forged.to_string()))).await?;
+        if answer.status() == 403 {
+            break;
+        }
+        ensure!(attempt < 100, "a node may write another's MachineConfigNode");
+        sleep(POLL).await;
+    }
+    replay.get("own MachineConfigNode", &format!("{MCNS}/worker-0"), FULL).await?;
+    replay.get("MachineConfigNode that is not there", &format!("{MCNS}/worker-9"), FULL).await?;
+    replay.apply("status of a MachineConfigNode", "worker-0", both.clone()).await?;
+    replay.apply("the same status again", "worker-0", both.clone()).await?;
+    replay.apply("status with one condition less", "worker-0", json!({"conditions": [updated]})).await?;
+    replay.apply("status of another node", "worker-1", both.clone()).await?;
+    replay.apply("field that the CRD lacks", "worker-0", json!({"nothing": 1})).await?;
+    for name in ["quay/i", "quay.io/o/p/i"] {
+        let status = json!({"configImage": {"desiredImage": image(name)}});
+        replay.apply(&format!("image with the name {name}"), "worker-0", status).await?;
+    }
+    let mut half = updated.clone();
+    half.as_object_mut().context("an object")?.remove("reason");
+    replay.apply("condition without a reason", "worker-0", json!({"conditions": [half]})).await?;
+    let mut odd = updated;
+    odd["reason"] = json!("no word");
+    replay.apply("condition with an odd reason", "worker-0", json!({"conditions": [odd]})).await?;
+    replay.apply("no config", "worker-0", json!({"configVersion": {"current": "r-1"}})).await?;
+    replay.get("own MachineConfigNode afterwards", &format!("{MCNS}/worker-0"), FULL).await.map(drop)
+}
+
+async fn events(replay: &mut Replay) -> anyhow::Result<()> {
+    let event = |name: &str, namespace: &str| {
+        let mut about = json!({"kind": "Node", "apiVersion": "v1", "name": "worker-0"});
+        if !namespace.is_empty() {
+            about["namespace"] = json!(namespace);
+        }
+        json!({
+            "kind": "Event", "apiVersion": "v1", "metadata": {"name": name}, "involvedObject": about, "reason": "Reboot",
+            "message": "for the test", "type": "Normal", "source": {"component": "rebase-agent", "host": "worker-0"},
+            "firstTimestamp": "2026-11-29T12:00:00Z", "lastTimestamp": "2026-11-29T12:00:00Z", "count": 1,
+        })
+    };
+    replay.event("event", EVENTS, &event("worker-0.1", "")).await?;
+    replay.event("the same event again", EVENTS, &event("worker-0.1", "")).await?;
+    replay.event("event about another namespace", EVENTS, &event("worker-0.2", "elsewhere")).await?;
+    replay.event("event with a bad name", EVENTS, &event("worker 0", "")).await
+}
+
 /// Replays the log against both, and compares.
 pub(super) async fn scenario(stage: &Stage) -> anyhow::Result<Outcome> {
     let pki = Pki::new();
     let double = replay(&pki, Side::Double(ApiServer::start(&pki, Events::new())?)).await.context("the double")?;
-    let options = Options { programs: stage.programs.clone(), gated: false, api_arguments: Vec::new() };
+    let options = Options { programs: stage.programs.clone(), gated: true, api_arguments: Vec::new() };
     let plane = ControlPlane::start(&stage.directory.join("plane"), &pki, options).await?;
+    plane.grant().await?;
     let real = replay(&pki, Side::Real(Box::new(plane))).await.context("the real server")?;
     let mut differences = String::new();
     for ((name, double), (_, real)) in double.iter().zip(&real) {

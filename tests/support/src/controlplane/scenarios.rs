@@ -1,7 +1,7 @@
 //! What happens to a pool of agents on a real control plane. Each scenario ends with the pool `Updated=True` or with the
 //! documented refusal, or it fails.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -11,10 +11,11 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use super::site::{DEADLINE, role};
+use super::site::{DEADLINE, MCNS, role};
 use super::{Client, Options, Program, Site, SiteOptions, conformance, until};
 use crate::events::Event;
 use crate::image::Pushed;
+use crate::machine::MachineOptions;
 use crate::mcc::annotation;
 
 /// Longest scenario; one that hangs fails after this.
@@ -104,6 +105,7 @@ macro_rules! scenarios {
 scenarios! {
     "conformance" (short) => conformance::scenario,
     "first-boot" (short) => first_boot,
+    "machineconfignodes" (short) => machine_config_nodes,
     "custom-pool" => custom_pool,
     "two-nodes" => two_nodes,
     "three-nodes" => three_nodes,
@@ -167,6 +169,86 @@ async fn first_boot(stage: &Stage) -> anyhow::Result<Outcome> {
     let requests = site.plane.audit()?.of_agents(None).count() - before;
     let note = format!("an update took {requests} requests, {} of them writes", writes(&site)? - written);
     close(site, note, &[]).await
+}
+
+async fn machine_config_nodes(stage: &Stage) -> anyhow::Result<Outcome> {
+    // The kubelet is slow too, so that the boot shows before the uncordon.
+    let slow = |machine: &mut MachineOptions| machine.kubelet_delay = Duration::from_millis(2500);
+    let site = stage.settled(|options| options.machine = slow).await?;
+    update(&site, "2").await?;
+    let shown = async || {
+        let mcn = site.plane.admin().get(&format!("{MCNS}/{}", site.only().name)).await?.ok()?;
+        Ok(is(&mcn, "Updated", "True").then_some(()))
+    };
+    until("the end of the first update", DEADLINE, shown).await?;
+    let mut kubectl = tokio::process::Command::new(stage.programs.join("kubectl"));
+    kubectl.arg("--kubeconfig").arg(site.plane.kubeconfig());
+    kubectl.args(["get", "machineconfignodes", "--output=wide", "--watch"]);
+    let file = stage.directory.join("machineconfignodes.txt");
+    let mut kubectl = kubectl.stdout(std::fs::File::create(&file)?).kill_on_drop(true).spawn()?;
+    update(&site, "3").await?;
+    until("the end of the second update", DEADLINE, shown).await?;
+    kubectl.kill().await?;
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster_agent/machineconfignodes.txt");
+    let golden = std::fs::read_to_string(golden)?;
+    let golden: Vec<Vec<&str>> = golden.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    let shown = std::fs::read_to_string(&file)?;
+    let rows = columns(&shown)?;
+    // A busy agent leaves out a state that is over.
+    let mut expected = golden.iter();
+    let in_order = rows.iter().all(|row| expected.any(|golden| golden == row));
+    ensure!(
+        in_order && rows.len() + 2 >= golden.len(),
+        "kubectl shows {rows:#?}, the golden transcript is {golden:#?}"
+    );
+    ensure!(rows.last() == golden.last().as_deref(), "the last line is {:?}", rows.last());
+    close(site, format!("kubectl shows {} of the {} golden lines", rows.len(), golden.len()), &[]).await
+}
+
+/// The columns of the golden transcript, from what `kubectl get machineconfignodes --output=wide --watch` printed.
+fn columns(shown: &str) -> anyhow::Result<Vec<Vec<&str>>> {
+    const COLUMNS: [&str; 11] = [
+        "CURRENTCONFIG",
+        "UPDATED",
+        "UPDATEPREPARED",
+        "UPDATEEXECUTED",
+        "UPDATEDFILESANDOS",
+        "CORDONEDNODE",
+        "DRAINEDNODE",
+        "REBOOTEDNODE",
+        "RESUMED",
+        "UNCORDONEDNODE",
+        "UPDATECOMPLETE",
+    ];
+    let mut lines = shown.lines();
+    let header = lines.next().context("kubectl printed nothing")?;
+    let titles: Vec<&str> = header.split_whitespace().collect();
+    let places = COLUMNS.map(|column| titles.iter().position(|title| *title == column));
+    let mut starts: Vec<usize> = Vec::new();
+    for title in &titles {
+        let from = starts.last().map_or(0, |last| last + 1);
+        starts.push(from + header[from..].find(title).context("a title")?);
+    }
+    starts.push(usize::MAX);
+    let mut rows: Vec<Vec<&str>> = Vec::new();
+    for line in lines {
+        let cell = |place: Option<usize>| {
+            let place = place.context("kubectl lacks a column")?;
+            let end = starts[place + 1].min(line.len());
+            anyhow::Ok(line.get(starts[place]..end).unwrap_or_default().trim())
+        };
+        let row = places.into_iter().map(cell).collect::<anyhow::Result<Vec<_>>>()?;
+        if rows.last() != Some(&row) {
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
+
+/// Whether the object has the condition with this status.
+fn is(object: &Value, kind: &str, status: &str) -> bool {
+    let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.into_iter().any(|condition| condition["type"] == kind && condition["status"] == status)
 }
 
 async fn custom_pool(stage: &Stage) -> anyhow::Result<Outcome> {

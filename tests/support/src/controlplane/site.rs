@@ -25,6 +25,9 @@ use crate::world::{REPOSITORY, Trust, agent_env, write_first_boot};
 /// Longest wait for a pool or a node; an update of one node takes 10 to 20 seconds on a free machine.
 pub(super) const DEADLINE: Duration = Duration::from_secs(150);
 
+/// The collection of MachineConfigNodes.
+pub(super) const MCNS: &str = "/apis/machineconfiguration.openshift.io/v1/machineconfignodes";
+
 const MCO: &str = "/apis/machineconfiguration.openshift.io/v1";
 
 /// Settings of a site.
@@ -117,6 +120,7 @@ impl Site {
             kubelets: JoinSet::new(),
         };
         site.create_cluster_objects().await?;
+        site.plane.grant().await?;
         for number in 0..site.options.nodes {
             let worker = std::sync::Arc::new(site.worker(directory, number).await?);
             site.register(&worker).await?;
@@ -236,10 +240,9 @@ impl Site {
         let mut mcn = object("MachineConfigNode", name, spec);
         mcn["metadata"]["ownerReferences"] =
             json!([{"apiVersion": "v1", "kind": "Node", "name": name, "uid": node["metadata"]["uid"]}]);
-        let mcns = format!("{MCO}/machineconfignodes");
         // Without a garbage collector the one of an earlier Node is still there.
-        self.plane.admin().delete(&format!("{mcns}/{name}")).await?;
-        self.plane.admin().create(&mcns, &mcn).await?;
+        self.plane.admin().delete(&format!("{MCNS}/{name}")).await?;
+        self.plane.admin().create(MCNS, &mcn).await?;
         if self.workers.iter().all(|known| known.name != *name) {
             self.kubelets.spawn(report(self.plane.admin().clone(), worker.clone()));
         }
@@ -460,7 +463,8 @@ fn is_updated(pool: &Value, image: &str, nodes: usize) -> bool {
         && is("Degraded", "False", "")
 }
 
-fn object(kind: &str, name: &str, spec: Value) -> Value {
+/// An object of MCO's API group.
+pub(super) fn object(kind: &str, name: &str, spec: Value) -> Value {
     json!({"apiVersion": "machineconfiguration.openshift.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
 
