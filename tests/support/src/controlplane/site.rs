@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
@@ -299,7 +299,9 @@ impl Site {
         let (pool, pullspec) = (&self.options.pool, image.pullspec());
         let config = format!("rendered-{pool}-{version}");
         let path = format!("{MCO}/machineconfigpools/{pool}");
-        let paused = admin.get(&path).await?.ok()?["spec"]["paused"] == true;
+        let now = admin.get(&path).await?.ok()?;
+        ensure!(!has_condition(&now, "Degraded", "True"), "the builder builds nothing for a pool that is Degraded");
+        let paused = now["spec"]["paused"] == true;
         let first = paused && admin.get(&format!("{MCO}/machineosconfigs/{pool}")).await?.ok()?["status"].is_null();
         // These controllers read pool, config and build one after the other, and could mix two targets.
         admin.merge(&path, &json!({"spec": {"paused": true, "configuration": {"name": config}}})).await?;
@@ -385,7 +387,7 @@ impl Site {
             let missing = match &looked {
                 Ok((nodes, pool)) => {
                     let cordoned = |node: &&Value| node["spec"]["unschedulable"] == true;
-                    let away = |node: &&Value| cordoned(node) || !ready(node);
+                    let away = |node: &&Value| cordoned(node) || !has_condition(node, "Ready", "True");
                     seen.cordoned = seen.cordoned.max(nodes.iter().filter(cordoned).count());
                     seen.unavailable = seen.unavailable.max(nodes.iter().filter(away).count());
                     self.missing(nodes, pool, image)
@@ -441,31 +443,29 @@ impl Site {
     }
 }
 
-fn ready(node: &Value) -> bool {
-    let conditions = node["status"]["conditions"].as_array();
-    conditions.into_iter().flatten().any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
-}
-
 /// Whether MCC counts all `nodes` as updated with this image. The message has the image, and so cannot be an old one.
 fn is_updated(pool: &Value, image: &str, nodes: usize) -> bool {
     let (spec, status) = (&pool["spec"], &pool["status"]);
     let conditions = status["conditions"].as_array();
-    let is = |kind: &str, wanted: &str, message: &str| {
-        let is = |condition: &&Value| condition["type"] == kind && condition["status"] == wanted;
-        let found = conditions.into_iter().flatten().find(is);
-        found.is_some_and(|condition| condition["message"].as_str().unwrap_or_default().contains(message))
-    };
+    let updated = conditions.into_iter().flatten().find(|condition| condition["type"] == "Updated");
     status["updatedMachineCount"] == nodes
         && status["machineCount"] == nodes
         && status["configuration"]["name"] == spec["configuration"]["name"]
-        && is("Updated", "True", image)
-        && is("Updating", "False", "")
-        && is("Degraded", "False", "")
+        && updated
+            .is_some_and(|it| it["status"] == "True" && it["message"].as_str().is_some_and(|it| it.contains(image)))
+        && has_condition(pool, "Updating", "False")
+        && has_condition(pool, "Degraded", "False")
 }
 
 /// An object of MCO's API group.
 pub(super) fn object(kind: &str, name: &str, spec: Value) -> Value {
     json!({"apiVersion": "machineconfiguration.openshift.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+}
+
+/// Whether the object has the condition with this status.
+pub(super) fn has_condition(object: &Value, kind: &str, status: &str) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    conditions.into_iter().flatten().any(|condition| condition["type"] == kind && condition["status"] == status)
 }
 
 /// The label that a pool selects.
