@@ -93,7 +93,7 @@ async fn an_image_name_that_the_crd_refuses_costs_only_the_images() {
 async fn lasting_obstacles_have_a_way_out_and_others_pass() {
     let stage = Stage::with(Crd::Default);
     let (api, wanted) = (stage.api(), wanted(&image("quay.io/o/i")));
-    let mut error = async || api.show(&wanted, NOW).await.unwrap_err();
+    let error = async || api.show(&wanted, NOW).await.unwrap_err();
     stage.store.set_mcns(Crd::Default, false);
     let forbidden = obstacle(&error().await).unwrap();
     assert!(forbidden.contains("systemd/cluster") && forbidden.contains("cannot get resource"), "{forbidden}");
