@@ -108,6 +108,10 @@ pub struct Tuning {
     #[arg(long, env = "REBASE_AGENT_POLL", default_value_t = limits::POLL / limits::SECOND,
           value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=86_400))]
     pub poll: u64,
+    /// Longest random wait in seconds before the pool's new image is fetched ahead of the node's turn.
+    #[arg(long, env = "REBASE_AGENT_PREFETCH_SPREAD", default_value_t = limits::PREFETCH_SPREAD / limits::SECOND,
+          value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=86_400))]
+    pub prefetch_spread: u64,
     /// Seconds to wait for a missing signature or manifest before the node is Degraded.
     #[arg(long, env = "REBASE_AGENT_SIGNATURE_GRACE", default_value_t = limits::SIGNATURE_GRACE / limits::SECOND,
           value_name = "SECONDS",

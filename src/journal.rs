@@ -43,11 +43,13 @@ pub mod id {
         VERIFIED = "e5a8c1d03f7b4926b4d7f0a1c2e3d486";
         /// An action failed and is retried later.
         FAILED = "19d4b7e2c5f04a83966e1f0d8c7b2a35";
+        /// The image was pulled into the host's storage; nothing is staged.
+        FETCHED = "44851c5680cf4ce1a20b3f5698fa25d7";
         /// The image is staged.
         STAGED = "5c0e7f9a2d4b4163885f3a6b9d1c7e20";
         /// The Node's annotations were changed.
         REPORTED = "a1f3c5e7092b4d6f8a0c2e4f61738594";
-        /// logind accepted the reboot.
+        /// The reboot was accepted.
         REBOOTING = "d8e6f4a2c0b94715936e5d7c8b1a0f42";
         /// The node runs the desired image.
         DONE = "62b0d9f8e7c6453a94b1a2d3c4e5f607";

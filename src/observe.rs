@@ -50,5 +50,11 @@ pub async fn machine(host: &Host) -> Reading<MachineFacts> {
 pub async fn everything(neighbours: &Neighbours) -> Observed {
     let (node, deployments, machine) =
         tokio::join!(neighbours.api.full(), deployments(&neighbours.host), machine(&neighbours.host));
-    Observed { cluster: cluster(node.map(|node| node.facts)), host: deployments, machine, running: None }
+    Observed {
+        cluster: cluster(node.map(|node| node.facts)),
+        host: deployments,
+        machine,
+        pool_image: None,
+        running: None,
+    }
 }

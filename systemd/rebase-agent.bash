@@ -117,13 +117,17 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__explain)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --prefetch-spread --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --poll)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefetch-spread)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -351,13 +355,17 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__run)
-            opts="-h --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --poll --prefetch-spread --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --poll)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefetch-spread)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -429,13 +437,17 @@ _rebase__agent() {
             return 0
             ;;
         rebase__subcmd__agent__subcmd__status)
-            opts="-h --json --verify --poll --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
+            opts="-h --json --verify --poll --prefetch-spread --signature-grace --uptime-floor --minimum-created --config-ahead --kubeconfig --node-name --backend --policy --registries-d --skopeo --cert-dir --verify-timeout --scratch --root --log --require-landlock --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --poll)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --prefetch-spread)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

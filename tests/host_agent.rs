@@ -14,6 +14,7 @@ use support::logind::Inhibitor;
 use support::machine::{Engine, MachineOptions};
 use support::mcc::{MANAGER, PREFIX, annotation, is_node_done};
 use support::policy::{Policy, Requirement};
+use support::rpmostreed::Version;
 use support::sign::{KeyKind, Signer};
 use support::world::{DEADLINE, NODE, World, WorldOptions};
 
@@ -94,6 +95,14 @@ impl Stage {
 
     fn cordoned(&self) -> bool {
         self.world.store().node(NODE).unwrap()["spec"]["unschedulable"] == true
+    }
+
+    /// Reboots the machine as a person does.
+    async fn reboots_into_the_old_image(&self) {
+        let boots = self.boots();
+        self.world.machine.logind().reboot().await;
+        self.until("booted", || self.boots() == boots + 1).await;
+        assert_eq!(self.world.machine.booted().unwrap().digest, self.world.installed.digest);
     }
 
     fn boots(&self) -> usize {
@@ -239,15 +248,45 @@ async fn failed_kubelet_keeps_the_node_cordoned() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn foreign_reboot_boots_the_staged_image() {
+async fn foreign_reboot_of_a_held_node_boots_the_old_image() {
     let stage = Stage::new().await;
     stage.annotate(HOLD, Some("not tonight"));
     let image = stage.target("2").await;
     stage.world.wait_reason("Held").await.unwrap();
-    assert_eq!((stage.staged(), stage.world.drains.drains()), (Some(image.digest.clone()), 0));
-    stage.world.machine.logind().reboot().await;
+    assert_eq!((stage.staged(), stage.world.drains.drains()), (None, 0));
+    stage.reboots_into_the_old_image().await;
+    stage.annotate(HOLD, None);
     stage.done(&image).await;
-    assert_eq!((stage.boots(), stage.world.drains.drains()), (1, 0));
+    assert_eq!((stage.boots(), stage.world.drains.drains()), (2, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn foreign_reboot_during_the_drain_boots_the_old_image() {
+    let stage = Stage::new().await;
+    stage.world.drains.block_drains(true);
+    let image = stage.target("2").await;
+    stage.until("staged", || stage.staged() == Some(image.digest.clone())).await;
+    stage.world.wait_reason("DrainPending").await.unwrap();
+    stage.reboots_into_the_old_image().await;
+    stage.world.drains.block_drains(false);
+    stage.done(&image).await;
+    assert_eq!(stage.boots(), 2);
+}
+
+/// rpm-ostree as old as it gets has no lock: a hold that comes after the staging drops the image.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hold_drops_an_image_that_is_staged_without_a_lock() {
+    let stage = Stage::new().await;
+    stage.world.machine.rpm_ostreed().set_version(Version::WithoutLock);
+    stage.world.drains.block_drains(true);
+    let image = stage.target("2").await;
+    stage.until("staged", || stage.staged() == Some(image.digest.clone())).await;
+    stage.annotate(HOLD, Some("not tonight"));
+    stage.until("dropped", || stage.staged().is_none()).await;
+    stage.reboots_into_the_old_image().await;
+    stage.world.drains.block_drains(false);
+    stage.annotate(HOLD, None);
+    stage.done(&image).await;
 }
 
 // --- rpm-ostree -------------------------------------------------------------------------------------------------------
@@ -281,7 +320,8 @@ async fn retarget_during_staging_cancels_the_transaction() {
     stage.until("hangs", || stage.world.machine.rpm_ostreed().is_hanging()).await;
     stage.retarget("3", &three);
     stage.done(&three).await;
-    assert_eq!((stage.boots(), stage.count(rebase_requested)), (1, 2));
+    // One pull that is cancelled; then one pull and one staging.
+    assert_eq!((stage.boots(), stage.count(rebase_requested)), (1, 3));
     let cancelled = |event: &Event| matches!(event, Event::TransactionFinished { error: Some(text), .. } if text.contains("cancelled"));
     assert_eq!(stage.count(cancelled), 1);
 }
@@ -319,7 +359,7 @@ async fn rebase_is_retried_after_the_daemon_crashes() {
     stage.world.machine.rpm_ostreed().crash_at("Importing");
     let image = stage.target("2").await;
     stage.done(&image).await;
-    assert_eq!((stage.boots(), stage.count(rebase_requested)), (1, 2));
+    assert_eq!((stage.boots(), stage.count(rebase_requested)), (1, 3));
 }
 
 /// `journalctl -p warning` shows what the agent cannot read.
@@ -399,7 +439,7 @@ async fn inhibited(root_overrides: bool) {
     let image = stage.target("2").await;
     let reason = stage.world.wait_reason("Inhibited").await.unwrap();
     assert!(reason.contains("backup") && reason.contains("copying the database"), "{reason}");
-    assert_eq!(stage.staged(), Some(image.digest.clone()));
+    assert_eq!(stage.staged(), None);
     assert!(stage.world.drains.drains() == 0 && !stage.cordoned());
     logind.remove_inhibitor("backup");
     stage.done(&image).await;
@@ -489,7 +529,9 @@ async fn terminated(choose: fn(&Event) -> bool) {
     assert_eq!(stage.seen.lock().unwrap()[first], Event::AgentExited { code: 0 });
     assert!(first < stage.position(|event| *event == Event::RebootAccepted), "it was terminated before the reboot");
     assert_eq!((stage.boots(), stage.world.drains.drains()), (1, 1));
-    assert_eq!((stage.count(rebase_requested), stage.count(attempt_recorded)), (1, 1));
+    // A pull and the staging; a second pull if the first one ended before the next agent could attach to it.
+    assert!((2..=3).contains(&stage.count(rebase_requested)));
+    assert_eq!(stage.count(attempt_recorded), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -528,18 +570,19 @@ async fn watchdog_accepts_long_work_and_kills_a_frozen_agent() {
     stage.done(&image).await;
     assert!(is_node_done(&stage.world.store().node(NODE).unwrap()));
     assert_eq!(annotation(&stage.world.store().node(NODE).unwrap(), "reason"), Some(""));
-    assert_eq!(stage.count(rebase_requested), 1, "the next agent attached");
+    // The next agent attached to the pull, or pulled again if it had ended.
+    assert!((2..=3).contains(&stage.count(rebase_requested)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn own_stage_is_dropped_after_every_retarget() {
     let stage = Stage::new().await;
-    stage.annotate(HOLD, Some("not tonight"));
+    stage.world.drains.block_drains(true);
     let images = [stage.world.signed("2").await.unwrap(), stage.world.signed("3").await.unwrap()];
     for turn in 0..5 {
         let index = turn % 2;
         stage.retarget(["2", "3"][index], &images[index]);
         stage.until(&format!("turn {turn}"), || stage.staged() == Some(images[index].digest.clone())).await;
-        stage.world.wait_reason("Held").await.unwrap();
+        stage.world.wait_reason("DrainPending").await.unwrap();
     }
 }

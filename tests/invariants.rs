@@ -127,8 +127,12 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let proof = wanted.as_ref().and_then(|image| memory.verified.get(image));
     let is = |deployment: &Deployment| wanted.as_ref().is_some_and(|image| is_image(deployment, image, proof));
     let booted = host.booted().is_some_and(is);
-    let staged_other = host.staged().is_some_and(|staged| staged.layered || !staged.locked && !is(staged));
-    let boots_next = host.staged().is_some_and(|s| wanted.as_ref().is_some_and(|image| is_staged(s, image, proof)));
+    let drops = host.backend.drops_staged();
+    let staged_other = host.staged().is_some_and(|staged| staged.layered || !(is(staged) || staged.locked && !drops));
+    let is_ours = |s: &Deployment| wanted.as_ref().is_some_and(|image| is_staged(s, image, proof));
+    let boots_next = host.staged().is_some_and(|s| is_ours(s) && (!s.locked || host.backend.unlocks()));
+    let unheld = node.hold.is_none() && machine.inhibitors.is_empty() && machine.uptime >= limits.uptime_floor;
+    let next = |image: &PinnedImage| seen.hint() == Some(image) && Some(image) != wanted.as_ref();
     let fit = proof.is_some_and(|facts| facts.architecture == machine.architecture && facts.bootable);
     let idle = seen.running.is_none();
     match &decision.action {
@@ -147,8 +151,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(drained || node.topology.as_deref() == Some("SingleReplica"), "a node is drained before it reboots")?;
             let counted = node.attempt.as_ref().is_some_and(|a| a.image == *image && a.boot_id == machine.boot_id);
             law(counted, "an attempt is recorded before the reboot")?;
-            law(node.hold.is_none() && machine.inhibitors.is_empty(), "no hold and no inhibitor at a reboot")?;
-            law(machine.uptime >= limits.uptime_floor, "no reboot before the uptime floor")?;
+            law(unheld, "no hold, no inhibitor and no uptime floor at a reboot")?;
             law(machine.finalizer == UnitState::Active, "the finalizer is active at a reboot")?;
             law(idle && host.transaction.is_none(), "no task and no transaction runs at a reboot")?;
         }
@@ -156,18 +159,30 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
             law(wanted.as_ref() == Some(image) && fit, "only a verified, desired, fitting image is staged")?;
             let over = staged_other && !host.backend.drops_staged();
             law(!booted || over, "the booted image is staged only over a stage that cannot be dropped")?;
+            law(unheld || over, "nothing is staged before nothing holds up the reboot")?;
             law(idle, "one task at a time")?;
+        }
+        Action::Begin(Work::Fetch { image }) => {
+            let verified = memory.verified.contains_key(image);
+            let done = node.state.as_deref() == Some("Done");
+            law(verified && idle, "only a verified image is fetched")?;
+            law(
+                wanted.as_ref() == Some(image) && !booted || next(image) && done && booted,
+                "only a desired or next image is fetched",
+            )?;
+            law(decision.state.is_none() || !booted, "a prefetch reports no state")?;
         }
         Action::Begin(Work::SetKernelArguments { image, .. }) => {
             let same = wanted.as_ref() == Some(image);
             law(fit && same && boots_next, "only the verified, desired image is changed")?;
         }
         Action::Begin(Work::Verify { image }) => {
-            law(wanted.as_ref() == Some(image), "only the desired image is verified")?
+            law(wanted.as_ref() == Some(image) || next(image), "only the desired or the next image is verified")?
         }
         Action::Begin(Work::DropStaged { checksum }) => {
-            let next = host.next_boot().filter(|next| next.checksum == *checksum);
-            let refused = decision.reason.refuses_image() || decision.reason == Reason::RolledBack;
+            let next = host.deployments.iter().find(|next| next.checksum == *checksum && (next.staged || !next.booted));
+            let refused =
+                decision.reason.refuses_image() || matches!(decision.reason, Reason::RolledBack | Reason::Held);
             let left = next
                 .is_some_and(|n| !is(n) && node.attempt.as_ref().and_then(|a| a.deployment.as_ref()) == Some(&n.id));
             let other = left || staged_other && host.staged().unwrap().checksum == *checksum;
@@ -189,7 +204,7 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
         Action::Abort => law(!idle, "an abort needs a running task")?,
         Action::Annotate(Annotate::RequestDrain { value }) => {
             law(boots_next && fit, "no drain before the image is verified and staged")?;
-            law(node.hold.is_none() && machine.inhibitors.is_empty(), "no hold and no inhibitor at a drain")?;
+            law(unheld, "no hold, no inhibitor and no uptime floor at a drain")?;
             law(value.strip_prefix("drain-") == Some(config), "a drain is for the desired config")?;
         }
         Action::Annotate(Annotate::RequestUncordon { value }) => {
@@ -235,14 +250,20 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     }
     // A refusal reaches the disk: a refused deployment that could boot next is dropped, unless a reason against it is
     // known.
-    let boots_refused = refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && !s.locked);
+    let held = decision.reason == Reason::Held && boots_next && host.staged().is_some_and(|s| !s.locked);
+    let refused =
+        refuses && decision.reason.refuses_image() && host.staged().is_some_and(|s| is(s) && (drops || !s.locked));
+    let boots_refused = held || refused;
     let boots_refused = boots_refused && !booted;
     let waits = host.staged().is_some_and(|staged| {
         memory.dropped.contains(&staged.checksum)
             || memory.failure(&Work::DropStaged { checksum: staged.checksum.clone() }).is_some()
     });
     if boots_refused && idle && host.transaction.is_none() && host.backend.drops_staged() && !waits {
-        law(matches!(decision.action, Action::Begin(Work::DropStaged { .. })), "a refused image does not boot next")?;
+        law(
+            matches!(decision.action, Action::Begin(Work::DropStaged { .. })),
+            "a refused or held image does not boot next",
+        )?;
     }
     let drain = node.desired_drain.as_deref().unwrap_or_default();
     let waits = decision.action == Action::Nothing && decision.state == Some(NodeState::Working);
@@ -349,6 +370,15 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         topology: tape.pick(&[None, Some("SingleReplica".into()), Some("HighlyAvailable".into())]),
         attempt: tape.pick(&[Some(attempt), None]),
         last_update: None,
+        prefetch: tape
+            .pick(&[
+                None,
+                Some(image('d').to_string()),
+                Some(image('b').to_string()),
+                Some(String::new()),
+                Some("x:y".into()),
+            ])
+            .map(Pullspec::from),
         retry: None,
         hold: tape.pick(&[None, Some(String::new()), Some("because\nI say so".into())]),
         verified: None,
@@ -383,6 +413,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         command_line: tape.pick(&[vec!["nosmt".into(), "quiet".into()], vec![]]),
         boot_free: tape.pick(&[Some(u64::MAX), Some(0), None]),
         boot_needed: tape.pick(&[Some(1 << 20), Some(u64::MAX), None]),
+        sysroot_free: tape.pick(&[Some(u64::MAX), Some(0), None]),
         finalizer: tape.pick(&[UnitState::Active, UnitState::Inactive, UnitState::Failed, UnitState::Absent]),
         kubelet: tape.pick(&[UnitState::Active, UnitState::Activating, UnitState::Failed]),
         bootloader_update: tape.pick(&[UnitState::Absent, UnitState::Inactive, UnitState::Failed]),
@@ -392,11 +423,12 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         first_boot: None,
     };
     let works = |tape: &mut Tape<'_>| {
-        let image = tape.even(&[image('b'), image('a')]);
+        let image = tape.even(&[image('b'), image('a'), image('d')]);
         let checksum = tape.even(&["b".to_owned(), "c".to_owned()]);
         let (append, delete) = (vec!["nosmt".to_owned()], Vec::new());
         tape.even(&[
             Work::Verify { image: image.clone() },
+            Work::Fetch { image: image.clone() },
             Work::Stage { image: image.clone() },
             Work::DropStaged { checksum },
             Work::CancelTransaction { digest: digest('c') },
@@ -407,7 +439,15 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         ])
     };
     let running = works(tape);
-    let mut memory = Memory { spread: tape.pick(&[0, 30 * MINUTE]), ..Memory::default() };
+    let mut memory = Memory {
+        spread: tape.pick(&[0, 30 * MINUTE]),
+        fetched: tape.even(&[Some((image('b'), 0)), None, Some((image('d'), now.mono))]),
+        prefetch_delay: tape.pick(&[0, MINUTE]),
+        ..Memory::default()
+    };
+    if tape.flag() {
+        memory.verified.insert(image('d'), facts('d', "r3"));
+    }
     if tape.pick(&[true, false]) {
         let mut known = facts('b', "r2");
         known.architecture = tape.pick(&["amd64".into(), "arm64".into()]);
@@ -425,7 +465,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
             last,
             count: tape.even(&[1, 2, u32::MAX]),
         };
-        if memory.failures.iter().all(|other| !other.work.is_like(&failure.work)) {
+        if memory.failures.iter().all(|other| !other.work.is(&failure.work)) {
             memory.failures.push(failure);
         }
     }
@@ -439,6 +479,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         Clock::OutOfService,
         Clock::ForeignTransaction,
         Clock::RestoreSpread,
+        Clock::Prefetch,
     ];
     for _ in 0..tape.even(&[0, 0, 1, 2]) {
         let subject =
@@ -455,6 +496,7 @@ fn situation(bytes: &[u8]) -> (Observed, Memory, Limits, Now) {
         cluster: if unknown(tape) { Reading::Unknown(fault(Reason::ClusterUnreachable)) } else { Reading::Known(node) },
         host: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable)) } else { Reading::Known(host) },
         machine: if unknown(tape) { Reading::Unknown(fault(Reason::HostUnreachable)) } else { Reading::Known(machine) },
+        pool_image: tape.pick(&[None, Some(image('d').to_string().into())]),
         running: tape.pick(&[None, Some(running)]),
     };
     if tape.flag() {
@@ -550,6 +592,7 @@ struct Budget {
     power_cuts: u8,
     orderly_reboots: u8,
     revocations: u8,
+    hints: u8,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -561,6 +604,8 @@ struct Scenario {
     same_config: bool,
     single: bool,
     kernel_arguments: bool,
+    /// The host tool can stage an image locked, so that no reboot boots it.
+    locks: bool,
     budget: Budget,
 }
 
@@ -572,6 +617,7 @@ const PLAIN: Scenario = Scenario {
     same_config: false,
     single: false,
     kernel_arguments: false,
+    locks: true,
     budget: Budget {
         retargets: 0,
         failures: 0,
@@ -583,6 +629,7 @@ const PLAIN: Scenario = Scenario {
         power_cuts: 0,
         orderly_reboots: 0,
         revocations: 0,
+        hints: 0,
     },
 };
 
@@ -610,6 +657,9 @@ enum Event {
     OrderlyReboot,
     /// The policy stops accepting B.
     Revoke,
+    /// The pool has a new image, B or A, before the node's turn.
+    Hint,
+    Withdraw,
 }
 
 const EVENTS: &[Event] = &[
@@ -633,6 +683,8 @@ const EVENTS: &[Event] = &[
     Event::PowerCut,
     Event::OrderlyReboot,
     Event::Revoke,
+    Event::Hint,
+    Event::Withdraw,
 ];
 
 #[derive(Clone)]
@@ -663,6 +715,8 @@ struct World {
     counted_in: Option<u32>,
     /// The deployments that were finalized.
     finalized: BTreeSet<String>,
+    /// The transaction of an earlier run only fetches.
+    fetches: bool,
 }
 
 fn plain(letter: char) -> Deployment {
@@ -714,6 +768,7 @@ impl World {
             boots: 0,
             counted_in: None,
             finalized: BTreeSet::new(),
+            fetches: false,
         };
         world.retarget();
         world
@@ -751,6 +806,7 @@ impl World {
                 command_line: self.arguments.clone(),
                 boot_free: None,
                 boot_needed: None,
+                sysroot_free: None,
                 finalizer: self.finalizer,
                 kubelet: if unhealthy { UnitState::Failed } else { UnitState::Active },
                 // Only one of the two backends has the unit.
@@ -763,6 +819,7 @@ impl World {
                 shutting_down: self.going_down,
                 first_boot: None,
             }),
+            pool_image: None,
             running: self.task.clone(),
         }
     }
@@ -837,7 +894,8 @@ impl World {
         // As libostree numbers the deployments of one commit.
         let is_free = |id: &String| self.host.deployments.iter().all(|deployment| deployment.id != *id);
         let id = (0..).map(|serial| format!("{letter}.{serial}")).find(is_free).unwrap();
-        let mut staged = Deployment { id, staged: true, arguments: Some(Vec::new()), ..plain(letter) };
+        let locked = self.scenario.locks && self.scenario.backend == Backend::RpmOstree && letter != 'c';
+        let mut staged = Deployment { id, staged: true, locked, arguments: Some(Vec::new()), ..plain(letter) };
         if self.scenario.kernel_arguments && letter == 'b' {
             staged.wanted_arguments = Some(vec!["nosmt".into()]);
         }
@@ -878,7 +936,11 @@ impl World {
                 }
             }
             Work::StartFinalizer => self.finalizer = UnitState::Active,
-            Work::Reboot { .. } => self.going_down = true,
+            Work::Reboot { .. } => {
+                self.going_down = true;
+                self.host.deployments.iter_mut().for_each(|deployment| deployment.locked = false);
+            }
+            Work::Fetch { .. } => self.host.transaction = None,
             Work::UpdateBootloader { .. } => {}
         }
         self.memory.finished(&work, outcome, self.now);
@@ -891,7 +953,10 @@ impl World {
     }
 
     /// Shutdown and boot; a staged deployment boots if it was finalized.
-    fn boots(&mut self, finalized: bool) {
+    fn boots(&mut self, finalized: bool) -> Result<(), String> {
+        let (asked, before) = (self.counted_in == Some(self.boot), self.booted());
+        let idle = self.quiet && self.task.is_none() && self.host.transaction.is_none();
+        let heard = self.node.hold.is_some() && idle && self.memory.failures.is_empty();
         self.boot += 1;
         self.start_over();
         self.host.transaction = None;
@@ -901,6 +966,7 @@ impl World {
         let nature = self.scenario.nature;
         if let Some(mut staged) = staged.filter(|staged| {
             finalized
+                && !staged.locked
                 && self.finalizer == UnitState::Active
                 && !(staged.checksum == "b" && nature == Nature::NeverFinalized)
         }) {
@@ -919,6 +985,16 @@ impl World {
             self.host.deployments = first.into();
         }
         self.finalizer = UnitState::Inactive;
+        let ours = self.booted() != before && self.booted() != 'c';
+        if ours && self.scenario.backend == Backend::RpmOstree {
+            if self.scenario.locks && !asked {
+                return Err("a reboot that the agent did not request boots its image".into());
+            }
+            if heard && !asked {
+                return Err("a held node boots the held image".into());
+            }
+        }
+        Ok(())
     }
 
     /// Applies `event`, or returns `false` if it cannot happen now.
@@ -971,7 +1047,7 @@ impl World {
             }
             Event::TransactionEnds => match self.host.transaction.take() {
                 Some(transaction) => {
-                    if let Some(ours) = transaction.ours {
+                    if let Some(ours) = transaction.ours.filter(|_| !self.fetches) {
                         self.stage(if ours == digest('a') { 'a' } else { 'b' });
                     }
                     true
@@ -981,7 +1057,7 @@ impl World {
             Event::Reboots => {
                 let reboots = self.going_down;
                 if reboots {
-                    self.boots(true);
+                    self.boots(true)?;
                 }
                 reboots
             }
@@ -1026,7 +1102,8 @@ impl World {
                 let restarts = spend(&mut self.budget.restarts);
                 if restarts {
                     // The host tool goes on without the agent.
-                    if let Some(Work::Stage { image }) = &self.task {
+                    if let Some(Work::Stage { image } | Work::Fetch { image }) = &self.task {
+                        self.fetches = matches!(self.task, Some(Work::Fetch { .. }));
                         let ours = Some(image.digest().clone());
                         self.host.transaction =
                             Some(Transaction { title: "rebase-agent".into(), client: "c".into(), ours });
@@ -1071,17 +1148,26 @@ impl World {
                 }
                 revokes
             }
+            Event::Hint => {
+                let hints = self.node.prefetch.is_none() && spend(&mut self.budget.hints);
+                if hints {
+                    let next = if self.desired() == 'a' { 'b' } else { 'a' };
+                    self.node.prefetch = Some(image(next).to_string().into());
+                }
+                hints
+            }
+            Event::Withdraw => self.node.prefetch.take().is_some(),
             Event::PowerCut => {
                 let cut = spend(&mut self.budget.power_cuts);
                 if cut {
-                    self.boots(false);
+                    self.boots(false)?;
                 }
                 cut
             }
             Event::OrderlyReboot => {
                 let reboots = spend(&mut self.budget.orderly_reboots);
                 if reboots {
-                    self.boots(true);
+                    self.boots(true)?;
                 }
                 reboots
             }
@@ -1107,14 +1193,22 @@ impl World {
             node.desired_drain,
             node.last_applied_drain,
             node.current_config,
-            node.hold.is_some(),
+            (node.hold.is_some(), node.prefetch.is_some(), &self.memory.fetched.as_ref().map(|(image, _)| image)),
         )
         .unwrap();
         for d in &self.host.deployments {
-            write!(text, "{}{}{}{:?}", d.id, d.booted, d.staged, d.arguments).unwrap();
+            write!(text, "{}{}{}{}{:?}", d.id, d.booted, d.staged, d.locked, d.arguments).unwrap();
         }
         let transaction = self.host.transaction.as_ref().map(|t| t.ours.as_ref());
-        write!(text, "{transaction:?}{:?}{:?}{:?}", self.finalizer, self.task, self.memory.verified.keys()).unwrap();
+        write!(
+            text,
+            "{transaction:?}{}{:?}{:?}{:?}",
+            self.fetches,
+            self.finalizer,
+            self.task,
+            self.memory.verified.keys()
+        )
+        .unwrap();
         for failure in &self.memory.failures {
             let fatal = failure.fault.reason.severity() == Severity::Fatal;
             let backoff = if fatal { Backoff::REFUSAL } else { Backoff::TRANSIENT };
@@ -1334,6 +1428,7 @@ const UNKIND: Budget = Budget {
     power_cuts: 2,
     orderly_reboots: 2,
     revocations: 1,
+    hints: 2,
 };
 
 fn scenarios() -> Vec<Scenario> {
@@ -1364,6 +1459,12 @@ fn scenarios() -> Vec<Scenario> {
         },
         Scenario { kernel_arguments: true, ..with("kernel arguments", Budget { retargets: 1, failures: 2, ..none }) },
         with("holds and uncordons", Budget { holds: 1, uncordons: 2, restarts: 1, ..none }),
+        Scenario {
+            locks: false,
+            ..with("holds without a lock", Budget { holds: 2, orderly_reboots: 1, restarts: 1, ..none })
+        },
+        with("prefetch", Budget { hints: 2, retargets: 2, failures: 1, ..none }),
+        with("prefetch and hold", Budget { hints: 1, holds: 1, restarts: 1, orderly_reboots: 1, retargets: 1, ..none }),
         with("human hands", Budget { human_stages: 2, foreign_transactions: 1, retargets: 1, ..none }),
         with("unplanned reboots", Budget { power_cuts: 1, orderly_reboots: 1, retargets: 2, ..none }),
     ]

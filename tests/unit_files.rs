@@ -166,6 +166,38 @@ const SIGNED: [(&str, &str, &str); 2] = [
     ("Service", "ExecStart", ":/usr/bin/bootc switch --quiet --enforce-container-sigpolicy -- %I"),
 ];
 
+/// The units that pull an image for bootc, as reviewed.
+const PULL: &[(&str, &str, &str)] = &[
+    ("Unit", "Description", "Pull %I"),
+    ("Unit", "Documentation", "man:rebase-agent(8)"),
+    ("Unit", "After", "network-online.target"),
+    ("Unit", "StartLimitIntervalSec", "0"),
+    ("Service", "Type", "oneshot"),
+    ("Service", "ExecStart", PULL_PLAIN),
+    ("Service", "PrivateMounts", "yes"),
+    ("Service", "RuntimeDirectory", "rebase-agent-bootc"),
+    ("Service", "RuntimeDirectoryMode", "0700"),
+    ("Service", "ExecStartPre", PROXY_ONLY),
+    ("Service", "EnvironmentFile", "-/run/rebase-agent-bootc/proxy.env"),
+    ("Service", "TimeoutStartSec", "2h"),
+    ("Service", "TimeoutStopSec", "30"),
+    ("Service", "SuccessExitStatus", "SIGTERM"),
+    ("Service", "Nice", "10"),
+    ("Service", "IOSchedulingClass", "idle"),
+];
+
+/// The reference is the shell's argument and never a part of its script.
+const PULL_PLAIN: &str = concat!(
+    ":/usr/bin/sh -c 'mount -o remount,bind,rw /sysroot; exec ostree container image pull --quiet /sysroot/ostree/repo ",
+    r#""ostree-unverified-registry:$1"' sh %I"#
+);
+const PULL_SIGNED: &str = concat!(
+    ":/usr/bin/sh -c 'mount -o remount,bind,rw /sysroot; exec ostree container image pull --quiet /sysroot/ostree/repo ",
+    r#""ostree-image-signed:docker://$1"' sh %I"#
+);
+const SIGNED_PULL: [(&str, &str, &str); 2] =
+    [("Unit", "Description", "Pull %I, signed"), ("Service", "ExecStart", PULL_SIGNED)];
+
 const STATUS_SOCKET: &[(&str, &str, &str)] = &[
     ("Unit", "Description", "Report bootc status to the rebase agent"),
     ("Unit", "Documentation", "man:rebase-agent(8)"),
@@ -196,14 +228,19 @@ const STATUS: &[(&str, &str, &str)] = &[
 
 #[test]
 fn bootc_units_have_exactly_the_reviewed_directives() {
-    let signed: Vec<_> = SWITCH
-        .iter()
-        .map(|directive| SIGNED.iter().find(|other| other.1 == directive.1).unwrap_or(directive))
-        .copied()
-        .collect();
+    type Directives<'a> = &'a [(&'static str, &'static str, &'static str)];
+    let signed = |plain: Directives<'_>, changed: Directives<'_>| {
+        let mut unit = plain.to_vec();
+        for directive in &mut unit {
+            *directive = changed.iter().copied().find(|other| other.1 == directive.1).unwrap_or(*directive);
+        }
+        unit
+    };
     for (name, reviewed) in [
         ("rebase-agent-bootc@.service", SWITCH),
-        ("rebase-agent-bootc-signed@.service", &signed),
+        ("rebase-agent-bootc-signed@.service", &signed(SWITCH, &SIGNED)),
+        ("rebase-agent-pull@.service", PULL),
+        ("rebase-agent-pull-signed@.service", &signed(PULL, &SIGNED_PULL)),
         ("rebase-agent-bootc-status.socket", STATUS_SOCKET),
         ("rebase-agent-bootc-status@.service", STATUS),
     ] {
@@ -211,7 +248,8 @@ fn bootc_units_have_exactly_the_reviewed_directives() {
         let unit: Vec<_> = unit.iter().map(|(s, k, v)| (s.as_str(), k.as_str(), v.as_str())).collect();
         assert_eq!(unit, reviewed, "{name}");
         // Only a unit's main program enters the domain that may change the system.
-        let programs = unit.iter().filter(|(_, key, command)| key.starts_with("Exec") && *command != PROXY_ONLY);
+        let reviewed = [PROXY_ONLY, PULL_PLAIN, PULL_SIGNED];
+        let programs = unit.iter().filter(|(_, key, command)| key.starts_with("Exec") && !reviewed.contains(command));
         for (_, key, command) in programs {
             assert!(*key == "ExecStart" && command.trim_start_matches(':').starts_with("/usr/bin/bootc "), "{command}");
             assert!(!command.contains('$') && !command.replace("%I", "").contains('%'), "{command}");
@@ -311,6 +349,8 @@ fn systemd_accepts_the_bootc_units() {
     let units = [
         copy("rebase-agent-bootc@.service", &format!("rebase-agent-bootc@{instance}.service")),
         copy("rebase-agent-bootc-signed@.service", &format!("rebase-agent-bootc-signed@{instance}.service")),
+        copy("rebase-agent-pull@.service", &format!("rebase-agent-pull@{instance}.service")),
+        copy("rebase-agent-pull-signed@.service", &format!("rebase-agent-pull-signed@{instance}.service")),
         copy("rebase-agent-bootc-status.socket", "rebase-agent-bootc-status.socket"),
     ];
     let verify = run(Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).args(units));
@@ -353,7 +393,12 @@ fn instance_name_is_exactly_one_argument() {
         std::fs::create_dir_all(path).unwrap();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     }
-    for unit in ["rebase-agent-bootc@.service", "rebase-agent-bootc-signed@.service"] {
+    for unit in [
+        "rebase-agent-bootc@.service",
+        "rebase-agent-bootc-signed@.service",
+        "rebase-agent-pull@.service",
+        "rebase-agent-pull-signed@.service",
+    ] {
         std::fs::write(units.join(unit), read(&format!("systemd/{unit}"))).unwrap();
     }
     let cases = [
@@ -362,6 +407,8 @@ fn instance_name_is_exactly_one_argument() {
         // No image has such a name; systemd passes it on as one argument, and bootc refuses it.
         (r"rebase-agent-bootc@\x2d\x2dapply.service", "--quiet -- --apply"),
         (r"rebase-agent-bootc@a\x20\x24HOME\x20\x25i\x3b.service", r#"-- "a \$HOME %i;""#),
+        (r"rebase-agent-pull@q.io-o\x40sha256:0.service", r#"unverified-registry:\$1\"" sh q.io/o@sha256:0"#),
+        (r"rebase-agent-pull-signed@a\x20\x24HOME\x3b.service", r#"docker://\$1\"" sh "a \$HOME;""#),
     ];
     let names: Vec<&str> = cases.iter().map(|(name, _)| *name).collect();
     let target = format!("[Unit]\nDescription=All\nWants={}\n", names.join(" "));
@@ -385,7 +432,8 @@ fn instance_name_is_exactly_one_argument() {
     let started: Vec<&str> = started.into_iter().filter(|line| !line.starts_with("/usr/bin/sed ")).collect();
     assert_eq!(started.len(), cases.len(), "{said}");
     for (name, arguments) in cases {
-        let found = started.iter().any(|line| line.starts_with("/usr/bin/bootc switch ") && line.ends_with(arguments));
+        let program = if name.contains("pull") { "/usr/bin/sh -c " } else { "/usr/bin/bootc switch " };
+        let found = started.iter().any(|line| line.starts_with(program) && line.ends_with(arguments));
         assert!(found, "{name}: {started:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use clap::CommandFactory as _;
 use rebase_agent::cli::Cli;
-use rebase_agent::model::annotations::{ATTEMPT, HOLD, MCO, RETRY, UNTRUSTED};
+use rebase_agent::model::annotations::{ATTEMPT, HOLD, MCO, PREFETCH, RETRY, UNTRUSTED};
 
 /// Commands that solve or explain a problem, as their tools accept them. A word in capitals stands for one argument.
 /// Check the tool's manual before you add one.
@@ -20,13 +20,20 @@ const COMMANDS: &[&str] = &[
     "journalctl -u UNIT",
     "lslocks",
     "oc adm node-logs NODE -u UNIT",
+    "oc apply -k",
+    "oc apply -k systemd/cluster",
+    "oc describe node NODE",
     "oc edit RESOURCE",
+    "oc get crd machineconfignodes.machineconfiguration.openshift.io",
     "oc get csr",
+    "oc get machineconfignode NODE -w -o wide",
+    "oc get machineconfignodes",
     "oc get pdb -A",
     "oc get pods -o wide -n NAMESPACE",
     "ostree admin config-diff",
     "ostree admin undeploy 0",
     "ostree admin undeploy INDEX",
+    "ostree container image pull",
     "rpm-ostree cancel",
     "rpm-ostree cleanup -p",
     "rpm-ostree cleanup -r",
@@ -134,7 +141,7 @@ fn annotations(message: &str) -> Result<bool, String> {
         if word.contains("openshift.io/") {
             let known = match word.strip_prefix(MCO) {
                 Some(name) => ANNOTATIONS.contains(&name),
-                None => [ATTEMPT, HOLD, RETRY, UNTRUSTED].contains(&word),
+                None => [ATTEMPT, HOLD, PREFETCH, RETRY, UNTRUSTED].contains(&word),
             };
             if !known {
                 return Err(format!("{word} is no annotation that tests/ways_out.rs knows"));

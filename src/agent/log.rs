@@ -63,7 +63,10 @@ impl Agent {
         };
         let unreadable =
             decision.state.is_none() && matches!(decision.reason.severity(), Severity::Transient | Severity::Fatal);
-        let warns = matches!(decision.reason, Reason::RunsUntrusted | Reason::RollbackQueued);
+        let warns = matches!(
+            decision.reason,
+            Reason::RunsUntrusted | Reason::RollbackQueued | Reason::PrefetchNoSpace | Reason::PrefetchFailed
+        );
         if refuses(decision) || unreadable || warns {
             tracing::warn!(message_id, rebase_agent_reason = reason, rebase_agent_rule = %rule, "{reason}: {message}");
         } else {

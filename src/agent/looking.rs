@@ -1,11 +1,13 @@
 //! Reads the Node, the host and the machine, and tracks how current the results are.
 
+use std::collections::BTreeMap;
+
 use tokio::time::Instant;
 
 use super::{Agent, Event, OVERTAKEN};
 use crate::cluster::Told;
 use crate::host::boot::DeploymentsStamp;
-use crate::model::{HostFacts, MachineFacts, Reading, Work};
+use crate::model::{HostFacts, MachineFacts, PinnedImage, Reading, Work};
 use crate::observe;
 use crate::trust::TrustStamp;
 
@@ -49,13 +51,13 @@ pub(super) struct Sight {
     next: Option<Look>,
     /// The stamp of the deployments before they were read.
     deployments: DeploymentsStamp,
-    /// The stamp of the trust files before the last verification, successful or not.
-    pub(super) trust: Option<TrustStamp>,
+    /// The stamp of the trust files before the last verification of each image, successful or not.
+    pub(super) trust: BTreeMap<PinnedImage, TrustStamp>,
 }
 
 impl Sight {
     pub(super) fn new(deployments: DeploymentsStamp) -> Self {
-        Self { age: Age::Current, looking: false, next: None, deployments, trust: None }
+        Self { age: Age::Current, looking: false, next: None, deployments, trust: BTreeMap::new() }
     }
 
     /// Whether a read may begin now. If not, it follows the running one.
@@ -163,10 +165,10 @@ impl Agent {
     /// the reboot.
     pub(super) fn check_stamps(&mut self) {
         let settings = self.neighbours.engine.settings();
-        let changed = self.sight.trust.as_ref().and_then(|trust| trust.changed(settings));
+        let changed = self.sight.trust.values().find_map(|trust| trust.changed(settings));
         if let Some(path) = changed {
             tracing::info!("{} changed, and verification depends on it; verifying the image again", path.display());
-            self.withdraw_proof();
+            self.withdraw_proofs();
             // The running verification may have read the file before the change.
             if matches!(self.running(), Some(Work::Verify { .. })) {
                 self.abort();

@@ -8,17 +8,20 @@
 //! | the agent's work: verify, stage, … reboot | [`task`], one at a time | [`Event::Progress`], [`Event::Ended`] |
 //! | a patch of our Node's annotations | [`reporting`], one at a time | [`Event::Patched`] |
 //! | a write of our MachineConfigNode | [`telling`], one at a time | [`Event::Shown`] |
+//! | a read of the pool's MachineOSConfig | [`pool`], one at a time | [`Event::Pool`] |
 //! | the thread `notify`, which writes to systemd | [`log`], once | nothing |
 //!
 //! `events` carries all events but the Node's changes. Both channels hold [`QUEUE`] events and are only read here.
 
 mod log;
 mod looking;
+mod pool;
 mod reporting;
 mod task;
 mod telling;
 mod timing;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -34,12 +37,13 @@ use crate::confine::Confinement;
 use crate::decide::{Decision, Limits, Memory, decide, limits};
 use crate::journal::id;
 use crate::lane::Lane;
-use crate::model::{Action, Fault, Now, Observed, Reading, Reason, Work};
+use crate::model::{Action, Fault, Now, Observed, PinnedImage, Reading, Reason, Work};
 use crate::observe::Neighbours;
 use crate::report::Patch;
 use crate::trust::VerifiedImage;
 use log::Notice;
 use looking::{Look, Readings, Sight};
+use pool::{Pool, PoolImage};
 use reporting::Cluster;
 use task::{Ended, Task};
 use telling::Teller;
@@ -63,6 +67,7 @@ enum Event {
     Looked(Box<Readings>),
     Patched(Told, Patch),
     Shown(telling::Told),
+    Pool(PoolImage),
     Progress(String),
     /// The number of the task, and its result.
     Ended(u64, Box<Ended>),
@@ -75,6 +80,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Time between two reads of our Node.
     pub poll: Duration,
+    /// Longest random wait before the pool's new image is fetched, in milliseconds.
+    pub prefetch_spread: u64,
     /// How far the kernel confines this process.
     pub confinement: Confinement,
 }
@@ -85,7 +92,8 @@ struct Agent {
     events: mpsc::Sender<Event>,
     began: Instant,
     memory: Memory,
-    proof: Option<VerifiedImage>,
+    /// The proofs of the desired image and of the next one.
+    proofs: BTreeMap<PinnedImage, VerifiedImage>,
     node: Option<NodeObject>,
     observed: Observed,
     /// Whether the API server has answered at least once, and whether the host has been read.
@@ -99,6 +107,7 @@ struct Agent {
     cluster: Cluster,
     teller: Teller,
     timing: Timing,
+    pool: Pool,
     last: Option<Decision>,
     progress: Option<String>,
     status: String,
@@ -182,19 +191,25 @@ impl Agent {
             Reading::Unknown(Fault { reason, message: "not read yet".to_owned() })
         }
         let sight = Sight::new(neighbours.host.root().deployments_stamp());
-        let began = Instant::now();
+        let (began, poll) = (Instant::now(), settings.poll);
+        let memory = Memory {
+            spread: full_jitter(limits::RESTORE_SPREAD, random()),
+            prefetch_delay: full_jitter(settings.prefetch_spread, random()),
+            ..Memory::default()
+        };
         Self {
             neighbours,
             settings,
             events,
             began,
-            memory: Memory { spread: full_jitter(limits::RESTORE_SPREAD, random()), ..Memory::default() },
-            proof: None,
+            memory,
+            proofs: BTreeMap::new(),
             node: None,
             observed: Observed {
                 cluster: unread(Reason::ClusterUnreachable),
                 host: unread(Reason::HostUnreachable),
                 machine: unread(Reason::HostUnreachable),
+                pool_image: None,
                 running: None,
             },
             node_seen: false,
@@ -206,6 +221,7 @@ impl Agent {
             cluster: Cluster::new(began),
             teller: Teller::new(began),
             timing: Timing::default(),
+            pool: Pool::new(began, poll),
             last: None,
             progress: None,
             status: String::new(),
@@ -248,6 +264,7 @@ impl Agent {
             Event::Looked(readings) => self.looked(*readings),
             Event::Patched(told, patch) => self.patched(told, &patch),
             Event::Shown(told) => self.shown(told),
+            Event::Pool(image) => self.take_pool(image),
             Event::Progress(line) => {
                 self.progress = Some(line);
                 self.tell_status();
@@ -277,9 +294,14 @@ impl Agent {
         let decision = decide(&self.observed, &self.memory, &self.settings.limits, now);
         self.memory.note(&self.observed, &decision, now);
         self.timing.decided(self.observed.cluster.known(), decision.rule, now);
+        if self.observed.cluster.known().is_some() {
+            self.proofs.retain(|image, _| self.observed.concerns(image));
+            self.sight.trust.retain(|image, _| self.observed.concerns(image));
+        }
         self.say(&decision);
         let wake = decision.wake.map_or(HOUSEKEEPING, |wake| Duration::from_millis(jittered(wake, random())));
         self.wake = Instant::now() + wake;
+        self.ask_for_the_pools_image(&decision);
         self.report(&decision);
         self.show(&decision);
         if let Some(news) = News::of(&decision) {

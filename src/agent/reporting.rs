@@ -100,7 +100,7 @@ impl Agent {
         }
         let mut patch = report(&node.facts, decision);
         // It goes with another change. A node that is Done has no other.
-        if let Some(proof) = self.proof.as_ref().filter(|_| !patch.is_empty() || decision.rule == Rule::Done) {
+        if let Some(proof) = self.proof().filter(|_| !patch.is_empty() || decision.rule == Rule::Done) {
             let time = time::text(self.now().unix);
             let (image, rule) = (proof.image().to_string(), proof.facts().vouched_by.clone());
             vouch(&mut patch, &node.facts, &Verified { image, rule, key: proof.vouchers().to_owned(), time });
@@ -121,6 +121,11 @@ impl Agent {
         });
     }
 
+    /// The proof of the desired image.
+    fn proof(&self) -> Option<&VerifiedImage> {
+        self.proofs.get(self.observed.cluster.known()?.desired()?)
+    }
+
     pub(super) fn patched(&mut self, told: Told, patch: &Patch) {
         self.cluster.patching = false;
         match told {
@@ -128,7 +133,7 @@ impl Agent {
                 self.cluster.failures = 0;
                 log::patched(patch);
                 if patch.get(VERIFIED).is_some_and(Option::is_some) {
-                    if let Some(message) = self.proof.as_ref().map(VerifiedImage::sentence) {
+                    if let Some(message) = self.proof().map(VerifiedImage::sentence) {
                         self.tell(&News { word: "Verified", warns: false, message });
                     }
                 }

@@ -34,15 +34,15 @@ impl Agent {
 
     pub(super) fn begin(&mut self, work: Work) {
         if let Work::Verify { image } = &work {
-            // From now on only the files of this verification are watched. Its earlier failures stay.
-            self.proof = None;
-            self.memory.verified.clear();
-            self.sight.trust = Some(TrustStamp::read(self.neighbours.engine.settings(), image));
+            // From now on the files of this verification are watched. Its earlier failures stay.
+            self.proofs.remove(image);
+            self.memory.verified.remove(image);
+            self.sight.trust.insert(image.clone(), TrustStamp::read(self.neighbours.engine.settings(), image));
         }
         let (cancel, cancelled) = watch::channel(false);
         self.tasks = self.tasks.saturating_add(1);
         let (neighbours, events, number) = (self.neighbours.clone(), self.events.clone(), self.tasks);
-        let (proof, done) = (self.proof.clone(), work.clone());
+        let (proof, done) = (work.image().and_then(|image| self.proofs.get(image)).cloned(), work.clone());
         let handle = tokio::spawn(async move {
             let telling = events.clone();
             let progress = move |line: String| {
@@ -79,14 +79,17 @@ impl Agent {
                         tracing::info!(message_id = id::STAGED, rebase_agent_image = %image, "staged {image}");
                         self.tell(&News { word: "OSUpdateStaged", warns: false, message: format!("staged {image}") });
                     }
+                    (Work::Fetch { image }, _) => {
+                        tracing::info!(message_id = id::FETCHED, rebase_agent_image = %image, "pulled {image}; nothing is staged");
+                    }
                     (Work::Reboot { .. }, _) => {
-                        tracing::info!(message_id = id::REBOOTING, "logind accepted the reboot");
+                        tracing::info!(message_id = id::REBOOTING, "the reboot was accepted");
                     }
                     (_, Some(verified)) => log_verified(verified),
                     _ => {}
                 }
                 let facts = verified.as_ref().map(|verified| verified.facts().clone());
-                self.proof = verified.or(self.proof.take());
+                self.proofs.extend(verified.map(|verified| (verified.image().clone(), verified)));
                 Outcome::Succeeded(facts)
             }
             Err(_) if *cancel.borrow() => Outcome::GaveUp,
@@ -107,9 +110,9 @@ impl Agent {
         }
     }
 
-    pub(super) fn withdraw_proof(&mut self) {
-        self.sight.trust = None;
-        self.proof = None;
+    pub(super) fn withdraw_proofs(&mut self) {
+        self.sight.trust.clear();
+        self.proofs.clear();
         self.memory.withdraw();
     }
 }
@@ -133,13 +136,14 @@ async fn perform(
     neighbours: &Neighbours,
     proof: Option<VerifiedImage>,
     mut cancel: Cancel,
-    progress: &Progress,
+    progress: &Progress<'_>,
 ) -> Ended {
     let host = &neighbours.host;
     let done = match work {
         Work::Verify { image } => {
             return verify(&neighbours.engine, &image).await.map(Some).map_err(|error| Fault::from(&error));
         }
+        Work::Fetch { image } => host.fetch(&proven(proof, &image)?, &mut cancel, progress).await,
         Work::Stage { image } => host.stage(&proven(proof, &image)?, &mut cancel, progress).await,
         Work::DropStaged { checksum } => host.drop_pending(&checksum, &mut cancel).await,
         Work::CancelTransaction { .. } => host.cancel_transaction().await,
@@ -155,7 +159,7 @@ async fn perform(
 
 /// The proof, if it is for `image`. The policy may have changed since the decision; then the next step verifies again.
 fn proven(proof: Option<VerifiedImage>, image: &PinnedImage) -> Result<VerifiedImage, Fault> {
-    proof.filter(|proof| proof.image() == image).ok_or_else(|| {
+    proof.ok_or_else(|| {
         let message = format!("{image} must be verified again before this step");
         Fault { reason: Reason::Verifying, message }
     })

@@ -32,7 +32,10 @@ impl Event {
             Reason::DrainStuck if refuses => ("FailedToDrain", true),
             Reason::UncordonLate if refuses => ("FailedToUncordon", true),
             reason if refuses => (reason.as_str(), true),
-            reason @ (Reason::RunsUntrusted | Reason::RollbackQueued) => (reason.as_str(), true),
+            reason @ (Reason::RunsUntrusted
+            | Reason::RollbackQueued
+            | Reason::PrefetchNoSpace
+            | Reason::PrefetchFailed) => (reason.as_str(), true),
             reason @ (Reason::Held
             | Reason::Inhibited
             | Reason::UptimeFloor
@@ -40,8 +43,9 @@ impl Event {
             | Reason::StagedByOther
             | Reason::OtherDaemon
             | Reason::UncordonedByOther
-            | Reason::ConfigAheadOfImage) => (reason.as_str(), false),
-            Reason::Staging => ("OSUpdateStarted", false),
+            | Reason::ConfigAheadOfImage
+            | Reason::Prefetching) => (reason.as_str(), false),
+            Reason::Fetching | Reason::Staging => ("OSUpdateStarted", false),
             Reason::DrainPending => ("Drain", false),
             Reason::Rebooting => ("Reboot", false),
             Reason::Settling => ("NodeDone", false),

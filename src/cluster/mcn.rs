@@ -191,7 +191,7 @@ impl Wanted {
     pub fn of(node: &NodeFacts, decision: &Decision, staged: bool) -> Option<Self> {
         let phase = match decision.rule {
             Rule::ConfigAhead | Rule::GivenUp | Rule::Verify | Rule::Unfit => Some(Phase::Begun),
-            Rule::Stage | Rule::Transaction | Rule::KernelArguments => Some(Phase::Applying),
+            Rule::Fetch | Rule::Stage | Rule::Transaction | Rule::KernelArguments => Some(Phase::Applying),
             Rule::Hindrance | Rule::Drain if staged => Some(Phase::Applied),
             Rule::NoRoom | Rule::Hindrance | Rule::Drain => Some(Phase::Prepared),
             Rule::Reboot => Some(Phase::Rebooting),
@@ -387,8 +387,8 @@ pub fn obstacle(error: &ClusterError) -> Option<String> {
                 .to_owned(),
         ),
         ClusterError::Refused(why) => Some(format!(
-            "the MachineConfigNode is not written, because the API server refuses the object: {why}. Compare `oc get crd \
-             machineconfignodes.machineconfiguration.openshift.io`; the node is updated without it"
+            "the MachineConfigNode is not written, because the API server refuses the object: {why}. Compare \
+             `oc get crd machineconfignodes.machineconfiguration.openshift.io`; the node is updated without it"
         )),
         _ => None,
     }
@@ -427,7 +427,7 @@ mod tests {
     fn wanted(rule: Rule) -> Wanted {
         let state = if rule == Rule::Done { None } else { Some(NodeState::Working) };
         let attempted = rule >= Rule::Reboot || (Rule::ArgumentsMissing..=Rule::Settle).contains(&rule);
-        Wanted::of(&node("bb", attempted), &decision(rule, state), rule >= Rule::Hindrance).unwrap()
+        Wanted::of(&node("bb", attempted), &decision(rule, state), rule >= Rule::KernelArguments).unwrap()
     }
 
     /// The object after the API server has merged `applied` into `before`.

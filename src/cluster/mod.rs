@@ -5,6 +5,7 @@ pub mod event;
 mod kubeconfig;
 pub mod mcn;
 pub mod node;
+pub mod pool;
 mod watch;
 
 use std::path::PathBuf;
@@ -227,7 +228,8 @@ impl Api {
         {
             answer = Err(ClusterError::CertificateExpired(expired));
         }
-        if answer.is_err() {
+        let refused = matches!(answer, Err(ClusterError::NotFound(_) | ClusterError::Forbidden(_)));
+        if answer.is_err() && !refused {
             self.forget();
         }
         answer

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{ClusterError, MANAGER};
-use crate::model::annotations::{ATTEMPT, HOLD, LAST_UPDATE, MCO, RETRY, UNTRUSTED, VERIFIED};
+use crate::model::annotations::{ATTEMPT, HOLD, LAST_UPDATE, MCO, PREFETCH, RETRY, UNTRUSTED, VERIFIED};
 use crate::model::{NodeFacts, OtherWriter, Pullspec, printable};
 
 /// Longest annotation that is read, in bytes; the protocol's longest is a reason of 2000 characters.
@@ -107,6 +107,7 @@ impl NodeObject {
             hold: annotation(HOLD).map(|value| bounded(value)),
             verified: annotation(VERIFIED).and_then(|text| own(VERIFIED, text)),
             untrusted: annotation(UNTRUSTED).map(|value| bounded(value)),
+            prefetch: annotation(PREFETCH).map(|value| Pullspec::from(bounded(value))),
             retry: annotation(RETRY).map(|value| bounded(value)),
             schedulable: object.spec.map(|spec| !spec.unschedulable),
             other_writer: other_writer(&metadata.managed_fields, since),

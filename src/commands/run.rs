@@ -16,7 +16,12 @@ pub(super) async fn run(neighbours: Neighbours, confinement: Confinement, tuning
     }
     let (version, landlock) = (env!("CARGO_PKG_VERSION"), confinement.sentence());
     tracing::info!(message_id = id::STARTED, "rebase-agent {version}; {landlock}");
-    let settings = agent::Settings { limits: tuning.limits(), poll: Duration::from_secs(tuning.poll), confinement };
+    let settings = agent::Settings {
+        limits: tuning.limits(),
+        poll: Duration::from_secs(tuning.poll),
+        prefetch_spread: tuning.prefetch_spread.saturating_mul(1000),
+        confinement,
+    };
     match agent::run(neighbours, settings).await {
         Ok(()) => 0,
         Err(error) => {

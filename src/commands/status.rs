@@ -164,6 +164,9 @@ impl Status {
                 let text = format!("{} by rule {}, {}, {}", image, verified.rule, verified.key, verified.time);
                 line(&mut out, "Verified", &printable(&text, MAX_VERIFIED));
             }
+            if let Some(next) = &node.prefetch {
+                line(&mut out, "Prefetch", if next.as_str().is_empty() { "none" } else { next.as_str() });
+            }
             if let Some(why) = &node.untrusted {
                 line(&mut out, "Untrusted", why);
             }
@@ -223,7 +226,9 @@ fn describe(deployment: &Deployment, desired: Option<&PinnedImage>) -> String {
         text.push_str(", with packages layered by hand");
     }
     if deployment.locked {
-        text.push_str(", locked: it does not boot until it is unlocked");
+        text.push_str(", locked: no reboot boots it before it is unlocked");
+    } else if deployment.staged {
+        text.push_str(", not locked: any reboot boots it");
     }
     text
 }

@@ -1,40 +1,48 @@
-//! Rows 23 and 24: the hindrances of the reboot, and the drain.
+//! Rows 22 and 25: the hindrances of the update, and the drain.
 
 use super::limits::{DRAIN_PATIENCE, MINUTE, RESTORE_SPREAD, SOON};
 use super::reboot::rebooting;
 use super::{Clock, Decision, Rule, Rules, Wanted, by};
 use crate::backoff::Backoff;
 use crate::model::annotations::HOLD;
-use crate::model::{Action, Annotate, NodeState, Reason, UnitState, Work, printable};
+use crate::model::{Action, Annotate, Deployment, NodeState, Reason, UnitState, Work, printable};
 
 impl Rules<'_> {
-    /// Row 23: all hindrances of the reboot are checked before the drain.
-    pub(super) fn hindrance(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+    /// Row 22: nothing is staged before nothing holds up the reboot, because any reboot boots what is staged and not locked.
+    /// With a staged image the hindrances are checked again before the drain and before the reboot.
+    pub(super) fn hindrance(&self, wanted: &Wanted<'_>, staged: Option<&Deployment>) -> Option<Decision> {
         let working = |reason, message: String| by(Rule::Hindrance, reason, message).state(NodeState::Working);
         let image = wanted.image.digest().short();
         if let Some(why) = &self.node.hold {
             let message = format!(
-                "{image} is staged and held: {}. Remove the annotation {HOLD} to continue",
+                "the update to {image} is held: {}. Remove the annotation {HOLD} to continue",
                 printable(why, 200)
             );
-            return Some(working(Reason::Held, message));
+            let decision = working(Reason::Held, message);
+            return Some(match staged.filter(|staged| !staged.locked) {
+                Some(staged) => self.keep_from_booting(decision, staged),
+                None => decision,
+            });
         }
         if let Some(inhibitor) = self.machine.inhibitors.first() {
             let message = format!(
-                "{image} is staged; `{}` inhibits the shutdown: {}. See `systemd-inhibit --list`",
+                "the update to {image} waits: `{}` inhibits the shutdown: {}. See `systemd-inhibit --list`",
                 inhibitor.who, inhibitor.why
             );
             return Some(working(Reason::Inhibited, message).wake(SOON));
         }
         if let Some(left) = self.limits.uptime_floor.checked_sub(self.machine.uptime).filter(|left| *left > 0) {
             let minutes = self.limits.uptime_floor / MINUTE;
-            let message =
-                format!("{image} is staged; the reboot waits until the machine has been up for {minutes} min");
+            let message = format!("the update to {image} waits until the machine has been up for {minutes} min");
             return Some(working(Reason::UptimeFloor, message).wake(left));
         }
-        match self.machine.finalizer {
-            UnitState::Active => None,
-            _ => {
+        if let Some(decision) = self.restored(wanted) {
+            return Some(decision);
+        }
+        // The finalizer runs while a deployment is staged.
+        match staged.map(|_| self.machine.finalizer) {
+            None | Some(UnitState::Active) => None,
+            Some(_) => {
                 let decision =
                     working(Reason::Finalizer, format!("{image} is staged; starting ostree-finalize-staged.service"))
                         .wake(SOON);
@@ -49,9 +57,9 @@ impl Rules<'_> {
         }
     }
 
-    /// Row 23: after a restore of etcd, all Nodes name an older image as current. MCC counts them as done, so it does not
+    /// Row 22: after a restore of etcd, all Nodes name an older image as current. MCC counts them as done, so it does not
     /// apply maxUnavailable. A random wait spreads the drains instead.
-    pub(super) fn restored(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+    fn restored(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let node = self.node;
         let asked_for = !node.is_current_image_desired() || node.desired_config != node.current_config;
         let drained = node.desired_drain.as_deref().is_some_and(|drain| drain.starts_with("drain-"));
@@ -62,8 +70,8 @@ impl Rules<'_> {
         let left =
             self.memory.spread.checked_sub(self.waited(Clock::RestoreSpread, &subject)).filter(|left| *left > 0)?;
         let message = format!(
-            "the Node names {} as current but another image runs, as after a restore of etcd; the image is staged, and \
-             the drain waits a random time of up to {} min so that not all nodes drain at once",
+            "the Node names {} as current but another image runs, as after a restore of etcd; the update \
+             waits a random time of up to {} min so that not all nodes drain at once",
             wanted.image.digest().short(),
             RESTORE_SPREAD / MINUTE
         );
@@ -71,7 +79,7 @@ impl Rules<'_> {
         Some(decision.clock(Clock::RestoreSpread, subject).wake(left))
     }
 
-    /// Row 24.
+    /// Row 25.
     pub(super) fn drain(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         // On a single-node cluster the workloads cannot move to another node.
         if self.node.topology.as_deref() == Some("SingleReplica") {

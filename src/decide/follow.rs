@@ -136,7 +136,7 @@ impl<'a> Rules<'a> {
     /// Row 9: our own work on an image that is no longer desired.
     pub(super) fn obsolete(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         if let Some(running) = &self.observed.running {
-            if let Some(image) = for_image(running).filter(|image| *image != wanted.image) {
+            if let Some(image) = for_image(running).filter(|image| *image != wanted.image && !self.prefetches(image)) {
                 let message = format!("{image} is no longer desired; cancelling the work on it");
                 return Some(by(Rule::NotDesired, Reason::Cancelled, message).doing(Action::Abort));
             }
@@ -145,7 +145,8 @@ impl<'a> Rules<'a> {
             }
         }
         let ours = self.host.transaction.as_ref()?.ours.as_ref()?;
-        if ours == wanted.image.digest() {
+        let prefetched = self.observed.hint().is_some_and(|hint| hint.digest() == ours && self.prefetches(hint));
+        if ours == wanted.image.digest() || prefetched {
             return None;
         }
         let message = format!("the transaction for {} is obsolete; cancelling it", ours.short());
@@ -157,11 +158,13 @@ impl<'a> Rules<'a> {
     }
 
     /// Row 9: a staged deployment that is not desired. The desired image with packages layered on it counts as another
-    /// one, because a rebase would keep the packages. A locked deployment does not boot, and staging replaces it.
+    /// one, because a rebase would keep the packages. A locked deployment does not boot, so it may stay where it cannot be
+    /// dropped.
     pub(super) fn staged_by_other(&self, wanted: &Wanted<'_>) -> Option<Decision> {
         let Some(staged) = self.host.staged() else { return self.left_first(wanted) };
         let unverified = wanted.facts.is_none() && is_named(staged, wanted.image);
-        if !staged.layered && (staged.locked || unverified || self.is_wanted(staged, wanted)) {
+        let harmless = staged.locked && !self.host.backend.drops_staged();
+        if !staged.layered && (harmless || unverified || self.is_wanted(staged, wanted)) {
             return None;
         }
         let checksum = staged.checksum.clone();
@@ -189,9 +192,8 @@ impl<'a> Rules<'a> {
         if stages || self.host.transaction.is_some() {
             // If the desired image is not booted yet, row 19 waits for it. If it is, it must not settle meanwhile.
             let arrived = self.host.booted().is_some_and(|booted| self.is_wanted(booted, wanted));
-            let message = format!(
-                "{what} boots next and is not desired; the agent drops it when the host's transaction has ended"
-            );
+            let message =
+                format!("{what} is pending and not desired; the agent drops it when the host's transaction has ended");
             return arrived.then(|| by(Rule::NotDesired, Reason::StagedByOther, message).wake(SOON));
         }
         if self.memory.dropped.contains(&checksum) {
@@ -200,9 +202,9 @@ impl<'a> Rules<'a> {
         let drop = Work::DropStaged { checksum };
         let message = match self.failure(&drop) {
             Some(failure) if !self.is_running(&drop) => {
-                format!("{what} boots next and is not desired; dropping it failed: {}", failure.fault.message)
+                format!("{what} is pending and not desired; dropping it failed: {}", failure.fault.message)
             }
-            _ => format!("dropping {what}, which boots next and is not desired"),
+            _ => format!("dropping {what}, which is pending and not desired"),
         };
         let decision = by(Rule::NotDesired, Reason::StagedByOther, message);
         Some(if self.is_running(&drop) { decision } else { self.begin(decision, drop) })
@@ -267,7 +269,10 @@ impl<'a> Rules<'a> {
 /// The image that `work` prepares the host for.
 fn for_image(work: &Work) -> Option<&PinnedImage> {
     match work {
-        Work::Verify { image } | Work::Stage { image } | Work::SetKernelArguments { image, .. } => Some(image),
+        Work::Verify { image }
+        | Work::Fetch { image }
+        | Work::Stage { image }
+        | Work::SetKernelArguments { image, .. } => Some(image),
         _ => None,
     }
 }

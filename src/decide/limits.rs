@@ -33,6 +33,14 @@ pub const SECOND: u64 = 1_000;
 pub const MINUTE: u64 = 60 * SECOND;
 /// Default of `--poll`: time between two reads of our Node, beside the watch.
 pub const POLL: u64 = 5 * MINUTE;
+/// Default of `--prefetch-spread`: longest random wait before the pool's new image is fetched.
+pub const PREFETCH_SPREAD: u64 = 15 * MINUTE;
+/// How long a fetched image counts as present. Another program's cleanup may remove it without a sign.
+pub const FETCHED_LASTS: u64 = 24 * 60 * MINUTE;
+/// Bytes that stay free on `/sysroot` beyond the unpacked image when it is fetched before the node's turn.
+pub const PREFETCH_FLOOR: u64 = 2 << 30;
+/// Size of an unpacked image in the repository, as a multiple of its compressed layers.
+pub const UNPACKED: u64 = 3;
 /// Default of `--signature-grace`.
 pub const SIGNATURE_GRACE: u64 = 15 * MINUTE;
 /// Default of `--uptime-floor`.
@@ -79,5 +87,9 @@ pub const MAX_REFUSAL: usize = 800;
 pub const MAX_WAIT: usize = 700;
 /// Longest sentence about a failed verification before the sentence about the remedy, in characters.
 pub const MAX_FAILURE: usize = 500;
+/// Longest sentence about the running image before the one about the next, in characters.
+pub const MAX_RUNNING: usize = 550;
+/// Longest error of a prefetch, in characters.
+pub const MAX_PREFETCH: usize = 250;
 /// Longest sentence about an untrusted image, in characters.
 pub const MAX_UNTRUSTED: usize = 890;

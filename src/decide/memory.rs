@@ -53,6 +53,7 @@ pub enum Clock {
     RebootAccepted,
     RestoreSpread,
     OutOfService,
+    Prefetch,
 }
 
 /// The start of a wait, and its subject.
@@ -70,7 +71,7 @@ pub struct Since {
 pub struct Memory {
     /// Images verified in this process.
     pub verified: BTreeMap<PinnedImage, ImageFacts>,
-    /// Failures without a success since; at most one for each kind of work.
+    /// Failures without a success since; at most one for each kind of work, and one for each image that is verified.
     pub failures: Vec<Failure>,
     /// The current waits.
     pub clocks: BTreeMap<Clock, Since>,
@@ -81,6 +82,10 @@ pub struct Memory {
     pub unusable: Option<Deployment>,
     /// The image for which the bootloader update has run.
     pub bootloader_updated_for: Option<PinnedImage>,
+    /// The image that this process has fetched last, and when, on the monotonic clock.
+    pub fetched: Option<(PinnedImage, u64)>,
+    /// How long this process waits before it fetches the pool's new image, in milliseconds. Random for each process.
+    pub prefetch_delay: u64,
     /// The last value of the retry annotation, empty if there was none; `None` before the first read.
     pub retry: Option<String>,
     /// How long this process waits before a drain after a restore of etcd, in milliseconds. Random for each process.
@@ -100,11 +105,13 @@ impl Memory {
             Outcome::Succeeded(verified) => {
                 self.forget(work);
                 if let Some(facts) = verified {
-                    // An image that is no longer desired is verified again if it is desired later.
-                    self.verified = BTreeMap::from([(facts.image.clone(), facts)]);
+                    self.verified.insert(facts.image.clone(), facts);
                 }
                 match work {
+                    Work::Fetch { image } => self.fetched = Some((image.clone(), now.mono)),
                     Work::DropStaged { checksum } => {
+                        // The host tool removes images that no deployment uses.
+                        self.fetched = None;
                         self.dropped.truncate(DROPPED);
                         self.dropped.insert(0, checksum.clone());
                     }
@@ -150,9 +157,23 @@ impl Memory {
         }
     }
 
-    /// Forgets the failures of this kind of work.
+    /// Forgets the failures of this kind of work. Verification and fetch have two objects, the desired image and the next.
     fn forget(&mut self, work: &Work) {
-        self.failures.retain(|failure| !failure.work.is_like(work));
+        let two = matches!(work, Work::Verify { .. } | Work::Fetch { .. });
+        self.failures.retain(|failure| if two { !failure.work.is(work) } else { !failure.work.is_like(work) });
+    }
+
+    /// Forgets what concerns images that are neither desired nor to be fetched. If one is desired again, it is verified
+    /// again.
+    fn forget_others(&mut self, observed: &Observed) {
+        if observed.cluster.known().is_none() {
+            return;
+        }
+        self.verified.retain(|image, _| observed.concerns(image));
+        self.failures.retain(|failure| match &failure.work {
+            Work::Verify { image } | Work::Fetch { image } => observed.concerns(image),
+            _ => true,
+        });
     }
 
     /// Discards the verified images and makes verification due, because a file that it depends on has changed.
@@ -175,6 +196,7 @@ impl Memory {
 
     /// Starts, keeps or restarts the clock of `decision`, and removes clocks whose cause is gone.
     pub fn note(&mut self, observed: &Observed, decision: &Decision, now: Now) {
+        self.forget_others(observed);
         if observed.host.known().is_some() && observed.machine.known().is_some() {
             self.clocks.remove(&Clock::HostUnreadable);
         }
@@ -199,6 +221,9 @@ impl Memory {
         if read && !waits(Clock::OutOfService) {
             self.clocks.remove(&Clock::OutOfService);
         }
+        if read && !waits(Clock::Prefetch) {
+            self.clocks.remove(&Clock::Prefetch);
+        }
         if let Action::Begin(Work::DropStaged { checksum }) = &decision.action {
             let staged = observed.host.known().and_then(HostFacts::staged);
             let unusable = staged.filter(|staged| staged.checksum == *checksum && staged.config_fault.is_some());
@@ -211,8 +236,8 @@ impl Memory {
             self.dropped = staged.map(|staged| staged.checksum.clone()).into_iter().collect();
         }
         if decision.action == Action::Annotate(Annotate::Settle) || decision.reason.is_at_rest() {
-            self.clocks.clear();
-            self.failures.retain(|failure| matches!(failure.work, Work::Verify { .. }));
+            self.clocks.retain(|clock, _| *clock == Clock::Prefetch);
+            self.failures.retain(|failure| matches!(failure.work, Work::Verify { .. } | Work::Fetch { .. }));
         }
         if let Some((clock, subject)) = &decision.clock {
             let fresh = || Since { subject: subject.clone(), mono: now.mono };

@@ -7,6 +7,7 @@ mod drain;
 mod follow;
 pub mod limits;
 mod memory;
+mod prefetch;
 mod reboot;
 mod refuse;
 mod settle;
@@ -93,7 +94,7 @@ rules! {
         state "unchanged";
     Done "done":
         when "the desired image is booted and the Node says Done for it",
-        then "wait for a change; verify the booted image in the background",
+        then "wait for a change; in the background verify the booted image, then fetch the pool's next one",
         state "unchanged";
     ConfigAhead "config-ahead":
         when "the desired image is booted and was built from another rendered config than `desiredConfig`",
@@ -135,25 +136,29 @@ rules! {
         when "the image is not staged, and packages are layered on the host or /boot is full",
         then "refuse",
         state "Degraded";
+    Fetch "fetch":
+        when "the image is not staged, and this process has not fetched it",
+        then "pull it while workloads run; nothing is staged",
+        state "Working; Degraded by the severity of the error";
+    Hindrance "hindrance":
+        when "a hold, a block inhibitor, the uptime floor, an inactive finalizer or a restored database holds up the update",
+        then "drop a held image that is staged and not locked; start the finalizer; else wait",
+        state "Working";
     Stage "stage":
         when "the image is not staged",
-        then "stage it while workloads run",
+        then "stage it while workloads run, locked where the host tool can",
         state "Working; Degraded by the severity of the error";
     KernelArguments "kernel-arguments":
         when "the staged deployment's kernel arguments differ from its rendered config",
         then "set them (rpm-ostree), or refuse (bootc)",
         state "Working, or Degraded";
-    Hindrance "hindrance":
-        when "a hold, a block inhibitor, the uptime floor, an inactive finalizer or a restored database holds up the reboot",
-        then "start the finalizer; else wait, before any drain",
-        state "Working";
     Drain "drain":
         when "the node is not drained, or no longer drained",
         then "request the drain and wait for it; confirm it by a read of the whole Node",
         state "Working, Degraded after 1 h";
     Reboot "reboot":
         when "no other rule applies",
-        then "record the attempt, update the boot loader, read everything again, reboot",
+        then "record the attempt, update the boot loader, read everything again, unlock the image and reboot",
         state "Working, Degraded if logind refuses for 15 min";
 }
 
@@ -331,9 +336,10 @@ impl<'a> Rules<'a> {
             && self.node.is_current_image_desired()
     }
 
-    /// The staged deployment, if it is the desired image as it was verified and boots next.
+    /// The staged deployment, if it is the desired image as it was verified and the host tool can boot it.
     fn staged(&self, wanted: &Wanted<'_>) -> Option<&'a Deployment> {
-        self.host.staged().filter(|staged| is_staged(staged, wanted.image, wanted.facts))
+        let usable = |staged: &&Deployment| !staged.locked || self.host.backend.unlocks();
+        self.host.staged().filter(|staged| is_staged(staged, wanted.image, wanted.facts)).filter(usable)
     }
 
     fn waited(&self, clock: Clock, subject: &str) -> u64 {

@@ -1,4 +1,4 @@
-//! Row 25: the reboot.
+//! Row 26: the reboot.
 
 use super::limits::MAX_ID;
 use super::{Decision, Rule, Rules, Wanted, by};

@@ -16,7 +16,7 @@ impl Rules<'_> {
         self.rest(by(rule, reason, message).state(NodeState::Degraded))
     }
 
-    /// Rows 12 and 22: refuses an image whose rendered config cannot be used, because its kernel arguments are unknown.
+    /// Rows 12 and 24: refuses an image whose rendered config cannot be used, because its kernel arguments are unknown.
     pub(super) fn config_fault(&self, rule: Rule, deployment: &Deployment) -> Option<Decision> {
         let why = printable(deployment.config_fault.as_deref()?, 400);
         let message = format!(
@@ -45,8 +45,8 @@ impl Rules<'_> {
         }
     }
 
-    /// Limits how long a drained node waits: then it is Degraded and uncordoned, and drained again after the wait. Rows 24
-    /// and 25 have their own limits, the uptime floor ends by itself, and a hold is the operator's decision.
+    /// Limits how long a drained node waits: then it is Degraded and uncordoned, and drained again after the wait. Rows 25
+    /// and 26 have their own limits, the uptime floor ends by itself, and a hold is the operator's decision.
     pub(super) fn not_for_ever(&self, decision: Decision) -> Decision {
         let drain = self.node.desired_drain.as_ref().filter(|drain| drain.starts_with("drain-"));
         let limited =
@@ -75,17 +75,17 @@ impl Rules<'_> {
         if stale && self.node.desired_drain.as_ref() != Some(&value) { value + AGAIN } else { value }
     }
 
-    /// Drops the refused deployment `rejected`, so that it does not boot at the next orderly reboot. This comes before the
-    /// decision's own action.
+    /// Drops the refused or held deployment `rejected`, so that it does not boot at the next orderly reboot. This comes before
+    /// the decision's own action.
     pub(super) fn keep_from_booting(&self, decision: Decision, rejected: &Deployment) -> Decision {
         let checksum = &rejected.checksum;
         if !self.host.backend.drops_staged() || self.memory.dropped.contains(checksum) {
             let (why, command) =
                 (printable(decision.message.trim_end_matches('.'), MAX_REFUSAL), self.host.backend.drop_by_hand());
             let message = match rejected.staged {
-                true => format!("{why}. The refused image is staged and boots next; drop it with {command}"),
+                true => format!("{why}. This image is staged, and any reboot boots it; drop it with {command}"),
                 false => {
-                    format!("{why}. The refused image is first in boot order and boots next; drop it with {command}")
+                    format!("{why}. This image is first in boot order, and any reboot boots it; drop it with {command}")
                 }
             };
             return Decision { message, ..decision };
@@ -107,10 +107,11 @@ impl Rules<'_> {
         }
     }
 
-    /// Applies [`Rules::keep_from_booting`] to a refusal of the desired image, if that boots next.
+    /// Applies [`Rules::keep_from_booting`] to a refusal of the desired image, if that is staged or boots next.
     pub(super) fn refused_on_disk(&self, decision: Decision, wanted: &Wanted<'_>) -> Decision {
         let is_it = |next: &&Deployment| self.is_wanted(next, wanted) || is_named(next, wanted.image);
-        match self.host.next_boot().filter(|next| !next.booted).filter(is_it) {
+        let staged = self.host.staged().filter(|staged| !staged.locked || self.host.backend.drops_staged());
+        match staged.or_else(|| self.host.next_boot()).filter(|next| !next.booted).filter(is_it) {
             Some(next) if decision.reason.refuses_image() => self.keep_from_booting(decision, next),
             _ => decision,
         }

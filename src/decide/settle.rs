@@ -12,7 +12,7 @@ use crate::model::{Action, Annotate, Backend, Deployment, Fault, NodeState, Reas
 impl Rules<'_> {
     pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
         if self.is_coherently_done() {
-            return self.done(wanted, booted);
+            return self.prefetch(self.done(wanted, booted), wanted);
         }
         if let Some(decision) = self.config_ahead(Rule::ConfigAhead, wanted, booted.rendered_config.as_deref()) {
             return decision;
@@ -79,11 +79,13 @@ impl Rules<'_> {
             let decision = asleep("its signature was verified");
             return if reported { decision.doing(Annotate::ReportTrust { untrusted: None }) } else { decision };
         }
-        if self.observed.running.is_some() {
+        let idle = self.observed.running.is_none();
+        if self.is_running(&verify) {
             return asleep("its signature is being verified");
         }
         match self.failure(&verify) {
-            None => asleep("its signature is being verified").doing(verify),
+            None if idle => asleep("its signature is being verified").doing(verify),
+            None => asleep("its signature will be verified"),
             Some(failure) => {
                 let reason = failure.fault.reason;
                 let decision = if reason.refuses_image() {
@@ -98,8 +100,8 @@ impl Rules<'_> {
                 let decision = self.report_trust(decision, failure);
                 match self.due_in(failure, Backoff::REFUSAL) {
                     _ if decision.action != Action::Nothing => decision,
-                    0 => decision.doing(verify),
-                    due => decision.wake(due),
+                    0 if idle => decision.doing(verify),
+                    due => decision.wake(due.max(1)),
                 }
             }
         }

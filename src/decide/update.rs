@@ -1,4 +1,4 @@
-//! Rows 16 to 22: from the desired image to a staged deployment.
+//! Rows 16 to 21, 23 and 24: from the desired image to a staged deployment.
 
 use super::limits::{BOOT_MARGIN, MAX_BOOTS, MAX_FAILURE, SOON, TRANSACTION_PATIENCE};
 use super::refuse::NEEDS_SLOT;
@@ -17,15 +17,20 @@ impl<'a> Rules<'a> {
             Ok(facts) => facts,
             Err(decision) => return *decision,
         };
-        self.unfit(wanted, facts).or_else(|| self.transaction(wanted)).unwrap_or_else(|| match self.staged(wanted) {
-            None => self.stage(wanted),
-            Some(staged) => self
-                .kernel_arguments(wanted, staged)
-                .or_else(|| self.hindrance(wanted))
-                .or_else(|| self.restored(wanted))
-                .or_else(|| self.drain(wanted))
-                .unwrap_or_else(|| self.reboot(wanted, staged)),
-        })
+        if let Some(decision) = self.unfit(wanted, facts).or_else(|| self.transaction(wanted)) {
+            return decision;
+        }
+        let Some(staged) = self.staged(wanted) else {
+            return self
+                .no_room()
+                .or_else(|| self.fetch(wanted))
+                .or_else(|| self.hindrance(wanted, None))
+                .unwrap_or_else(|| self.stage(wanted));
+        };
+        self.hindrance(wanted, Some(staged))
+            .or_else(|| self.kernel_arguments(wanted, staged))
+            .or_else(|| self.drain(wanted))
+            .unwrap_or_else(|| self.reboot(wanted, staged))
     }
 
     /// Row 16.
@@ -152,7 +157,8 @@ impl<'a> Rules<'a> {
         let subject = wanted.image.to_string();
         if let Some(running) = &self.observed.running {
             let (reason, message) = match running {
-                Work::Stage { .. } => (Reason::Staging, self.staging(wanted)),
+                Work::Fetch { .. } => (Reason::Fetching, fetching(wanted)),
+                Work::Stage { .. } => (Reason::Staging, staging(wanted)),
                 Work::SetKernelArguments { .. } => (Reason::KernelArguments, "applying kernel arguments".to_owned()),
                 Work::StartFinalizer => (Reason::Finalizer, "starting ostree-finalize-staged.service".to_owned()),
                 Work::UpdateBootloader { .. } => {
@@ -167,9 +173,9 @@ impl<'a> Rules<'a> {
         }
         let active = self.host.transaction.as_ref()?;
         if active.ours.is_some() {
-            // An earlier run of the agent started it: staging attaches to it.
-            let decision = by(Rule::Transaction, Reason::Staging, self.staging(wanted)).state(NodeState::Working);
-            return Some(self.begin(decision, Work::Stage { image: wanted.image.clone() }));
+            // An earlier run of the agent started it, to fetch or to stage; the fetch attaches to either.
+            let decision = by(Rule::Transaction, Reason::Fetching, fetching(wanted)).state(NodeState::Working);
+            return Some(self.begin(decision, Work::Fetch { image: wanted.image.clone() }));
         }
         let waited = self.waited(Clock::ForeignTransaction, &subject);
         let (title, client) = (&active.title, &active.client);
@@ -192,12 +198,8 @@ impl<'a> Rules<'a> {
         )
     }
 
-    fn staging(&self, wanted: &Wanted<'_>) -> String {
-        format!("staging {} while workloads run", wanted.image.digest().short())
-    }
-
-    /// Rows 20 and 21.
-    fn stage(&self, wanted: &Wanted<'_>) -> Decision {
+    /// Row 20.
+    fn no_room(&self) -> Option<Decision> {
         if self.host.booted().is_some_and(|booted| booted.layered) {
             let message = match self.host.backend {
                 Backend::RpmOstree => {
@@ -209,7 +211,7 @@ impl<'a> Rules<'a> {
                      with `rpm-ostree reset`, or put them into the image"
                 }
             };
-            return self.refuse(Rule::NoRoom, Reason::LayeredPackages, message);
+            return Some(self.refuse(Rule::NoRoom, Reason::LayeredPackages, message));
         }
         if let (Some(free), Some(needed)) = (self.machine.boot_free, self.machine.boot_needed) {
             // Finalization removes the rollback's kernel if it needs the space (libostree 2023.7 and later).
@@ -221,20 +223,42 @@ impl<'a> Rules<'a> {
                     needed >> 20,
                     self.host.backend.remove_rollback()
                 );
-                return self.refuse(Rule::NoRoom, Reason::BootFull, message);
+                return Some(self.refuse(Rule::NoRoom, Reason::BootFull, message));
             }
         }
-        let stage = Work::Stage { image: wanted.image.clone() };
-        match self.failure(&stage) {
-            None => by(Rule::Stage, Reason::Staging, self.staging(wanted)).state(NodeState::Working).doing(stage),
+        None
+    }
+
+    /// Row 21.
+    fn fetch(&self, wanted: &Wanted<'_>) -> Option<Decision> {
+        let fetch = Work::Fetch { image: wanted.image.clone() };
+        // Staging pulls, too, so a host tool that cannot only pull does not block the update.
+        let fails = |failure: &Failure| matches!(failure.fault.reason, Reason::StageFailed | Reason::UnitFailed);
+        if self.has_fetched(wanted.image) || self.failure(&fetch).is_some_and(fails) {
+            return None;
+        }
+        let decision = by(Rule::Fetch, Reason::Fetching, fetching(wanted)).state(NodeState::Working);
+        Some(self.begin_or_retry(decision, fetch))
+    }
+
+    /// Row 23.
+    fn stage(&self, wanted: &Wanted<'_>) -> Decision {
+        let decision = by(Rule::Stage, Reason::Staging, staging(wanted)).state(NodeState::Working);
+        self.begin_or_retry(decision, Work::Stage { image: wanted.image.clone() })
+    }
+
+    /// `decision` with `work` as its action; after a failure of it the decision about that, and a retry when it is due.
+    fn begin_or_retry(&self, decision: Decision, work: Work) -> Decision {
+        match self.failure(&work) {
+            None => decision.doing(work),
             Some(failure) => {
-                let decision = self.rest_if_refused(self.failed(Rule::Stage, failure));
-                self.when_due(decision, failure, stage)
+                let decision = self.rest_if_refused(self.failed(decision.rule, failure));
+                self.when_due(decision, failure, work)
             }
         }
     }
 
-    /// Row 22.
+    /// Row 24.
     fn kernel_arguments(&self, wanted: &Wanted<'_>, staged: &Deployment) -> Option<Decision> {
         if let Some(decision) = self.config_fault(Rule::KernelArguments, staged) {
             return Some(decision);
@@ -254,15 +278,16 @@ impl<'a> Rules<'a> {
             Backend::Bootc => update.shortfall(),
         }?;
         let set = Work::SetKernelArguments { image: wanted.image.clone(), append, delete };
-        match self.failure(&set) {
-            None => {
-                let message = format!("setting the kernel arguments of {} on the staged image", wanted.config);
-                Some(by(Rule::KernelArguments, Reason::KernelArguments, message).state(NodeState::Working).doing(set))
-            }
-            Some(failure) => {
-                let decision = self.rest_if_refused(self.failed(Rule::KernelArguments, failure));
-                Some(self.when_due(decision, failure, set))
-            }
-        }
+        let message = format!("setting the kernel arguments of {} on the staged image", wanted.config);
+        let decision = by(Rule::KernelArguments, Reason::KernelArguments, message).state(NodeState::Working);
+        Some(self.begin_or_retry(decision, set))
     }
+}
+
+fn fetching(wanted: &Wanted<'_>) -> String {
+    format!("pulling {} while workloads run", wanted.image.digest().short())
+}
+
+fn staging(wanted: &Wanted<'_>) -> String {
+    format!("staging {} while workloads run", wanted.image.digest().short())
 }

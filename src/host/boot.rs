@@ -150,7 +150,17 @@ impl Root {
     /// Free space on `/boot`, in bytes.
     #[must_use]
     pub fn boot_free(&self) -> Option<u64> {
-        let stat = statvfs(&self.join("boot")).ok()?;
+        self.free("boot")
+    }
+
+    /// Bytes free for root on `/sysroot`, where images are stored.
+    #[must_use]
+    pub fn sysroot_free(&self) -> Option<u64> {
+        self.free("sysroot")
+    }
+
+    fn free(&self, directory: &str) -> Option<u64> {
+        let stat = statvfs(&self.join(directory)).ok()?;
         stat.blocks_available().checked_mul(stat.fragment_size())
     }
 

@@ -107,6 +107,7 @@ pub(super) trait Sysroot {
 #[zbus::proxy(interface = "org.projectatomic.rpmostree1.OS", default_service = "org.projectatomic.rpmostree1")]
 pub(super) trait Os {
     fn cleanup(&self, what: &[&str]) -> zbus::Result<String>;
+    fn finalize_deployment(&self, options: &Options<'_>) -> zbus::Result<String>;
     fn kernel_args(
         &self,
         existing: &str,

@@ -40,9 +40,9 @@ pub enum HostError {
     Busy(String),
     #[error("{what} failed: {why}")]
     Transaction { what: &'static str, reason: Reason, why: String },
-    /// `bootc switch` logs the cause to its journal only; `result` is systemd's result word and the exit code.
-    #[error("`bootc switch` ended with `{result}`; see `journalctl -u '{unit}'`")]
-    Switch { unit: String, result: String, reason: Reason },
+    /// The command logs the cause to its journal only; `result` is systemd's result word and the exit code.
+    #[error("{what} ended with `{result}`; see `journalctl -u '{unit}'`")]
+    Command { what: &'static str, unit: String, result: String, reason: Reason },
     #[error(
         "the name of the unit that switches to {image} would have {length} characters and systemd accepts {longest}; \
          push the image under a shorter name, with fewer dashes (each takes four)"
@@ -77,7 +77,7 @@ impl HostError {
             Self::NotImageMode => Reason::HostNotImageMode,
             Self::Busy(_) => Reason::HostBusy,
             Self::Composefs | Self::NotBootc | Self::NoBackend(_) => Reason::HostUnsupported,
-            Self::Transaction { reason, .. } | Self::Switch { reason, .. } => *reason,
+            Self::Transaction { reason, .. } | Self::Command { reason, .. } => *reason,
             Self::NameTooLong { .. } => Reason::ImageNameTooLong,
             Self::KernelArguments(_) => Reason::KernelArgumentsUnsupported,
             Self::Cancelled(_) => Reason::Cancelled,

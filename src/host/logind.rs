@@ -39,12 +39,17 @@ pub(super) async fn reboot(host: &Host, message: &str) -> Result<(), HostError> 
     host.on_bus(host.deadlines.call, async |bus| ask(host, bus, message).await).await
 }
 
-async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {
+/// Sets the message that logged-in users get when the machine goes down. `false` if it goes down already.
+pub(super) async fn announce(host: &Host, message: &str) -> Result<bool, HostError> {
+    host.on_bus(host.deadlines.call, async |bus| Ok(may_reboot(host, bus, message).await?.is_some())).await
+}
+
+/// Checks the inhibitors and announces the reboot; `None` if the machine goes down already, which no inhibitor changes.
+async fn may_reboot(host: &Host, bus: &Connection, message: &str) -> Result<Option<LoginProxy<'static>>, HostError> {
     let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, error);
     let before = read(host, bus).await?;
-    // The machine is already going down, which no inhibitor changes.
     if before.shutting_down {
-        return Ok(());
+        return Ok(None);
     }
     // Before systemd 257 the call would override an inhibitor that appeared since the last read.
     if let Some(inhibitor) = before.inhibitors.first() {
@@ -54,6 +59,12 @@ async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostErr
     if let Err(error) = logind.set_wall_message(message, true).await {
         tracing::warn!("cannot notify logged-in users of the reboot: {}", printable(&error.to_string(), 200));
     }
+    Ok(Some(logind))
+}
+
+async fn ask(host: &Host, bus: &Connection, message: &str) -> Result<(), HostError> {
+    let failed = |error: &zbus::Error| call_failed(WHAT, UNIT, host.deadlines.call, error);
+    let Some(logind) = may_reboot(host, bus, message).await? else { return Ok(()) };
     let Err(error) = logind.reboot(false).await else { return Ok(()) };
     // logind may have accepted the request although the reply was lost. `OperationInProgress` is no proof of that: it
     // is also the answer during a suspend.

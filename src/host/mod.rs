@@ -93,7 +93,7 @@ async fn cancelled(cancel: &mut Cancel) {
 }
 
 /// Receives each line of progress, made printable.
-pub type Progress = dyn Fn(String) + Send + Sync;
+pub type Progress<'a> = dyn Fn(String) + Send + Sync + 'a;
 
 /// The host.
 #[derive(Clone, Debug)]
@@ -191,6 +191,7 @@ impl Host {
             command_line: self.root.command_line().map_err(file("/proc/cmdline"))?,
             boot_free: self.root.boot_free(),
             boot_needed: self.root.boot_needed(),
+            sysroot_free: self.root.sysroot_free(),
             finalizer,
             kubelet,
             bootloader_update,
@@ -201,7 +202,23 @@ impl Host {
         })
     }
 
-    /// Stages `image`, or attaches to our own transaction that does. Succeeds only if the deployments then show it.
+    /// Pulls `image` into the host's storage without making a deployment, or waits for our own transaction that does.
+    ///
+    /// # Errors
+    /// See [`HostError`].
+    pub async fn fetch(
+        &self,
+        image: &VerifiedImage,
+        cancel: &mut Cancel,
+        progress: &Progress<'_>,
+    ) -> Result<(), HostError> {
+        match self.backend().await?.backend {
+            Backend::RpmOstree => self.as_client(async |client| client.fetch(image, cancel, progress).await).await,
+            Backend::Bootc => bootc::fetch(self, image, cancel, progress).await,
+        }
+    }
+
+    /// Stages `image`, locked if the host tool can. Succeeds only if the deployments then show it.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -209,7 +226,7 @@ impl Host {
         &self,
         image: &VerifiedImage,
         cancel: &mut Cancel,
-        progress: &Progress,
+        progress: &Progress<'_>,
     ) -> Result<(), HostError> {
         match self.backend().await?.backend {
             Backend::RpmOstree => self.as_client(async |client| client.stage(image, cancel, progress).await).await,
@@ -279,13 +296,17 @@ impl Host {
         systemd::start(self, BOOTLOADER_UPDATE).await
     }
 
-    /// Notifies logged-in users and requests the reboot into `image`. Success means that logind accepted the request.
+    /// Notifies logged-in users, unlocks the staged `image` and requests the reboot into it. Success means that the request
+    /// was accepted.
     ///
     /// # Errors
     /// See [`HostError`].
     pub async fn reboot(&self, image: &VerifiedImage) -> Result<(), HostError> {
-        let image = image.image().digest().short();
-        logind::reboot(self, &format!("rebooting into the desired OS image {image}")).await
+        let message = format!("rebooting into the desired OS image {}", image.image().digest().short());
+        match self.backend().await?.backend {
+            Backend::RpmOstree => self.as_client(async |client| client.reboot(image, &message).await).await,
+            Backend::Bootc => logind::reboot(self, &message).await,
+        }
     }
 
     /// The service's `StatusText` and `ActiveState`.

@@ -7,8 +7,11 @@ pub const MCO: &str = "machineconfiguration.openshift.io/";
 
 /// Written by the agent: the attempts to boot an image, see [`super::Attempt`]. Deleting it allows two more.
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
-/// Written by an operator: holds drain and reboot. The value is the reason.
+/// Written by an operator: holds the update before its image is staged. The value is the reason.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
+/// Written by a person or a controller: the image that the node fetches before its turn, by digest. Empty: fetch none. Without
+/// it, the pool's image counts.
+pub const PREFETCH: &str = "rebase-agent.openshift.io/prefetch";
 /// Written by an operator: a new value makes the agent retry failed work at once.
 pub const RETRY: &str = "rebase-agent.openshift.io/retry";
 /// Written by the agent: who vouched for the image that was verified last, see [`super::Verified`].

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Attempt, Digest, HostFacts, MachineFacts, NodeFacts, PinnedImage, Reason};
+use super::{Attempt, Digest, HostFacts, MachineFacts, NodeFacts, PinnedImage, Pullspec, Reason};
 
 /// Two clocks in milliseconds: a monotonic one for waits, and the calendar's for timestamps of servers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,9 +53,27 @@ pub struct Observed {
     pub host: Reading<HostFacts>,
     /// Facts from kernel, systemd and logind.
     pub machine: Reading<MachineFacts>,
+    /// The pool's newest image, from its MachineOSConfig.
+    #[serde(default)]
+    pub pool_image: Option<Pullspec>,
     /// The work of the agent's running task.
     #[serde(default)]
     pub running: Option<Work>,
+}
+
+impl Observed {
+    /// Whether the agent works with `image`: it is desired, or it may be fetched before the node's turn.
+    #[must_use]
+    pub fn concerns(&self, image: &PinnedImage) -> bool {
+        self.hint() == Some(image) || self.cluster.known().is_some_and(|node| node.desired() == Some(image))
+    }
+
+    /// The image that the node may fetch before its turn: that of the prefetch annotation, else the pool's.
+    #[must_use]
+    pub fn hint(&self) -> Option<&PinnedImage> {
+        let annotated = self.cluster.known()?.prefetch.as_ref();
+        annotated.or(self.pool_image.as_ref())?.image().ok()
+    }
 }
 
 /// Work that runs as a task. It may take long, and is retried when it fails.
@@ -64,6 +82,11 @@ pub struct Observed {
 pub enum Work {
     /// Verify the image's signature.
     Verify {
+        /// The image.
+        image: PinnedImage,
+    },
+    /// Pull the image into the host's storage, or attach to the transaction that does. Makes no deployment.
+    Fetch {
         /// The image.
         image: PinnedImage,
     },
@@ -98,7 +121,7 @@ pub enum Work {
         /// The image that boots next.
         image: PinnedImage,
     },
-    /// Ask logind to reboot.
+    /// Unlock the staged image if it is locked, and reboot into it.
     Reboot {
         /// The image that boots next.
         image: PinnedImage,
@@ -113,6 +136,20 @@ impl Work {
         match (self, other) {
             (Self::SetKernelArguments { image, .. }, Self::SetKernelArguments { image: other, .. }) => image == other,
             _ => self == other,
+        }
+    }
+
+    /// The image that the work is for.
+    #[must_use]
+    pub fn image(&self) -> Option<&PinnedImage> {
+        match self {
+            Self::Verify { image }
+            | Self::Fetch { image }
+            | Self::Stage { image }
+            | Self::SetKernelArguments { image, .. }
+            | Self::UpdateBootloader { image }
+            | Self::Reboot { image } => Some(image),
+            Self::DropStaged { .. } | Self::CancelTransaction { .. } | Self::StartFinalizer => None,
         }
     }
 

@@ -45,6 +45,12 @@ impl Backend {
         self == Self::RpmOstree
     }
 
+    /// Whether it can unlock a locked deployment and boot it. `bootc switch` neither locks nor unlocks.
+    #[must_use]
+    pub fn unlocks(self) -> bool {
+        self == Self::RpmOstree
+    }
+
     /// The command that drops a staged deployment.
     pub(crate) fn drop_by_hand(self) -> &'static str {
         match self {
@@ -203,6 +209,9 @@ pub struct MachineFacts {
     pub boot_free: Option<u64>,
     /// Bytes that the running kernel and its initramfs take on `/boot`: the estimate for the next kernel.
     pub boot_needed: Option<u64>,
+    /// Bytes free for root on `/sysroot`.
+    #[serde(default)]
+    pub sysroot_free: Option<u64>,
     /// `ostree-finalize-staged.service`.
     pub finalizer: UnitState,
     /// `kubelet.service`.

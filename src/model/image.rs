@@ -275,10 +275,10 @@ pub fn is_named(deployment: &Deployment, image: &PinnedImage) -> bool {
     deployment.reference.as_deref().and_then(|text| parse(text).ok()).is_some_and(|named| named == *image)
 }
 
-/// Whether a deployment is staged, is `image` without local changes, and boots at the next orderly reboot.
+/// Whether a deployment is staged and is `image` without local changes. It may be locked.
 #[must_use]
 pub fn is_staged(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
-    deployment.staged && !deployment.locked && !deployment.layered && is_image(deployment, image, facts)
+    deployment.staged && !deployment.layered && is_image(deployment, image, facts)
 }
 
 #[cfg(test)]

@@ -121,6 +121,8 @@ pub struct NodeFacts {
     pub verified: Option<Verified>,
     /// The annotation with the reason why the policy refuses the booted image.
     pub untrusted: Option<String>,
+    /// The image to fetch before this node's turn, from the prefetch annotation; empty for none.
+    pub prefetch: Option<Pullspec>,
     /// The retry annotation. A new value makes the agent retry failed work at once.
     pub retry: Option<String>,
     /// `!spec.unschedulable`, known only after a full GET.

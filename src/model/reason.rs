@@ -178,7 +178,15 @@ reasons! {
     TooOld: Fatal, "Build and sign a newer image, or lower `--minimum-created`.";
     /// A transaction or lock of another program blocks the host tool.
     ForeignTransaction: Waiting, "See `rpm-ostree status`, and end it with `rpm-ostree cancel`.";
-    /// The image is pulled and staged while workloads run.
+    /// The image is pulled while workloads run. It is not staged yet.
+    Fetching: Progress, "Nothing to do: `systemctl status rebase-agent` shows the progress.";
+    /// The node runs the desired image and pulls the pool's next one before its turn.
+    Prefetching: Progress, "Nothing to do. To stop it, set the annotation `rebase-agent.openshift.io/prefetch` to an empty value.";
+    /// The disk has no room to pull the pool's next image before this node's turn.
+    PrefetchNoSpace: Waiting, "Free space in `/sysroot`: `df -h /sysroot`, `rpm-ostree cleanup -r`. At its turn the node tries all the same.";
+    /// The pool's next image cannot be pulled before this node's turn.
+    PrefetchFailed: Waiting, "The message says why. The agent tries again every 10 minutes, and at the node's turn.";
+    /// The image is staged while workloads run.
     Staging: Progress, "Nothing to do: `systemctl status rebase-agent` shows the progress.";
     /// Packages are layered on the host by hand.
     LayeredPackages: Fatal, "Remove them with `rpm-ostree reset`, or put them into the image.";
@@ -194,7 +202,7 @@ reasons! {
     KernelArguments: Progress, "Nothing to do.";
     /// bootc cannot set the kernel arguments of the staged image.
     KernelArgumentsUnsupported: Fatal, "Let the image bring them in `/usr/lib/bootc/kargs.d`.";
-    /// The hold annotation keeps the node from drain and reboot.
+    /// The hold annotation keeps the image from being staged, and the node from drain and reboot.
     Held: Waiting, "Remove the annotation `rebase-agent.openshift.io/hold`.";
     /// A block inhibitor keeps the machine from rebooting.
     Inhibited: Waiting, "See `systemd-inhibit --list` for the program that holds it.";
@@ -243,7 +251,15 @@ impl Reason {
     /// Whether the node runs the desired image and the agent has nothing left to do, also if it reports a warning.
     #[must_use]
     pub fn is_at_rest(self) -> bool {
-        matches!(self, Self::Done | Self::RunsUntrusted | Self::RollbackQueued)
+        matches!(
+            self,
+            Self::Done
+                | Self::RunsUntrusted
+                | Self::RollbackQueued
+                | Self::Prefetching
+                | Self::PrefetchNoSpace
+                | Self::PrefetchFailed
+        )
     }
 }
 

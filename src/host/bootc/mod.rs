@@ -27,6 +27,7 @@ pub(super) const STATUS_UNIT: &str = "rebase-agent-bootc-status.socket";
 const STATUS_SOCKET: &str = "run/rebase-agent/bootc-status.sock";
 const STATUS: &str = "`bootc status`";
 const SWITCH: &str = "`bootc switch`";
+const PULL: &str = "`ostree container image pull`";
 /// Largest status read, in bytes; a deployment has about one kilobyte.
 const MAX_STATUS: u64 = 1 << 20;
 /// Stands for the result of a job whose signal was lost.
@@ -51,17 +52,60 @@ pub(super) async fn read(host: &Host) -> Result<HostFacts, HostError> {
     Ok(HostFacts { backend: Backend::Bootc, deployments, transaction })
 }
 
+/// Pulls `image` into the repository, or waits for our own unit that pulls or stages it. Makes no deployment.
+pub(super) async fn fetch(
+    host: &Host,
+    image: &VerifiedImage,
+    cancel: &mut Cancel,
+    progress: &Progress<'_>,
+) -> Result<(), HostError> {
+    const WHAT: &str = "pulling the image";
+    let unit = match transaction(host).await? {
+        Some(active) if active.ours.as_ref() == Some(image.image().digest()) => active.client,
+        Some(active) => return Err(busy(&active)),
+        None => unit::of(unit::Task::Pull, image)?,
+    };
+    match run(host, WHAT, &unit, cancel, progress).await?.as_str() {
+        "done" | UNTOLD => Ok(()),
+        "canceled" => Err(HostError::Cancelled(WHAT)),
+        result => Err(failure(host, PULL, unit, result).await),
+    }
+}
+
+/// Starts `unit`, or joins its running job, and returns systemd's word for its end.
+async fn run(
+    host: &Host,
+    what: &'static str,
+    unit: &str,
+    cancel: &mut Cancel,
+    progress: &Progress<'_>,
+) -> Result<String, HostError> {
+    progress(format!("{unit} runs"));
+    tokio::select! {
+        result = systemd::job(host, systemd::Verb::Start, unit) => result,
+        () = gone(host, unit) => Ok(UNTOLD.to_owned()),
+        () = cancelled(cancel) => {
+            stop(host, unit).await?;
+            Err(HostError::Cancelled(what))
+        }
+        () = tokio::time::sleep(host.deadlines.whole) => {
+            stop(host, unit).await?;
+            Err(HostError::deadline(what, host.deadlines.whole))
+        }
+    }
+}
+
 /// Stages `image` or waits for our own unit that does.
 pub(super) async fn stage(
     host: &Host,
     image: &VerifiedImage,
     cancel: &mut Cancel,
-    progress: &Progress,
+    progress: &Progress<'_>,
 ) -> Result<(), HostError> {
     const WHAT: &str = "staging the image";
     let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
     let is_ready = |deployment: &Deployment| is_staged(deployment, image.image(), Some(image.facts()));
-    let unit = unit::of(image)?;
+    let unit = unit::of(unit::Task::Switch, image)?;
     match transaction(host).await? {
         // Starting the unit again joins the running job.
         Some(active) if active.client == unit => {}
@@ -80,19 +124,7 @@ pub(super) async fn stage(
             }
         }
     }
-    progress(format!("{SWITCH} runs in {unit}"));
-    let result = tokio::select! {
-        result = systemd::job(host, systemd::Verb::Start, &unit) => result?,
-        () = gone(host, &unit) => UNTOLD.to_owned(),
-        () = cancelled(cancel) => {
-            stop(host, &unit).await?;
-            return Err(HostError::Cancelled(WHAT));
-        }
-        () = tokio::time::sleep(host.deadlines.whole) => {
-            stop(host, &unit).await?;
-            return Err(HostError::deadline(SWITCH, host.deadlines.whole));
-        }
-    };
+    let result = run(host, WHAT, &unit, cancel, progress).await?;
     let after = status(host).await;
     let found = after.as_ref().ok().and_then(|after| after.iter().find(|d| d.staged && is_it(d)));
     let staged = found.is_some();
@@ -113,7 +145,7 @@ pub(super) async fn stage(
         }
         "canceled" if !staged => Err(HostError::Cancelled(WHAT)),
         result => {
-            let error = failure(host, unit, result).await;
+            let error = failure(host, SWITCH, unit, result).await;
             if !staged {
                 return Err(error);
             }
@@ -123,7 +155,7 @@ pub(super) async fn stage(
     }
 }
 
-/// Stops the switch that an earlier run of the agent started.
+/// Stops the unit that an earlier run of the agent started.
 pub(super) async fn cancel_ours(host: &Host) -> Result<(), HostError> {
     match transaction(host).await? {
         Some(active) if active.ours.is_some() => stop(host, &active.client).await,
@@ -227,7 +259,7 @@ async fn status(host: &Host) -> Result<Vec<Deployment>, HostError> {
 
 async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
     let stop = systemd::job(host, systemd::Verb::Stop, unit);
-    match within("stopping `bootc switch`", host.deadlines.cancel, stop).await? {
+    match within("stopping the unit of bootc", host.deadlines.cancel, stop).await? {
         // A unit that is no longer loaded has ended.
         Err(HostError::Unit { result, .. }) if result == "NoSuchUnit" => Ok(()),
         stopped => stopped.map(|_| ()),
@@ -236,12 +268,12 @@ async fn stop(host: &Host, unit: &str) -> Result<(), HostError> {
 
 /// Why the unit failed, as far as systemd knows; bootc's own message is in its journal. The unit's failed state is
 /// reset, because the agent reports the failure.
-async fn failure(host: &Host, unit: String, result: &str) -> HostError {
+async fn failure(host: &Host, what: &'static str, unit: String, result: &str) -> HostError {
     let failure = systemd::take_failure(host, &unit).await.unwrap_or_else(|error| {
         tracing::debug!("cannot read why {unit} failed: {error}");
         None
     });
     let ended = failure.map_or_else(|| result.to_owned(), |(result, status)| format!("{result} {status}"));
     let reason = if ended.starts_with("timeout") { Reason::DeadlineExceeded } else { Reason::StageFailed };
-    HostError::Switch { unit, result: printable(&ended, 50), reason }
+    HostError::Command { what, unit, result: printable(&ended, 50), reason }
 }

@@ -1,7 +1,7 @@
-//! The names of the units that run `bootc switch`. The instance name is the image reference, escaped as
+//! The names of the units that pull and switch. The instance name is the image reference, escaped as
 //! systemd-escape(1) does. Pure.
 //!
-//! There are two templates because the instance name cannot switch an option on, and the agent writes no drop-in that
+//! There are two templates for each task because the instance name cannot switch an option on, and the agent writes no drop-in that
 //! could. The journal shows which one ran.
 
 use super::super::HostError;
@@ -12,32 +12,54 @@ use crate::trust::{VerifiedImage, reference};
 const PLAIN: &str = "rebase-agent-bootc@";
 /// `bootc switch --enforce-container-sigpolicy`: the origin of the new deployment requires a signature.
 const SIGNED: &str = "rebase-agent-bootc-signed@";
+/// `ostree container image pull` without and with the prefix that requires a signature.
+const PULL: &str = "rebase-agent-pull@";
+const PULL_SIGNED: &str = "rebase-agent-pull-signed@";
 const SUFFIX: &str = ".service";
-/// Match every instance of both templates.
-pub(super) const PATTERNS: [&str; 2] = ["rebase-agent-bootc@*.service", "rebase-agent-bootc-signed@*.service"];
+/// Match every instance of the templates.
+pub(super) const PATTERNS: [&str; 4] = [
+    "rebase-agent-bootc@*.service",
+    "rebase-agent-bootc-signed@*.service",
+    "rebase-agent-pull@*.service",
+    "rebase-agent-pull-signed@*.service",
+];
 /// Longest unit name: systemd's `UNIT_NAME_MAX` without the terminating zero.
 const LONGEST: usize = 255;
 
-/// The unit that switches to `image`.
+/// The task of a unit.
+#[derive(Clone, Copy)]
+pub(super) enum Task {
+    Pull,
+    Switch,
+}
+
+/// The unit that does `task` with `image`.
 ///
 /// # Errors
 /// [`HostError::NameTooLong`].
-pub(super) fn of(image: &VerifiedImage) -> Result<String, HostError> {
-    name(image.image(), image.is_signed_origin())
+pub(super) fn of(task: Task, image: &VerifiedImage) -> Result<String, HostError> {
+    name(task, image.image(), image.is_signed_origin())
 }
 
-fn name(image: &PinnedImage, signed: bool) -> Result<String, HostError> {
-    let name = format!("{}{}{SUFFIX}", if signed { SIGNED } else { PLAIN }, escape(&image.to_string()));
+fn name(task: Task, image: &PinnedImage, signed: bool) -> Result<String, HostError> {
+    let prefix = match (task, signed) {
+        (Task::Switch, false) => PLAIN,
+        (Task::Switch, true) => SIGNED,
+        (Task::Pull, false) => PULL,
+        (Task::Pull, true) => PULL_SIGNED,
+    };
+    let name = format!("{prefix}{}{SUFFIX}", escape(&image.to_string()));
     match name.len() {
         0..=LONGEST => Ok(name),
         length => Err(HostError::NameTooLong { image: image.clone(), length, longest: LONGEST }),
     }
 }
 
-/// The image that one of our units switches to; `None` for any other unit, and for an instance that names no image.
+/// The image that one of our units pulls or switches to; `None` for any other unit, and for an instance that names no image.
 #[must_use]
 pub fn image(unit: &str) -> Option<PinnedImage> {
-    let instance = [PLAIN, SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
+    let instance =
+        [PLAIN, SIGNED, PULL, PULL_SIGNED].iter().find_map(|prefix| unit.strip_prefix(prefix))?.strip_suffix(SUFFIX)?;
     reference::parse(&unescape(instance)?).ok()
 }
 
@@ -81,8 +103,8 @@ mod tests {
     #[test]
     fn names_are_as_systemd_escapes_them() {
         let expected = format!("rebase-agent-bootc@quay.io-example-os\\x2dimage\\x40sha256:{HEX}.service");
-        assert_eq!(name(&pinned("quay.io/example/os-image"), false).unwrap(), expected);
-        let signed = name(&pinned("127.0.0.1:5000/a_b/c"), true).unwrap();
+        assert_eq!(name(Task::Switch, &pinned("quay.io/example/os-image"), false).unwrap(), expected);
+        let signed = name(Task::Switch, &pinned("127.0.0.1:5000/a_b/c"), true).unwrap();
         assert_eq!(signed, format!("rebase-agent-bootc-signed@127.0.0.1:5000-a_b-c\\x40sha256:{HEX}.service"));
     }
 
@@ -100,18 +122,24 @@ mod tests {
     fn a_name_over_the_limit_is_refused_with_its_length() {
         // `@sha256:` and the digest take 75 characters.
         let room = LONGEST - PLAIN.len() - SUFFIX.len() - "quay.io/".len() - 75;
-        assert_eq!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), false).unwrap().len(), LONGEST);
-        let error = name(&pinned(&format!("quay.io/{}", "a".repeat(room + 1))), false).unwrap_err();
+        assert_eq!(
+            name(Task::Switch, &pinned(&format!("quay.io/{}", "a".repeat(room))), false).unwrap().len(),
+            LONGEST
+        );
+        let error = name(Task::Switch, &pinned(&format!("quay.io/{}", "a".repeat(room + 1))), false).unwrap_err();
         assert!(matches!(error, HostError::NameTooLong { length: 256, .. }), "{error}");
         assert_eq!(error.reason().severity(), crate::model::Severity::Fatal);
-        assert!(name(&pinned(&format!("quay.io/{}", "a".repeat(room))), true).is_err(), "its prefix is longer");
+        assert!(
+            name(Task::Switch, &pinned(&format!("quay.io/{}", "a".repeat(room))), true).is_err(),
+            "its prefix is longer"
+        );
     }
 
     #[test]
     fn only_our_own_units_have_an_image() {
         for signed in [false, true] {
             let image = pinned("localhost:5000/a-b/c.d__e");
-            assert_eq!(super::image(&name(&image, signed).unwrap()), Some(image));
+            assert_eq!(super::image(&name(Task::Switch, &image, signed).unwrap()), Some(image));
         }
         let foreign = [
             "rebase-agent-bootc@.service",
@@ -140,7 +168,7 @@ mod tests {
         #[test]
         fn every_accepted_reference_gives_a_unit_name(host in "[a-z0-9.-]{1,20}(:[0-9]{1,5})?", path in "[a-z0-9/._-]{1,80}") {
             if let Ok(image) = reference::parse(&format!("{host}/{path}@sha256:{HEX}")) {
-                let Ok(name) = name(&image, false) else { return Ok(()) };
+                let Ok(name) = name(Task::Switch, &image, false) else { return Ok(()) };
                 let instance = name.strip_prefix(PLAIN).unwrap();
                 proptest::prop_assert!(instance.starts_with(|c: char| c.is_ascii_alphanumeric()), "{}", instance);
                 proptest::prop_assert_eq!(super::image(&name), Some(image));

@@ -4,19 +4,28 @@
 //! success when nothing changed.
 
 mod deployments;
+mod pull;
 mod transaction;
 
+use std::sync::{Mutex, PoisonError};
+
+use tokio::time::Instant;
 use zbus::{Connection, OwnedObjectPath, Variant};
 
 use super::dbus::{Options, OsProxy, SysrootProxy, proxy, proxy_at};
-use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled};
+use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, logind};
 use crate::kernel_arguments::{apply, join};
 use crate::model::{Deployment, HostFacts, is_image, is_staged, printable};
 use crate::trust::VerifiedImage;
+use deployments::Snapshot;
+use pull::Pull;
 #[cfg(fuzzing)]
 pub use {deployments::deployment, deployments::property, transaction::heard};
 
 pub(super) const UNIT: &str = "rpm-ostreed.service";
+
+/// The error of `FinalizeDeployment` for another checksum than the staged one.
+const OTHER_CHECKSUM: &str = "Expected staged base checksum ";
 
 /// Most tries of the first call. The daemon may exit as idle and drop the call, or the bus may time out while the daemon
 /// still loads.
@@ -60,12 +69,74 @@ impl<'h> Client<'h> {
         call_failed(what, UNIT, self.host.deadlines.reply, error)
     }
 
-    /// Stages `image` or attaches to our own transaction that does.
+    /// The snapshot to act on, and whether our own transaction for `image` was awaited, which an earlier run started.
+    async fn ready(
+        &self,
+        what: &'static str,
+        image: &VerifiedImage,
+        cancel: &mut Cancel,
+        progress: &Progress<'_>,
+    ) -> Result<(Snapshot, bool), HostError> {
+        let before = self.snapshot().await?;
+        match (&before.facts.transaction, &before.address) {
+            (Some(active), Some(address)) if active.ours.as_ref() == Some(image.image().digest()) => {
+                self.follow(what, address, cancel, progress).await?;
+                Ok((self.snapshot().await?, true))
+            }
+            (Some(active), _) => Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
+            (None, _) => Ok((before, false)),
+        }
+    }
+
+    /// Pulls `image` into the repository. The transaction ends before a deployment is made; if the image is there, it asks
+    /// no registry (rpm-ostree 2026.2, `deploy_transaction_execute`).
+    pub(super) async fn fetch(
+        &self,
+        image: &VerifiedImage,
+        cancel: &mut Cancel,
+        progress: &Progress<'_>,
+    ) -> Result<(), HostError> {
+        const WHAT: &str = "pulling the image";
+        let (before, awaited) = self.ready(WHAT, image, cancel, progress).await?;
+        // The awaited transaction has pulled it, and perhaps staged it as well.
+        if awaited || before.facts.deployments.iter().any(|it| is_image(it, image.image(), Some(image.facts()))) {
+            return Ok(());
+        }
+        self.rebase(WHAT, image, &before.os, "download-only", cancel, progress).await
+    }
+
+    /// Starts a rebase to `image` with one more option, and waits until it ends.
+    async fn rebase(
+        &self,
+        what: &'static str,
+        image: &VerifiedImage,
+        os: &OwnedObjectPath,
+        option: &'static str,
+        cancel: &mut Cancel,
+        progress: &Progress<'_>,
+    ) -> Result<(), HostError> {
+        let title = format!("{TITLE}{}", image.image().digest());
+        let options: Options<'_> = Options::from([
+            ("initiating-command-line", Variant::from(title.as_str())),
+            // Without this the daemon refuses an older image.
+            ("allow-downgrade", Variant::from(true)),
+            (option, Variant::from(true)),
+        ]);
+        let reference = image.to_pull();
+        let os = self.os(os).await?;
+        let (began, pull) = (Instant::now(), Mutex::new(Pull::default()));
+        let summed = |line: String| {
+            progress(pull.lock().unwrap_or_else(PoisonError::into_inner).line(&line, began.elapsed()));
+        };
+        self.transact(what, os.rebase(&options, &reference, &[]), cancel, &summed).await
+    }
+
+    /// Stages `image`, locked: no reboot boots it before [`Self::reboot`]. A daemon that knows no lock stages it unlocked.
     pub(super) async fn stage(
         &self,
         image: &VerifiedImage,
         cancel: &mut Cancel,
-        progress: &Progress,
+        progress: &Progress<'_>,
     ) -> Result<(), HostError> {
         const WHAT: &str = "staging the image";
         let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
@@ -73,35 +144,51 @@ impl<'h> Client<'h> {
             facts.staged().is_some_and(|staged| is_staged(staged, image.image(), Some(image.facts())))
         };
         let boots_next = |facts: &HostFacts| facts.deployments.first().filter(|first| is_it(first)).cloned();
-        let mut before = self.snapshot().await?;
-        match (&before.facts.transaction, &before.address) {
-            (Some(active), Some(address)) if active.ours.as_ref() == Some(image.image().digest()) => {
-                let outcome = self.follow(WHAT, address, cancel, progress).await;
-                return self.judge(WHAT, outcome, is_ready, "the image is not staged").await;
-            }
-            (Some(active), _) => return Err(HostError::Busy(format!("transaction `{}` is active", active.title))),
-            (None, _) => {}
-        }
+        let (mut before, _) = self.ready(WHAT, image, cancel, progress).await?;
         // The daemon refuses a rebase to the reference that is first in boot order: "Old and new refs are equal".
         match boots_next(&before.facts) {
             Some(first) if first.booted || is_ready(&before.facts) => return Ok(()),
-            // It is locked, has packages layered, or the host went back from it: drop it and stage it again.
+            // It has packages layered, or the host went back from it: drop it and stage it again.
             Some(_) => {
                 self.clean_up(WHAT, &before.os, cancel).await?;
                 before = self.snapshot().await?;
             }
             None => {}
         }
-        let title = format!("{TITLE}{}", image.image().digest());
-        let options: Options<'_> = Options::from([
-            ("initiating-command-line", Variant::from(title.as_str())),
-            // Without this the daemon refuses an older image.
-            ("allow-downgrade", Variant::from(true)),
-        ]);
-        let reference = image.to_pull();
-        let os = self.os(&before.os).await?;
-        let outcome = self.transact(WHAT, os.rebase(&options, &reference, &[]), cancel, progress).await;
+        let outcome = self.rebase(WHAT, image, &before.os, "lock-finalization", cancel, progress).await;
         self.judge(WHAT, outcome, is_ready, "the image is not staged").await
+    }
+
+    /// Unlocks the staged `image` if it is locked, and reboots. The daemon checks the inhibitors, unlocks, and then runs
+    /// `systemctl reboot` (rpm-ostree 2026.2, `finalize_deployment_transaction_execute`). It does not report how that ends, so
+    /// the agent asks logind as well, which accepts a second request.
+    pub(super) async fn reboot(&self, image: &VerifiedImage, message: &str) -> Result<(), HostError> {
+        const WHAT: &str = "unlocking the staged image";
+        let before = self.snapshot().await?;
+        let staged = before.facts.staged().filter(|it| is_staged(it, image.image(), Some(image.facts())));
+        let locked = staged.filter(|staged| staged.locked).and_then(|staged| Some((staged, staged.digest.as_ref()?)));
+        let Some((staged, digest)) = locked else { return logind::reboot(self.host, message).await };
+        if !logind::announce(self.host, message).await? {
+            return Ok(());
+        }
+        let os = self.os(&before.os).await?;
+        let (_sender, mut cancel) = tokio::sync::watch::channel(false);
+        let mut unlock = async |checksum: &str| {
+            let options: Options<'_> = Options::from([("checksum", Variant::from(checksum))]);
+            self.transact(WHAT, os.finalize_deployment(&options), &mut cancel, &|_| {}).await
+        };
+        let unlocked = match unlock(&digest.to_string()).await {
+            // Before 2025.7 the daemon compares the ostree commit, also for a container image.
+            Err(HostError::Transaction { why, .. }) if why.starts_with(OTHER_CHECKSUM) => {
+                unlock(&staged.checksum).await
+            }
+            unlocked => unlocked,
+        };
+        match unlocked {
+            Ok(()) => logind::reboot(self.host, message).await,
+            Err(HostError::Transaction { why, .. }) => Err(HostError::Reboot(why)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes the deployments before the booted one in boot order, if the first of them still is `checksum`.
@@ -121,8 +208,9 @@ impl<'h> Client<'h> {
         self.transact(what, os.cleanup(&["pending-deploy"]), cancel, &|_| {}).await
     }
 
-    /// Changes the staged deployment's kernel arguments. Sends the whole final list instead of changes. Given changes, the daemon deletes the first of two equal arguments,
-    /// which is the platform's, and a deletion of `quiet` also deletes `quiet=1`.
+    /// Changes the staged deployment's kernel arguments, and keeps it locked. Sends the whole final list instead of changes:
+    /// given changes, the daemon deletes the first of two equal arguments, which is the platform's, and a deletion of
+    /// `quiet` also deletes `quiet=1`.
     pub(super) async fn set_kernel_arguments(
         &self,
         image: &VerifiedImage,
@@ -149,6 +237,7 @@ impl<'h> Client<'h> {
         let options: Options<'_> = Options::from([
             ("initiating-command-line", Variant::from("rebase-agent kernel arguments")),
             ("final-kernel-args", Variant::from(last.as_str())),
+            ("lock-finalization", Variant::from(true)),
         ]);
         let os = self.os(&before.os).await?;
         let set = os.kernel_args(&line, &[], &[], &[], &options);
@@ -184,7 +273,7 @@ impl<'h> Client<'h> {
         what: &'static str,
         call: impl Future<Output = zbus::Result<String>>,
         cancel: &mut Cancel,
-        progress: &Progress,
+        progress: &Progress<'_>,
     ) -> Result<(), HostError> {
         let address = tokio::select! {
             reply = call => reply.map_err(|error| self.failed(what, &error))?,

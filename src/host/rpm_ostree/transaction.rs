@@ -21,7 +21,7 @@ impl Client<'_> {
         what: &'static str,
         address: &str,
         cancel: &mut Cancel,
-        progress: &Progress,
+        progress: &Progress<'_>,
     ) -> Result<(), HostError> {
         let peer = self.peer(address).await.map_err(|error| match error {
             // The daemon exited after its reply.
@@ -38,7 +38,7 @@ impl Client<'_> {
         what: &'static str,
         peer: &Connection,
         cancel: &mut Cancel,
-        progress: &Progress,
+        progress: &Progress<'_>,
     ) -> Result<(), HostError> {
         let deadlines = &self.host.deadlines;
         // Listen before Start: in answer to it, a transaction that has already ended repeats its last signal.
@@ -123,7 +123,7 @@ impl Client<'_> {
 }
 
 /// Handles a message of a transaction: passes on progress, and returns the outcome when it has ended.
-pub fn heard(what: &'static str, message: &zbus::Message, progress: &Progress) -> Option<Result<(), HostError>> {
+pub fn heard(what: &'static str, message: &zbus::Message, progress: &Progress<'_>) -> Option<Result<(), HostError>> {
     let header = message.header();
     if message.message_type() != Type::Signal || header.interface().is_none_or(|name| name.as_str() != TRANSACTION) {
         return None;

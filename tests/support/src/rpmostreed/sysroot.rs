@@ -248,7 +248,8 @@ impl Sysroot {
     fn boot_order(&self) -> Vec<String> {
         let mut entries: Vec<(u32, String)> = Vec::new();
         for entry in fs::read_dir(self.root.join("boot/loader/entries")).expect("a boot directory") {
-            let Ok(text) = fs::read_to_string(entry.expect("a directory entry").path()) else { continue };
+            // An entry may be replaced while the directory is read.
+            let Some(text) = entry.ok().and_then(|entry| fs::read_to_string(entry.path()).ok()) else { continue };
             let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
             if let (Some(version), Some(options)) = (field("version "), field("options "))
                 && let (Ok(version), Some(key)) = (version.parse(), Self::key_of_command_line(options))
