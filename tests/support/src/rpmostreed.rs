@@ -14,7 +14,7 @@ use std::time::Duration;
 use rpm_ostreed::{Daemon, Happened, Host, Job, KernelArguments, OS, Rebase, Request, TRANSACTION, os_path};
 pub use rpm_ostreed::{Deployment, NAME, Version};
 use tokio::sync::Notify;
-use zbus::{Connection, MessageStream, OwnedVariant};
+use zbus::{Connection, OwnedVariant};
 
 mod pull;
 mod sysroot;
@@ -456,20 +456,8 @@ pub async fn install(
     Ok(())
 }
 
-/// Connects to a transaction, starts it and waits for its end, as the command line does.
-pub async fn run_transaction(address: &str) -> anyhow::Result<()> {
-    let peer = zbus::connection::Builder::address(address).p2p().build().await?;
-    let mut stream = MessageStream::from(&peer);
-    peer.call_method(None::<&str>, "/", Some(TRANSACTION), "Start", &()).await?;
-    while let Some(Ok(message)) = bus::next(&mut stream).await {
-        if message.header().member().is_some_and(|member| member.as_str() == "Finished") {
-            let (success, text): (bool, String) = message.body().deserialize()?;
-            let _ = peer.close().await;
-            anyhow::ensure!(success, "{text}");
-            return Ok(());
-        }
-    }
-    anyhow::bail!("the daemon went away")
+async fn run_transaction(address: &str) -> anyhow::Result<()> {
+    rpm_ostreed::follow(address, |_| {}).await.map_err(anyhow::Error::msg)
 }
 
 /// Takes the name.
@@ -886,6 +874,7 @@ pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use rpm_ostreed::{BUSY, SYSROOT, SYSROOT_PATH};
+    use zbus::MessageStream;
 
     use super::*;
     use crate::bus::{Bus, Dict, lookup_bool, lookup_str};

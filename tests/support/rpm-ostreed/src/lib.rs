@@ -60,6 +60,27 @@ pub fn sysroot_is_locked() -> Failure {
     busy("System transaction in progress")
 }
 
+/// Connects to a transaction, starts it and waits for its end, as the command line does. An error is the daemon's text.
+pub async fn follow(address: &str, mut say: impl FnMut(&str)) -> Result<(), String> {
+    let error = |error: zbus::Error| error.to_string();
+    let peer = zbus::connection::Builder::address(address).p2p().build().await.map_err(error)?;
+    // Subscribed before the start, so that no signal is missed.
+    let mut stream = MessageStream::from(&peer);
+    peer.call_method(None::<&str>, "/", Some(TRANSACTION), "Start", &()).await.map_err(error)?;
+    while let Some(Ok(message)) = bus::next(&mut stream).await {
+        match message.header().member().map(|member| member.as_str()) {
+            Some("Message") => say(&message.body().deserialize::<(String,)>().map_err(error)?.0),
+            Some("Finished") => {
+                let (success, text): (bool, String) = message.body().deserialize().map_err(error)?;
+                let _ = peer.close().await;
+                return if success { Ok(()) } else { Err(text) };
+            }
+            _ => {}
+        }
+    }
+    Err("the daemon went away".to_owned())
+}
+
 /// The original's escaping of names in object paths; clients must not compute it.
 #[must_use]
 pub fn os_path(osname: &str) -> String {

@@ -4,11 +4,9 @@
 use std::collections::HashMap;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
-use futures_util::StreamExt as _;
-use zbus::{Connection, MessageStream, OwnedObjectPath, Proxy, Variant};
-
-const NAME: &str = "org.projectatomic.rpmostree1";
+use anyhow::{Error, Result, bail};
+use rpm_ostreed::{NAME, OS, SYSROOT, SYSROOT_PATH, follow};
+use zbus::{Connection, OwnedObjectPath, Proxy, Variant};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -25,12 +23,11 @@ async fn run() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let bus = Connection::system().await?;
-    let sysroot: Proxy<'_> =
-        Proxy::new(&bus, NAME, "/org/projectatomic/rpmostree1/Sysroot", "org.projectatomic.rpmostree1.Sysroot").await?;
+    let sysroot: Proxy<'_> = Proxy::new(&bus, NAME, SYSROOT_PATH, SYSROOT).await?;
     let id = HashMap::from([("id", Variant::from("cli"))]);
     sysroot.call::<_, _, ()>("RegisterClient", &(&id,)).await?;
     let booted: OwnedObjectPath = sysroot.get_property("Booted").await?;
-    let os: Proxy<'_> = Proxy::new(&bus, NAME, booted, "org.projectatomic.rpmostree1.OS").await?;
+    let os: Proxy<'_> = Proxy::new(&bus, NAME, booted, OS).await?;
     let title = format!("rpm-ostree {}", arguments.join(" "));
     let options = HashMap::from([("initiating-command-line", Variant::from(title))]);
     let address: String = match arguments.as_slice() {
@@ -38,26 +35,5 @@ async fn run() -> Result<()> {
         ["cleanup", "-p"] => os.call("Cleanup", &(vec!["pending-deploy"],)).await?,
         _ => bail!("usage: rpm-ostree rebase REFERENCE | cleanup -p"),
     };
-    follow(&address).await
-}
-
-async fn follow(address: &str) -> Result<()> {
-    let peer = zbus::connection::Builder::address(address).p2p().build().await?;
-    // Subscribed before Start, so that no signal is missed.
-    let mut messages = MessageStream::from(&peer);
-    let start = peer.call_method(None::<&str>, "/", Some("org.projectatomic.rpmostree1.Transaction"), "Start", &());
-    start.await?;
-    while let Some(message) = messages.next().await {
-        let message = message?;
-        let header = message.header();
-        match header.member().map(|member| member.as_str()) {
-            Some("Message") => println!("{}", message.body().deserialize::<String>()?),
-            Some("Finished") => {
-                let (success, text): (bool, String) = message.body().deserialize()?;
-                return if success { Ok(()) } else { bail!("{text}") };
-            }
-            _ => {}
-        }
-    }
-    Err(anyhow::anyhow!("the daemon went away")).context("transaction")
+    follow(&address, |text| println!("{text}")).await.map_err(Error::msg)
 }
