@@ -1,5 +1,5 @@
-//! A double of bootc as the agent uses it: the two template units of `bootc switch`, the one of
-//! `ostree container image pull`, and the socket behind which `bootc status` answers. It uses the same disk as the double of rpm-ostree, with the same real pull.
+//! A double of bootc as the agent uses it: the template units of `bootc switch` and of `ostree container image pull`,
+//! and the socket behind which `bootc status` answers. It uses the same disk as the double of rpm-ostree, with the same real pull.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt as _;
@@ -22,8 +22,8 @@ pub const STATUS_UNIT: &str = "rebase-agent-bootc-status.socket";
 const SOCKET: &str = "run/rebase-agent/bootc-status.sock";
 const SWITCH: &str = "rebase-agent-bootc@";
 const SWITCH_SIGNED: &str = "rebase-agent-bootc-signed@";
-/// Its instance is a whole reference, e.g. `ostree-image-signed:docker://…`.
-const PULL: &str = "rebase-agent-bootc-pull@";
+const PULL: &str = "rebase-agent-pull@";
+const PULL_SIGNED: &str = "rebase-agent-pull-signed@";
 
 #[derive(Default)]
 struct Faults {
@@ -80,24 +80,19 @@ impl Bootc {
             asked_while_locked: AtomicBool::new(false),
             telling: AtomicBool::new(false),
         });
-        for (template, signed) in [(SWITCH, false), (SWITCH_SIGNED, true)] {
+        for (template, signed, pulls) in
+            [(SWITCH, false, false), (SWITCH_SIGNED, true, false), (PULL, false, true), (PULL_SIGNED, true, true)]
+        {
             let weak = Arc::downgrade(&inner);
             systemd.install_template(template, move |instance| {
                 let weak = weak.clone();
                 async move {
                     let Some(inner) = weak.upgrade() else { return Err("resources".to_owned()) };
-                    inner.switch(&unescape(&instance), signed).await
+                    let image = unescape(&instance);
+                    if pulls { inner.pull(&image, signed).await } else { inner.switch(&image, signed).await }
                 }
             });
         }
-        let weak = Arc::downgrade(&inner);
-        systemd.install_template(PULL, move |instance| {
-            let weak = weak.clone();
-            async move {
-                let Some(inner) = weak.upgrade() else { return Err("resources".to_owned()) };
-                inner.pull(&unescape(&instance)).await
-            }
-        });
         Self { inner }
     }
 
@@ -258,23 +253,20 @@ impl Inner {
     }
 
     /// `ostree container image pull`, which does not take the sysroot's lock.
-    async fn pull(&self, reference: &str) -> Result<(), String> {
+    async fn pull(&self, image: &str, signed: bool) -> Result<(), String> {
+        let target = Reference { signed, name: image.to_owned() };
         let (fails, hangs) = {
             let mut faults = self.faults.lock().unwrap();
             (std::mem::take(&mut faults.fail_before), std::mem::take(&mut faults.hang))
         };
-        self.events.emit(Event::TransactionRequested { method: "pull".to_owned(), argument: reference.to_owned() });
-        let outcome = match Reference::parse(reference) {
-            Ok(_) if fails => Err("something went wrong".to_owned()),
-            Ok(parsed) => self.rpm_ostreed.import(&parsed).await,
-            Err(error) => Err(error),
-        };
+        let method = "pull".to_owned();
+        self.events.emit(Event::TransactionRequested { method, argument: target.canonical() });
+        let done = !fails && self.rpm_ostreed.import(&target).await.is_ok();
         if hangs {
             self.hang().await;
         }
-        outcome
-            .map(drop)
-            .map_err(|_| self.faults.lock().unwrap().result.take().unwrap_or_else(|| "exit-code".to_owned()))
+        let result = || self.faults.lock().unwrap().result.take().unwrap_or_else(|| "exit-code".to_owned());
+        if done { Ok(()) } else { Err(result()) }
     }
 
     async fn status(self: &Arc<Self>, mut stream: UnixStream) {
@@ -418,12 +410,14 @@ mod tests {
         sysroot.boot(0).unwrap();
         let bootc = Bootc::new(events, sysroot, daemon.clone(), &systemd);
         let escaped = |text: &str| text.replace('-', r"\x2d").replace('/', "-");
-        let unit = |reference: &str| format!("{PULL}{}.service", escaped(reference));
-        assert_eq!(systemd.activate(&unit(&format!("q.io/os/node@{new}"))).await, Err("exit-code".to_owned()));
-        systemd.activate(&unit(&reference(&new))).await.unwrap();
+        let image = format!("q.io/os/node@{new}");
+        bootc.fail_next();
+        let unit = format!("{PULL_SIGNED}{}.service", escaped(&image));
+        assert_eq!(systemd.activate(&unit).await, Err("exit-code".to_owned()));
+        systemd.activate(&unit).await.unwrap();
         assert_eq!(bootc.status()["status"]["staged"], Value::Null);
         daemon.set_engine(Engine { skopeo: "/bin/false".into(), ..engine });
-        bootc.human_switch(&format!("q.io/os/node@{new}"), true).await.unwrap();
+        bootc.human_switch(&image, true).await.unwrap();
         let staged = &bootc.status()["status"]["staged"];
         assert_eq!((&staged["image"]["imageDigest"], &staged["downloadOnly"]), (&json!(new), &json!(false)));
     }

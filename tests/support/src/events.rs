@@ -21,7 +21,7 @@ pub enum Event {
     },
     /// A method that creates a transaction was called on rpm-ostreed, or `bootc switch` was run.
     TransactionRequested {
-        /// `rebase`, `cleanup`, `kernel-args`, `finalize-deployment`, or `switch`.
+        /// `rebase`, `cleanup`, `kernel-args`, `finalize-deployment`, `switch` or `pull`.
         method: String,
         /// The reference or another characteristic argument.
         argument: String,
