@@ -40,6 +40,20 @@ impl Backend {
         }
     }
 
+    /// A command that succeeds if no image is being pulled or staged.
+    #[must_use]
+    pub fn pulls_nothing(self) -> &'static str {
+        match self {
+            Self::RpmOstree => {
+                "busctl get-property org.projectatomic.rpmostree1 /org/projectatomic/rpmostree1/Sysroot \
+                 org.projectatomic.rpmostree1.Sysroot ActiveTransactionPath | grep -qx 's \"\"'"
+            }
+            Self::Bootc => {
+                "! systemctl list-units --plain --no-legend --state=activating 'rebase-agent-bootc*' | grep -q ."
+            }
+        }
+    }
+
     /// Whether it can drop a staged deployment; otherwise the agent stages the desired image over it.
     #[must_use]
     pub fn drops_staged(self) -> bool {

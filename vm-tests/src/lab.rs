@@ -31,6 +31,8 @@ pub const NODE: &str = "worker-0";
 pub const ATTEMPT: &str = "rebase-agent.openshift.io/attempt";
 /// The operator's annotation that keeps the agent from rebooting.
 pub const HOLD: &str = "rebase-agent.openshift.io/hold";
+/// The annotation that names the image to pull before the node's turn.
+pub const HINT: &str = "rebase-agent.openshift.io/prefetch";
 /// Longest work of the agent without a reboot: a verification and a pull take 10 s on an idle machine.
 pub const WORK: Duration = Duration::from_secs(90);
 /// Longest time from a new target to the guest's shutdown: verification, pull, staging, drain. On an idle machine 25 s.
@@ -455,6 +457,12 @@ impl Lab {
         };
         let node = self.wait(&format!("{state} because of {word}"), deadline, is_it).await?;
         Ok(annotation(&node, "reason").unwrap_or_default().to_owned())
+    }
+
+    /// Waits until the agent waits for the end of a hold.
+    pub async fn wait_held(&self) -> Result<()> {
+        let held = |node: &Value| annotation(node, "reason").is_some_and(|reason| reason.starts_with("Held"));
+        self.wait("Held", BOOT + UPDATE, held).await.map(drop)
     }
 
     /// Checks a guest whose Node reports Done.

@@ -16,6 +16,7 @@ mod guest;
 mod neighbours;
 mod overlay;
 mod power;
+mod prefetch;
 mod refusal;
 mod selinux;
 mod soak;
@@ -191,6 +192,23 @@ pub const ALL: &[Scenario] = &[
     }),
     scenario(29, "locked", "the desired image was staged by hand and its finalization is locked", |lab| {
         Box::pin(neighbours::staged_locked(lab))
+    })
+    .only(Backend::RpmOstree),
+    scenario(30, "prefetch", "the image is pulled before the node's turn; at its turn the registry is away", |lab| {
+        Box::pin(prefetch::before_the_turn(lab))
+    }),
+    scenario(31, "prefetch-withdrawn", "the hint is withdrawn while its image is pulled", |lab| {
+        Box::pin(prefetch::withdrawn(lab))
+    }),
+    scenario(32, "held-reboots", "a held node is rebooted by hand and loses power: the old image boots", |lab| {
+        Box::pin(prefetch::held(lab))
+    }),
+    scenario(33, "locked-reboots", "a staged node is rebooted by hand before its drain: the old image boots", |lab| {
+        Box::pin(prefetch::locked(lab))
+    })
+    .only(Backend::RpmOstree),
+    scenario(34, "power-unlocked", "a power cut after the staged deployment is unlocked", |lab| {
+        Box::pin(prefetch::cut_after_unlocking(lab))
     })
     .only(Backend::RpmOstree),
     scenario(90, "soak", "ten updates back to back leave nothing behind", |lab| Box::pin(soak::ten(lab)))

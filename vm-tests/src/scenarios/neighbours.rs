@@ -19,7 +19,7 @@ const LIFE: i64 = 5;
 /// Large enough to interrupt its pull.
 const PAYLOAD: usize = 48 << 20;
 /// Additional time for a pull of the payload: 256 KiB/s, which a busy machine without KVM still reaches.
-const PULL: Duration = Duration::from_secs(PAYLOAD as u64 / (256 << 10));
+pub(super) const PULL: Duration = Duration::from_secs(PAYLOAD as u64 / (256 << 10));
 /// Longer than a verification.
 const FETCHED: u64 = 4 << 20;
 
@@ -282,13 +282,13 @@ pub async fn no_effect(lab: &mut Lab) -> Result<()> {
 }
 
 /// The number of bytes that the guest has received.
-async fn received(lab: &mut Lab) -> Result<u64> {
+pub(super) async fn received(lab: &mut Lab) -> Result<u64> {
     let text = lab.vm.run("cat /sys/class/net/en*/statistics/rx_bytes").await?;
     text.trim().parse().with_context(|| format!("bytes received: {text}"))
 }
 
 /// Waits until a layer is being pulled; the backends do not report that in the same way.
-async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
+pub(super) async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
     let enough = before + FETCHED;
     lab.wait_guest(
         "a layer is fetched",
@@ -298,7 +298,8 @@ async fn wait_fetching(lab: &mut Lab, before: u64) -> Result<()> {
     .await
 }
 
-fn payload(seed: u32) -> Extra {
+/// A file that takes a while to pull.
+pub(super) fn payload(seed: u32) -> Extra {
     // Incompressible, so that the pull takes a while.
     let key = openssl::sha::sha256(format!("{seed} {:?}", std::time::SystemTime::now()).as_bytes());
     let cipher = openssl::symm::Cipher::aes_256_ctr();

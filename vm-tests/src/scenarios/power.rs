@@ -118,7 +118,7 @@ async fn other_initramfs(lab: &mut Lab) -> Result<Extra> {
 }
 
 /// The second and last attempt for the current target.
-async fn arrive(lab: &mut Lab) -> Result<()> {
+pub(super) async fn arrive(lab: &mut Lab) -> Result<()> {
     lab.reboot_of_its_own(UPDATE + SHUTDOWN).await?;
     let image = lab.last_target();
     lab.wait_done(&image).await?;
