@@ -180,7 +180,7 @@ pub const ALL: &[Scenario] = &[
         Box::pin(refusal::staged_then_refused(lab))
     }),
     scenario(26, "policy-replaced", "the policy changes between staging and reboot, with the same mtime", |lab| {
-        Box::pin(refusal::policy_replaced_while_held(lab))
+        Box::pin(refusal::policy_replaced_while_draining(lab))
     }),
     scenario(27, "kernel-arguments", "quoted and ordered kernel arguments reach the kernel as configured", |lab| {
         Box::pin(arguments::in_order(lab))

@@ -8,7 +8,7 @@ use support::policy::{Policy, Requirement};
 use support::sign::{KeyKind, Signer};
 
 use crate::journal::Entry;
-use crate::lab::{ATTEMPT, HOLD, Lab, UPDATE, WORK};
+use crate::lab::{ATTEMPT, Lab, UPDATE, WORK};
 use crate::oci::Extra;
 use crate::scenarios::neighbours::HOUSEKEEPING;
 use crate::trust::KEY_IN_GUEST;
@@ -72,7 +72,7 @@ pub async fn key_rotation(lab: &mut Lab) -> Result<()> {
 /// be dropped, the journal warns and the Node shows it, before the reboot and after it.
 pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
     let old = lab.booted_digest().await?;
-    let image = staged_and_held(lab).await?;
+    let image = staged_and_undrained(lab).await?;
     let mark = lab.vm.journal.mark();
     reject(lab, "").await?;
     // The agent notices only by its own check of the files.
@@ -93,18 +93,18 @@ pub async fn staged_then_refused(lab: &mut Lab) -> Result<()> {
     ensure!(lab.booted_digest().await? == image.digest, "bootc's staged image does not boot");
     warned(lab, mark, "runs", "/untrusted", "PolicyRejects").await?;
     accept(lab).await?;
-    lab.annotate(HOLD, None)?;
+    lab.drains.block_drains(false);
     lab.wait_done(&image).await?;
     lab.arrived(&image).await
 }
 
-/// The policy is replaced while the reboot is held, with the modification time of the old one. The old policy verifies
-/// nothing after the hold.
-pub async fn policy_replaced_while_held(lab: &mut Lab) -> Result<()> {
-    let image = staged_and_held(lab).await?;
-    let (boot, drains, mark) = (lab.vm.boot_id().to_owned(), lab.drains.drains(), lab.vm.journal.mark());
+/// The policy is replaced while the node is drained, with the modification time of the old one. The old policy verifies
+/// nothing after the drain.
+pub async fn policy_replaced_while_draining(lab: &mut Lab) -> Result<()> {
+    let image = staged_and_undrained(lab).await?;
+    let (boot, mark) = (lab.vm.boot_id().to_owned(), lab.vm.journal.mark());
     reject(lab, "touch --reference=policy.json policy.json.new").await?;
-    lab.annotate(HOLD, None)?;
+    lab.drains.block_drains(false);
     let is_decided = |node: &Value| {
         annotation(node, "state") == Some("Degraded") || !node["metadata"]["annotations"][ATTEMPT].is_null()
     };
@@ -113,17 +113,16 @@ pub async fn policy_replaced_while_held(lab: &mut Lab) -> Result<()> {
     lab.wait_reason("Degraded", "PolicyRejects", WORK).await?;
     refusal_reached_the_disk(lab, mark).await?;
     ensure!(lab.vm.boot_id() == boot && lab.vm.is_on(), "a reboot");
-    ensure!(lab.drains.drains() == drains, "a drain for an image that the new policy rejects");
     allow_and_arrive(lab, &image).await
 }
 
-/// A new target that is staged and must not be rebooted into yet.
-async fn staged_and_held(lab: &mut Lab) -> Result<Pushed> {
-    lab.annotate(HOLD, Some("until the policy has changed"))?;
+/// A new target that is staged and waits for its drain.
+async fn staged_and_undrained(lab: &mut Lab) -> Result<Pushed> {
+    lab.drains.block_drains(true);
     let image = lab.signed().await?;
     lab.target(&image);
-    lab.wait_reason("Working", "Held", UPDATE).await?;
-    ensure!(lab.is_staged().await?, "held without a staged image");
+    lab.wait_reason("Working", "DrainPending", UPDATE).await?;
+    ensure!(lab.is_staged().await?, "a drain without a staged image");
     Ok(image)
 }
 
@@ -180,8 +179,8 @@ async fn accept(lab: &mut Lab) -> Result<()> {
 /// The way out of the refusal: the policy accepts the image again.
 async fn allow_and_arrive(lab: &mut Lab, image: &Pushed) -> Result<()> {
     accept(lab).await?;
-    lab.annotate(HOLD, None)?;
-    // Nothing tells the agent of the policy where the hold is gone already.
+    lab.drains.block_drains(false);
+    // Nothing tells the agent of the policy where the drain is over already.
     lab.reboot_of_its_own(HOUSEKEEPING + UPDATE).await?;
     lab.wait_done(image).await?;
     lab.arrived(image).await
