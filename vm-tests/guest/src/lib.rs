@@ -7,7 +7,7 @@ use std::pin::pin;
 use anyhow::{Context as _, Result};
 use ostree_ext::container::OstreeImageReference;
 use ostree_ext::container::deploy::{ORIGIN_CONTAINER, prune};
-use ostree_ext::container::store::{ImageImporter, ImportProgress, LayeredImageState, PrepareResult};
+use ostree_ext::container::store::{ImageImporter, ImportProgress, LayeredImageState, PrepareResult, query_image};
 use ostree_ext::ostree::gio::Cancellable;
 use ostree_ext::ostree::{self, glib};
 use ostree_ext::sysroot::SysrootLock;
@@ -42,6 +42,11 @@ pub async fn import(
     mut say: impl FnMut(Said),
 ) -> Result<Box<LayeredImageState>> {
     say(Said::Message(format!("Pulling manifest: {imgref}")));
+    // The originals' newer library asks no registry for a digest that is there.
+    let there = query_image(&sysroot.repo(), &imgref.imgref)?;
+    if let Some(image) = there.filter(|image| imgref.imgref.name.ends_with(&format!("@{}", image.manifest_digest))) {
+        return Ok(image);
+    }
     let mut importer = ImageImporter::new(&sysroot.repo(), imgref, Default::default()).await?;
     importer.require_bootable();
     let mut progress = importer.request_progress();
