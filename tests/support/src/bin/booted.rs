@@ -1,8 +1,8 @@
 //! The shipped unit on a real systemd as PID 1 of a container: on the host, the surroundings of the node and the story;
-//! in the container, the rest of the node, with bootc under its own name.
+//! in the container, the rest of the node, with bootc and ostree under their own names.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -49,9 +49,11 @@ enum Part {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    let ended = match arguments.first().is_some_and(|name| name == node::bootc::PROGRAM) {
-        true => node::bootc::run(&arguments).await,
-        false => match Options::parse_from(arguments).command {
+    let name = arguments.first().and_then(|path| Path::new(path).file_name()).unwrap_or_default().to_owned();
+    let ended = match name.to_str() {
+        Some("bootc") => node::bootc::run(&arguments).await,
+        Some("ostree") => node::bootc::pull(&arguments).await,
+        _ => match Options::parse_from(arguments).command {
             Command::Story { version, root, faulty, directory } => {
                 story::tell(&story::Plan { version, root, faulty, directory }).await
             }

@@ -124,7 +124,7 @@ impl Node<'_> {
             .await?;
         teller.step("an unsigned image is refused, nothing is touched", self.refuses()).await?;
         let two = self.outside.signed("3").await?;
-        teller.step("a signed image is verified, staged and held; SIGKILL changes nothing", self.holds(&two)).await?;
+        teller.step("a signed image is verified, pulled and held; SIGKILL changes nothing", self.holds(&two)).await?;
         let boot = self.boot_id().await?;
         teller.step("released: drained, down through logind, up again", self.releases()).await?;
         teller.step("the new deployment is booted, the node uncordoned and Done", self.arrives(&two, &boot)).await?;
@@ -267,10 +267,12 @@ impl Node<'_> {
         self.container.ok(&["systemctl", "kill", "--signal=KILL", "--kill-whom=main", AGENT]).await?;
         self.is_back(&main, "Held").await?;
         let requests = self.requests().await?;
-        ensure!(requests.len() == 1 && requests[0].starts_with("rebase "), "rpm-ostreed was asked for {requests:?}");
-        ensure!(self.deployments()?.iter().any(|d| d.staged && d.digest == image.digest), "the image is not staged");
+        // Each process asks once: rpm-ostreed has the image, or pulls it.
+        let pulls = requests.len() == 2 && requests.iter().all(|request| request.ends_with(&image.pullspec()));
+        ensure!(pulls, "rpm-ostreed was asked for {requests:?}");
+        ensure!(self.deployments()?.iter().all(|d| !d.staged), "something is staged on a held node");
         ensure!(self.outside.drains.drains() == 0, "the held node was drained");
-        Ok(format!("{} restart, 1 rebase, 0 drains", self.container.property(AGENT, "NRestarts").await?))
+        Ok(format!("{} restart, nothing staged, 0 drains", self.container.property(AGENT, "NRestarts").await?))
     }
 
     /// Waits until a new main process in place of `main` runs and its status contains this word.
@@ -284,6 +286,7 @@ impl Node<'_> {
 
     async fn releases(&mut self) -> Result<String> {
         self.outside.store().annotate("kubectl-annotate", NODE, HOLD, None)?;
+        self.outside.drains.block_drains(false);
         let rebooting = |node: &Value| node["metadata"]["annotations"][ATTEMPT].is_string();
         self.outside.wait("the reboot", rebooting).await?;
         self.updates += 1;

@@ -1,12 +1,12 @@
-//! bootc, limited to the shipped units: `status` and `switch`, on the disk of rpm-ostreed's double, with the same
-//! real pull, under a lock that the kernel lists.
+//! bootc, limited to the shipped units: `status`, `switch` and `ostree container image pull`, on the disk of
+//! rpm-ostreed's double, with the same real pull, under a lock that the kernel lists.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Error, Result, ensure};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use clap::Parser;
 use serde_json::json;
 
@@ -15,8 +15,8 @@ use crate::bootc::status;
 use crate::events::Events;
 use crate::rpmostreed::{Reference, Sysroot};
 
-/// Its place in the container; the file there is this program, which checks its own name.
-pub const PROGRAM: &str = "/usr/bin/bootc";
+/// The places of bootc and ostree in the container; the files there are this program, which checks its own name.
+pub const PROGRAMS: [&str; 2] = ["/usr/bin/bootc", "/usr/bin/ostree"];
 /// The directory of the story's words for switches; each file is named after the image's digest.
 pub const WORDS: &str = "/run/bootc-words";
 /// Makes the switch fail before staging.
@@ -46,10 +46,27 @@ enum Command {
     },
 }
 
+fn log(arguments: &[OsString]) -> Vec<String> {
+    let shown: Vec<_> = arguments.iter().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    eprintln!("{CALLED}{}", json!(shown));
+    shown
+}
+
+/// Runs `ostree container image pull`.
+pub async fn pull(arguments: &[OsString]) -> Result<()> {
+    let arguments = log(arguments);
+    let [_, _, _, quiet, repository, image] = arguments.as_slice() else { bail!("{arguments:?}") };
+    ensure!(quiet == "--quiet", "progress would go to the journal, line by line");
+    ensure!(repository == "/sysroot/ostree/repo", "there is no repository {repository}");
+    let sysroot = Arc::new(Sysroot::running(Path::new("/"), OSNAME)?);
+    let image = Reference::parse(image).map_err(Error::msg)?;
+    daemon(Events::new(), sysroot)?.import(&image).await.map_err(Error::msg)?;
+    Ok(())
+}
+
 /// Runs one command of bootc.
 pub async fn run(arguments: &[OsString]) -> Result<()> {
-    let shown: Vec<_> = arguments.iter().skip(1).map(|argument| argument.to_string_lossy()).collect();
-    eprintln!("{CALLED}{}", json!(shown));
+    log(arguments);
     let command = Command::try_parse_from(arguments)?;
     let sysroot = Arc::new(Sysroot::running(Path::new("/"), OSNAME)?);
     let lock = fs::File::options().write(true).open(LOCK)?;

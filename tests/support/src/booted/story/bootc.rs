@@ -12,7 +12,7 @@ use crate::booted::container::TICK;
 use crate::booted::directives;
 use crate::booted::node::{
     self,
-    bootc::{CALLED, FAIL, FAIL_LATE, PROGRAM, WORDS},
+    bootc::{CALLED, FAIL, FAIL_LATE, PROGRAMS, WORDS},
 };
 use crate::booted::outside::DEADLINE;
 use crate::booted::sandbox::Process;
@@ -26,6 +26,8 @@ const STATUS_SERVICE: &str = "rebase-agent-bootc-status@";
 const SOCKET: &str = "/run/rebase-agent/bootc-status.sock";
 const SWITCH: &str = "rebase-agent-bootc@";
 const SWITCH_SIGNED: &str = "rebase-agent-bootc-signed@";
+const PULL: &str = "rebase-agent-pull@";
+const PULL_SIGNED: &str = "rebase-agent-pull-signed@";
 const SIGNED: &str = "--enforce-container-sigpolicy";
 /// Length of a digest in a reason.
 const SHORT: usize = "sha256:".len() + 12;
@@ -37,7 +39,7 @@ impl Node<'_> {
         teller.step("rpm-ostree is taken away: the agent has bootc instead", self.changes_to_bootc(running)).await?;
         teller.step("every directive of bootc's units is in force", self.has_bootcs_directives()).await?;
         teller.step("no instance of them becomes an option", self.instances_are_arguments()).await?;
-        teller.step("a signed image is staged by bootc's unit and held", self.switches()).await?;
+        teller.step("a held node pulls a signed image and stages it when it is released", self.switches()).await?;
         teller.step("SIGKILL during a switch: the restarted agent waits for it", self.finds_its_switch()).await?;
         teller.step("a retarget during a switch stops it and starts another", self.stops_its_switch()).await?;
         teller.step("a switch fails before staging, another after it", self.reports_failures()).await?;
@@ -50,7 +52,9 @@ impl Node<'_> {
 
     async fn changes_to_bootc(&self, running: &Pushed) -> Result<String> {
         self.outside.demand_sigstore(&self.container.path("/"), Policy::accept_by_default())?;
-        symlink(node::PROGRAM, self.container.path(PROGRAM))?;
+        for program in PROGRAMS {
+            symlink(node::PROGRAM, self.container.path(program))?;
+        }
         fs::create_dir_all(self.container.path(WORDS))?;
         // The bus still lists the name as activatable.
         self.container.ok(&["systemctl", "mask", "--now", "--quiet", RPM_OSTREED]).await?;
@@ -77,7 +81,7 @@ impl Node<'_> {
 
     async fn has_bootcs_directives(&self) -> Result<String> {
         let mut count = directives::compare(&self.container, STATUS).await?;
-        for template in [STATUS_SERVICE, SWITCH, SWITCH_SIGNED] {
+        for template in [STATUS_SERVICE, SWITCH, SWITCH_SIGNED, PULL, PULL_SIGNED] {
             count += directives::compare(&self.container, &format!("{template}instance.service")).await?;
         }
         Ok(format!("{count} of them"))
@@ -98,15 +102,33 @@ impl Node<'_> {
         }
         let calls = self.calls("switch").await?.split_off(before);
         ensure!(calls == expected, "bootc was called with {calls:?}");
-        Ok(format!("{} started by hand, the last with {}", calls.len(), json!(calls.last())))
+        for (template, prefix) in
+            [(PULL, "ostree-unverified-registry:"), (PULL_SIGNED, "ostree-image-signed:docker://")]
+        {
+            let unit = self.unit(template, TRICKY[2]).await?;
+            let started = self.container.run(&["systemctl", "start", "--", &unit]).await?;
+            ensure!(!started.status.success(), "`{}` is pulled", TRICKY[2]);
+            self.container.ok(&["systemctl", "reset-failed", "--", &unit]).await?;
+            let calls = self.calls("container").await?;
+            ensure!(calls.last() == Some(&pull_of(prefix, TRICKY[2])), "ostree was called with {calls:?}");
+        }
+        Ok(format!("{} started by hand, the last with {}", calls.len() + 2, json!(calls.last())))
     }
 
     async fn switches(&self) -> Result<String> {
         let image = self.outside.signed("4").await?;
         self.outside.store().annotate("kubectl-annotate", NODE, HOLD, Some("held by the test"))?;
         let before = self.calls("switch").await?.len();
+        let pulls = self.calls("container").await?.len();
         self.outside.target("4", &image);
-        self.is_held(&image).await?;
+        self.outside.wait_reason("Held").await?;
+        ensure!(self.deployments()?.iter().all(|deployment| !deployment.staged), "something is staged on a held node");
+        let pulled = self.calls("container").await?.split_off(pulls);
+        let pull = pull_of("ostree-unverified-registry:", &image.pullspec());
+        ensure!(pulled == [pull], "ostree was called with {pulled:?}");
+        self.outside.drains.block_drains(true);
+        self.outside.store().annotate("kubectl-annotate", NODE, HOLD, None)?;
+        self.is_staged(&image).await?;
         let calls = self.calls("switch").await?.split_off(before);
         ensure!(calls == [switch_to(&image, &[])], "bootc was called with {calls:?}");
         let unit = self.unit(SWITCH, &image.pullspec()).await?;
@@ -128,7 +150,7 @@ impl Node<'_> {
         self.is_back(&main, "`bootc switch` runs in").await?;
         ensure!(self.container.property(&unit, "MainPID").await? == switch, "the switch is not the same process");
         self.container.ok(&["bash", "-c", "echo go on >$0", &word(&image)]).await?;
-        self.is_held(&image).await?;
+        self.is_staged(&image).await?;
         let calls = self.calls("switch").await?.split_off(before);
         ensure!(calls == [switch_to(&image, &[])], "bootc was called with {calls:?}");
         Ok("1 switch, the same process".to_owned())
@@ -141,7 +163,7 @@ impl Node<'_> {
         self.outside.retarget("6", &first)?;
         let (unit, _) = self.runs(&first).await?;
         self.outside.retarget("7", &second)?;
-        self.is_held(&second).await?;
+        self.is_staged(&second).await?;
         let state = self.container.property(&unit, "ActiveState").await?;
         let result = self.container.property(&unit, "Result").await?;
         ensure!((state.as_str(), result.as_str()) == ("inactive", "success"), "{unit} is {state}, {result}");
@@ -163,7 +185,7 @@ impl Node<'_> {
         let unit = self.unit(SWITCH, &failing.pullspec()).await?;
         ensure!(reason.contains(&unit) && reason.contains("exit-code 1"), "the reason is `{reason}`");
         self.outside.retarget("9", &late)?;
-        self.is_held(&late).await?;
+        self.is_staged(&late).await?;
         self.nothing_failed().await?;
         let log = self.container.ok(&["journalctl", "--quiet", "--output=cat", "--boot", "--unit", AGENT]).await?;
         ensure!(log.contains("the image is staged nevertheless"), "the agent does not report the failed switch");
@@ -174,7 +196,7 @@ impl Node<'_> {
         self.outside.demand_sigstore(&self.container.path("/"), Policy::reject_by_default())?;
         let before = self.calls("switch").await?.len();
         self.outside.retarget("10", image)?;
-        self.is_held(image).await?;
+        self.is_staged(image).await?;
         let calls = self.calls("switch").await?.split_off(before);
         ensure!(calls == [switch_to(image, &[SIGNED])], "bootc was called with {calls:?}");
         let staged =
@@ -186,7 +208,8 @@ impl Node<'_> {
     /// The arguments of every call of `command` in this boot.
     async fn calls(&self, command: &str) -> Result<Vec<Vec<String>>> {
         self.container.ok(&["journalctl", "--sync"]).await?;
-        let journal = ["journalctl", "--quiet", "--output=cat", "--boot", "--unit=rebase-agent-bootc*"];
+        let units = ["--unit=rebase-agent-bootc*", "--unit=rebase-agent-pull*"];
+        let journal = [&["journalctl", "--quiet", "--output=cat", "--boot"], &units[..]].concat();
         let log = self.container.ok(&journal).await?;
         let calls = log.lines().filter_map(|line| line.strip_prefix(CALLED)).map(serde_json::from_str);
         let mut calls = calls.collect::<Result<Vec<Vec<String>>, _>>()?;
@@ -217,11 +240,11 @@ impl Node<'_> {
         Ok((unit, process))
     }
 
-    /// Waits until `image` is staged and held.
-    async fn is_held(&self, image: &Pushed) -> Result<()> {
-        let held = |reason: &str| reason.starts_with("Held") && reason.contains(&image.digest[..SHORT]);
-        let is_held = |node: &Value| annotation(node, "reason").is_some_and(held);
-        self.outside.wait(&format!("{} being held", image.digest), is_held).await?;
+    /// Waits until `image` is staged and waits for its drain.
+    async fn is_staged(&self, image: &Pushed) -> Result<()> {
+        let waits = |reason: &str| reason.starts_with("DrainPending") && reason.contains(&image.digest[..SHORT]);
+        let is_waiting = |node: &Value| annotation(node, "reason").is_some_and(waits);
+        self.outside.wait(&format!("{} waiting for its drain", image.digest), is_waiting).await?;
         let staged =
             self.deployments()?.into_iter().find(|deployment| deployment.staged).context("nothing is staged")?;
         ensure!(staged.digest == image.digest, "{} is staged", staged.digest);
@@ -231,6 +254,11 @@ impl Node<'_> {
 
 fn word(image: &Pushed) -> String {
     format!("{WORDS}/{}", image.digest)
+}
+
+fn pull_of(prefix: &str, image: &str) -> Vec<String> {
+    let image = format!("{prefix}{image}");
+    ["container", "image", "pull", "--quiet", "/sysroot/ostree/repo", &image].map(str::to_owned).to_vec()
 }
 
 fn call(options: &[&str], image: &str) -> Vec<String> {
