@@ -1,6 +1,7 @@
 //! The story of one node, told by the agent's own journal lines and by the Node's annotations as they change. Any
 //! deviation ends it with an error that names the deviation.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -38,14 +39,11 @@ struct Options {
 type Point = (&'static str, fn(&Event) -> bool);
 
 /// Points at which the agent may be killed: always before it learns that its request succeeded.
-const POINTS: [Point; 10] = [
+const POINTS: [Point; 12] = [
     ("the unsigned image is being refused", |event| {
         wrote(event, "rebase-agent", "reason", |reason| reason.starts_with("SignatureMissing"))
     }),
-    (
-        "the rebase was requested, its reply is not out",
-        |event| matches!(event, Event::TransactionRequested { method, .. } if method == "rebase" || method == "switch"),
-    ),
+    ("the pull was requested, its reply is not out", |event| requested(event, &["rebase", "pull"])),
     (
         "layers are being imported",
         |event| matches!(event, Event::TransactionMessage(text) if text.starts_with("Importing")),
@@ -57,6 +55,8 @@ const POINTS: [Point; 10] = [
         matches!(event, Event::NodeChanged { changes, .. }
             if matches!(changes.get("rebase-agent.openshift.io/attempt"), Some(Some(_))))
     }),
+    ("the unlocking was requested, its reply is not out", |event| requested(event, &["finalize-deployment"])),
+    ("the image is unlocked", |event| matches!(event, Event::Unlocked { .. })),
     ("the reboot was accepted", |event| matches!(event, Event::RebootAccepted)),
     ("the uncordon was requested", |event| {
         wrote(event, "rebase-agent", "desiredDrain", |v| v.starts_with("uncordon-"))
@@ -64,8 +64,15 @@ const POINTS: [Point; 10] = [
     ("Done was written", |event| wrote(event, "rebase-agent", "currentImage", |_| true)),
 ];
 
+/// Points that only rpm-ostree has: bootc cannot lock a stage.
+const OF_THE_LOCK: RangeInclusive<u64> = 8..=9;
+
 /// Points before this one belong to the refusal; the others to the first update.
 const FIRST_OF_UPDATE: u64 = 2;
+
+fn requested(event: &Event, methods: &[&str]) -> bool {
+    matches!(event, Event::TransactionRequested { method, .. } if methods.contains(&method.as_str()))
+}
 
 fn wrote(event: &Event, by: &str, key: &str, is: fn(&str) -> bool) -> bool {
     matches!(event, Event::NodeChanged { manager, changes, .. } if manager == by
@@ -80,6 +87,10 @@ async fn main() -> ExitCode {
             println!("{:2}  {name}", number + 1);
         }
         return ExitCode::SUCCESS;
+    }
+    if options.backend == "bootc" && options.kill_at.is_some_and(|point| OF_THE_LOCK.contains(&point)) {
+        println!("demo: bootc has no such point, because it cannot lock what is staged");
+        return ExitCode::FAILURE;
     }
     let began = Instant::now();
     match story(&options, began).await {
