@@ -13,6 +13,8 @@ impl Backoff {
     /// For refusals, which only a change of policy, image or node can lift. Retried, because the agent may not notice that
     /// change.
     pub const REFUSAL: Self = Self { first: 10 * 60_000, cap: 10 * 60_000 };
+    /// For writes that the API server refuses until a person acts, or until another controller has created the object.
+    pub const CLUSTER_REFUSAL: Self = Self { first: 60_000, cap: 60 * 60_000 };
     /// For requests to the API server.
     pub const CLUSTER: Self = Self { first: 1_000, cap: 60_000 };
 

@@ -484,6 +484,7 @@ async fn recreated_node_is_published_again() {
     // MCC uses this annotation to find the custom pool that the node was booted into.
     assert_eq!(world.annotation("firstPivotConfig").as_deref(), Some("rendered-worker-1"));
     assert_ne!(world.store().node(NODE).unwrap()["metadata"]["uid"], uid);
+    shown::shows_done(&world, "1").await;
     let two = world.signed("2").await.unwrap();
     world.target("2", &two);
     arrived(&world, &two).await;

@@ -15,15 +15,14 @@ use crate::decide::Decision;
 use crate::journal::id;
 use crate::model::is_image;
 
-/// How long a write that the API server refuses is not repeated, unless another image or config is desired: the rights,
-/// the CRD or the object are missing until a person acts.
-const REFUSED_PAUSE: Duration = Duration::from_secs(60 * 60);
 /// Most Events in [`EVENTS_PERIOD`]; an update needs seven.
 const MAX_EVENTS: usize = 30;
 const EVENTS_PERIOD: Duration = Duration::from_secs(60 * 60);
 
 /// The state of our MachineConfigNode and of the Events.
 pub(super) struct Teller {
+    /// The uid of the Node that the next fields are about.
+    uid: String,
     /// What the last request applied or tried to apply.
     tried: Option<Wanted>,
     /// The last request succeeded, so the object shows `tried`.
@@ -43,6 +42,7 @@ pub(super) type Told = Result<Option<String>, ClusterError>;
 impl Teller {
     pub(super) fn new(now: Instant) -> Self {
         Self {
+            uid: String::new(),
             tried: None,
             shown: false,
             running: false,
@@ -86,7 +86,11 @@ impl Teller {
 impl Agent {
     /// Writes our MachineConfigNode if `decision` changes it. A new process reads it first, and writes only a difference.
     pub(super) fn show(&mut self, decision: &Decision) {
-        let Some(node) = self.observed.cluster.known() else { return };
+        let (Some(node), Some(object)) = (self.observed.cluster.known(), &self.node) else { return };
+        if self.teller.uid != object.uid {
+            // A Node that was created again has a new MachineConfigNode.
+            (self.teller.uid, self.teller.tried) = (object.uid.clone(), None);
+        }
         let staged = self.observed.host.known().and_then(|host| host.staged());
         let staged = staged.is_some_and(|staged| node.desired().is_some_and(|image| is_image(staged, image, None)));
         let Some(wanted) = Wanted::of(node, decision, staged) else { return };
@@ -132,11 +136,9 @@ impl Agent {
             Err(error) => obstacle(error),
         };
         teller.failures = if told.is_ok() { 0 } else { teller.failures.saturating_add(1) };
-        let pause = match &sentence {
-            Some(_) => u64::try_from(REFUSED_PAUSE.as_millis()).unwrap_or(u64::MAX),
-            None => Backoff::CLUSTER.delay(teller.failures),
-        };
-        teller.not_before = Instant::now() + Duration::from_millis(jittered(pause, random()));
+        let backoff = if sentence.is_some() { Backoff::CLUSTER_REFUSAL } else { Backoff::CLUSTER };
+        let pause = Duration::from_millis(jittered(backoff.delay(teller.failures), random()));
+        teller.not_before = Instant::now() + pause;
         match (sentence, told) {
             (Some(sentence), _) => {
                 if teller.said.as_ref() != Some(&sentence) {

@@ -43,7 +43,7 @@ async fn shows(world: &World, kind: &str, expected: &str) -> Value {
 }
 
 /// Waits until the MachineConfigNode says that the node runs the image of `version`, as MCC counts it.
-async fn shows_done(world: &World, version: &str) -> Value {
+pub(super) async fn shows_done(world: &World, version: &str) -> Value {
     let config = format!("rendered-worker-{version}");
     let counted = || {
         world.store().mcn(NODE).is_some_and(|mcn| {
