@@ -132,10 +132,10 @@ impl Agent {
             Ok(node) => {
                 self.cluster.failures = 0;
                 log::patched(patch);
-                if patch.get(VERIFIED).is_some_and(Option::is_some) {
-                    if let Some(message) = self.proof().map(VerifiedImage::sentence) {
-                        self.tell(&News { word: "Verified", warns: false, message });
-                    }
+                if patch.get(VERIFIED).is_some_and(Option::is_some)
+                    && let Some(message) = self.proof().map(VerifiedImage::sentence)
+                {
+                    self.tell(&News { word: "Verified", warns: false, message });
                 }
                 self.take_node(Ok(node));
             }
