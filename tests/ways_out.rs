@@ -6,6 +6,8 @@ use std::sync::LazyLock;
 
 use clap::CommandFactory as _;
 use rebase_agent::cli::Cli;
+use rebase_agent::cluster::ClusterError;
+use rebase_agent::cluster::mcn::obstacle;
 use rebase_agent::model::annotations::{ATTEMPT, HOLD, MCO, PREFETCH, RETRY, UNTRUSTED};
 
 /// Commands that solve or explain a problem, as their tools accept them. A word in capitals stands for one argument.
@@ -20,11 +22,10 @@ const COMMANDS: &[&str] = &[
     "journalctl -u UNIT",
     "lslocks",
     "oc adm node-logs NODE -u UNIT",
-    "oc apply -k",
-    "oc apply -k systemd/cluster",
+    "oc apply -k PATH",
     "oc describe node NODE",
     "oc edit RESOURCE",
-    "oc get crd machineconfignodes.machineconfiguration.openshift.io",
+    "oc get crd NAME",
     "oc get csr",
     "oc get machineconfignode NODE -w -o wide",
     "oc get machineconfignodes",
@@ -198,6 +199,14 @@ fn existing_commands_are_accepted_as_a_way_out() {
         "see `rebase-agent explain --json`",
     ] {
         assert_eq!(names_a_way_out(message), Ok(()), "{message}");
+    }
+}
+
+#[test]
+fn obstacles_of_the_machineconfignode_name_a_way_out() {
+    let errors = [ClusterError::Forbidden, ClusterError::NotFound, ClusterError::Refused];
+    for error in errors.map(|error| error("the server's text".to_owned())) {
+        assert_eq!(names_a_way_out(&obstacle(&error).unwrap()), Ok(()), "{error}");
     }
 }
 

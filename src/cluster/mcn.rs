@@ -378,8 +378,8 @@ impl Api {
 pub fn obstacle(error: &ClusterError) -> Option<String> {
     match error {
         ClusterError::Forbidden(_) => Some(format!(
-            "the MachineConfigNode is not written: {error}. `oc apply -k` of the manifests in systemd/cluster grants this; \
-             the node is updated without it"
+            "the MachineConfigNode is not written: {error}. `oc apply -k systemd/cluster` in the agent's checkout grants \
+             this with rbac.yaml; the node is updated without it"
         )),
         ClusterError::NotFound(_) => Some(
             "the cluster has no MachineConfigNode for this node, so only the annotations show its update; the \
