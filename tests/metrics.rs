@@ -144,6 +144,9 @@ async fn metrics_tell_the_node_and_never_guess() {
     let out = updated["rebase_agent_last_update_out_of_service_seconds"];
     assert!(out > 0.0 && out < support::world::DEADLINE.as_secs_f64(), "{out} s out of service");
     is(&updated, "rebase_agent_desired_image_booted", 1.0);
+    is(&updated, "rebase_agent_desired_image_verified", 1.0);
+    let vouched = updated.keys().find(|key| key.starts_with("rebase_agent_verified_timestamp_seconds{")).unwrap();
+    assert!(vouched.contains(&image.digest) && vouched.contains("key=\"key sha256:"), "{vouched}");
 
     // Without the Node there is no state, and the error says why.
     world.store().delete_node(NODE);

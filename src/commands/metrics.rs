@@ -11,7 +11,8 @@ use super::foreign;
 use crate::decide::Rule;
 use crate::host::HostError;
 use crate::model::{
-    Deployment, Fault, HostFacts, NodeFacts, NodeState, Reading, Reason, Severity, is_image, is_named, printable,
+    Deployment, Fault, HostFacts, NodeFacts, NodeState, PinnedImage, Reading, Reason, Severity, is_image, is_named,
+    printable,
 };
 use crate::observe::{self, Neighbours};
 
@@ -184,6 +185,16 @@ impl Seen {
         );
         let refused = truth(node.untrusted.is_some());
         text.number("booted_image_refused", "Whether the policy refuses the image that runs.", Some(refused));
+        let vouched = |image: &PinnedImage| node.verified.as_ref().is_some_and(|by| by.image == image.to_string());
+        let verified = node.desired().map(|desired| truth(vouched(desired)));
+        text.number("desired_image_verified", "Whether the agent has verified the desired image.", verified);
+        if let Some(by) = &node.verified
+            && let Some(time) = crate::time::unix(&by.time)
+        {
+            let labels = vec![("image", by.image.as_str()), ("rule", by.rule.as_str()), ("key", by.key.as_str())];
+            let help = "When an image was verified, and who vouched for it.";
+            text.family("verified_timestamp_seconds", help, &[(labels, seconds(time))]);
+        }
 
         let Some(update) = &node.last_update else { return };
         let Some(out_of_service) = update.out_of_service else { return };
@@ -236,7 +247,9 @@ mod tests {
     fn seen() -> Seen {
         let update = json!({"image": IMAGE, "took": {"verify": 312, "stage": 14_000, "unknown": 1}, "drained": 5_000,
             "outOfService": 90_500});
-        let node = json!({"state": "Working", "desired_image": IMAGE, "hold": "why", "last_update": update});
+        let verified =
+            json!({"image": IMAGE, "rule": "docker \"q.io\"", "key": "key sha256:1", "time": "1970-01-01T00:00:07Z"});
+        let node = json!({"state": "Working", "desired_image": IMAGE, "hold": "why", "last_update": update, "verified": verified});
         let host = json!({"deployments": [
             {"id": "b", "booted": true, "reference": "q.io/o/i:1", "version": "a\"\\\n{b} c"},
             {"id": "s", "staged": true, "reference": IMAGE},
@@ -265,6 +278,10 @@ mod tests {
             "rebase_agent_boot_attempts 0",
             "rebase_agent_desired_image_booted 0",
             "rebase_agent_desired_image_staged 1",
+            "rebase_agent_desired_image_verified 1",
+            &format!(
+                "rebase_agent_verified_timestamp_seconds{{image=\"{IMAGE}\",rule=\"docker \\\"q.io\\\"\",key=\"key sha256:1\"}} 7"
+            ),
             "rebase_agent_last_update_rule_seconds{rule=\"verify\"} 0.312",
             "rebase_agent_last_update_rule_seconds{rule=\"stage\"} 14",
             "rebase_agent_last_update_out_of_service_seconds 90.5",
