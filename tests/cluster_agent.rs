@@ -35,10 +35,7 @@ async fn settled(options: WorldOptions) -> World {
     let world = World::new(options).await.unwrap();
     world.target("1", &world.installed);
     world.machine.power_on().await.unwrap();
-    world.wait_done(&world.installed).await.unwrap();
-    // The last write of an installation: the image is verified in the background.
-    let vouched = |node: &Value| !node["metadata"]["annotations"][VERIFIED].is_null();
-    world.wait("the annotation about its verification", vouched).await.unwrap();
+    world.wait_installed().await.unwrap();
     world
 }
 

@@ -40,7 +40,7 @@ impl Stage {
         let world = World::new(options).await.unwrap();
         world.target("1", &world.installed);
         world.machine.power_on().await.unwrap();
-        world.wait_done(&world.installed).await.unwrap();
+        world.wait_installed().await.unwrap();
         let seen = Arc::<Mutex<Vec<Event>>>::default();
         let to = seen.clone();
         world.events.listen(move |event| to.lock().unwrap().push(event.clone()));

@@ -92,7 +92,7 @@ async fn settled(env: &[(&str, &str)]) -> World {
     let world = World::new(options).await.unwrap();
     world.target("1", &world.installed);
     world.machine.power_on().await.unwrap();
-    world.wait_done(&world.installed).await.unwrap();
+    world.wait_installed().await.unwrap();
     world
 }
 

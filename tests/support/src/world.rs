@@ -203,6 +203,14 @@ impl World {
         self.wait(&format!("Done on {}", image.digest), done).await.map(|_| ())
     }
 
+    /// Waits until the node reports Done on the installed image, and who vouched for it: the agent's last write before it
+    /// rests.
+    pub async fn wait_installed(&self) -> anyhow::Result<()> {
+        self.wait_done(&self.installed).await?;
+        let vouched = |node: &Value| !node["metadata"]["annotations"]["rebase-agent.openshift.io/verified"].is_null();
+        self.wait("the annotation about the verification", vouched).await.map(|_| ())
+    }
+
     /// Waits until the reason starts with this word.
     pub async fn wait_reason(&self, word: &str) -> anyhow::Result<String> {
         let starts = |node: &Value| mcc::annotation(node, "reason").is_some_and(|reason| reason.starts_with(word));
