@@ -254,7 +254,7 @@ impl<'a> Rules<'a> {
             Some(failure) => {
                 let mut decision = by_hand(&printable(&failure.fault.message, 600));
                 // A node that is Done stays Done when a person stages another image on it.
-                if self.is_coherently_done() {
+                if self.node.is_done() {
                     decision = self.report_trust(decision, failure);
                 } else {
                     let state = self.failed(Rule::NotDesired, failure).state;

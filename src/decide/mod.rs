@@ -325,15 +325,8 @@ impl<'a> Rules<'a> {
             self.node.attempt.as_ref().is_some_and(|attempt| {
                 attempt.image == *wanted.image && attempt.deployment.as_ref() == Some(&booted.id)
             });
-        let believed = wanted.facts.is_none() && (tried || self.is_coherently_done());
+        let believed = wanted.facts.is_none() && (tried || self.node.is_done());
         self.is_wanted(booted, wanted) || believed && is_named(booted, wanted.image)
-    }
-
-    /// Whether the Node reports Done for the desired image and config.
-    fn is_coherently_done(&self) -> bool {
-        self.node.state.as_deref() == Some(NodeState::Done.as_str())
-            && self.node.current_config == self.node.desired_config
-            && self.node.is_current_image_desired()
     }
 
     /// The staged deployment, if it is the desired image as it was verified and the host tool can boot it.

@@ -74,7 +74,7 @@ impl Rules<'_> {
 
     /// Whether the node may work on `image` although it is not desired.
     pub(super) fn prefetches(&self, image: &PinnedImage) -> bool {
-        self.observed.hint() == Some(image) && self.is_coherently_done()
+        self.observed.hint() == Some(image) && self.node.is_done()
     }
 
     /// Whether this process has fetched `image` and may still count on it.

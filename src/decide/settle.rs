@@ -11,7 +11,7 @@ use crate::model::{Action, Annotate, Backend, Deployment, Fault, NodeState, Reas
 
 impl Rules<'_> {
     pub(super) fn arrived(&self, wanted: &Wanted<'_>, booted: &Deployment) -> Decision {
-        if self.is_coherently_done() {
+        if self.node.is_done() {
             return self.prefetch(self.done(wanted, booted), wanted);
         }
         if let Some(decision) = self.config_ahead(Rule::ConfigAhead, wanted, booted.rendered_config.as_deref()) {

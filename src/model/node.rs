@@ -138,6 +138,15 @@ impl NodeFacts {
         self.current_image.as_deref() == self.desired_image.as_ref().map(Pullspec::as_str)
     }
 
+    /// Whether the Node reports Done for the desired image and config.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.state.as_deref() == Some(NodeState::Done.as_str())
+            && self.current_config.is_some()
+            && self.current_config == self.desired_config
+            && self.is_current_image_desired()
+    }
+
     /// The desired image, if its pullspec is valid.
     #[must_use]
     pub fn desired(&self) -> Option<&PinnedImage> {
