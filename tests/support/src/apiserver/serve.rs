@@ -35,6 +35,8 @@ use crate::events::Events;
 use crate::pki::Pki;
 
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
+/// The path of a MachineOSConfig, before its name.
+const POOLS: &str = "/apis/machineconfiguration.openshift.io/v1/machineosconfigs/";
 /// Time before its end at which a watch gets its last bookmark.
 const LAST_BOOKMARK: Duration = Duration::from_secs(2);
 
@@ -545,6 +547,7 @@ async fn answer(
         body: String::new(),
         status: 0,
         bytes: 0,
+        at: Instant::now(),
     };
     let recorder = {
         let mut state = store.state();
@@ -625,6 +628,9 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
     match call.path.as_str() {
         "/healthz" | "/livez" | "/readyz" => return Ok(Answer::Text("ok")),
         "/version" => return Ok(Answer::Json(json!({"major": "1", "minor": "36", "gitVersion": "v1.36.0"}))),
+        path if let Some(pool) = path.strip_prefix(POOLS).filter(|_| call.method == Method::GET) => {
+            return machine_os_config(store, user, pool).map(Answer::Json);
+        }
         _ => {}
     }
     if let Some(path) = call.path.strip_prefix(&format!("/apis/{}/machineconfignodes/", mcn::API)) {
@@ -735,6 +741,29 @@ fn machine_config_node(store: &Store, user: &User, call: &Call, path: &str, body
     let invalid = |error| ApiError::new(400, None, format!("error decoding YAML: {error}"));
     let object: Value = serde_json::from_slice(body).map_err(invalid)?;
     store.apply_mcn(manager, name, &object, call.flag("force")).map(Answer::Json)
+}
+
+/// The MachineOSConfig of a pool after a finished build, for nodes with the right to read it.
+fn machine_os_config(store: &Store, user: &User, pool: &str) -> Result<Value, ApiError> {
+    let state = store.state();
+    if user.node().is_none() || state.pools.is_empty() {
+        let why = format!("User \"{}\" cannot get resource \"machineosconfigs\" at the cluster scope", user.name);
+        return Err(ApiError::new(403, None, format!("forbidden: {why}")));
+    }
+    let image = state.pools.get(pool);
+    let image = image.ok_or_else(|| ApiError::new(404, None, format!("machineosconfigs \"{pool}\" not found")))?;
+    Ok(json!({
+        "apiVersion": "machineconfiguration.openshift.io/v1", "kind": "MachineOSConfig",
+        "metadata": {"name": pool, "resourceVersion": state.version.to_string()},
+        "spec": {
+            "machineConfigPool": {"name": pool},
+            "imageBuilder": {"imageBuilderType": "Job"},
+            "renderedImagePushSecret": {"name": "push"},
+            "renderedImagePushSpec": "registry.example.com/os:latest",
+            "containerFile": [{"containerfileArch": "NoArch", "content": "FROM configs AS final\nRUN dnf install -y tcpdump"}],
+        },
+        "status": {"observedGeneration": 1, "currentImagePullSpec": image, "machineOSBuild": {"name": format!("{pool}-1")}},
+    }))
 }
 
 fn readable(user: &User, verb: &str, name: Option<&str>) -> Result<(), ApiError> {

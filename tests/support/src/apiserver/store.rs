@@ -88,6 +88,8 @@ pub struct RequestRecord {
     pub status: u16,
     /// Bytes of the body sent to the connection so far; grows during a watch.
     pub bytes: u64,
+    /// When it arrived.
+    pub at: Instant,
 }
 
 impl RequestRecord {
@@ -126,6 +128,8 @@ pub(super) struct State {
     pub clock: i64,
     pub requests: Vec<RequestRecord>,
     pub tokens: BTreeMap<String, (String, Vec<String>)>,
+    /// The image of each pool that has a MachineOSConfig.
+    pub pools: BTreeMap<String, String>,
     capacity: usize,
     window: Duration,
     pub nodes: BTreeMap<String, Value>,
@@ -173,6 +177,7 @@ impl Store {
             clock: 0,
             requests: Vec::new(),
             tokens: BTreeMap::new(),
+            pools: BTreeMap::new(),
             capacity: 1000,
             window: Duration::from_secs(300),
             nodes: BTreeMap::new(),
@@ -540,6 +545,11 @@ impl Store {
     pub fn accept_token(&self, token: &str, user: &str, groups: &[&str]) {
         let groups = groups.iter().map(|group| (*group).to_owned()).collect();
         self.state().tokens.insert(token.to_owned(), (user.to_owned(), groups));
+    }
+
+    /// Gives a pool a MachineOSConfig whose newest image is `image`. Before the first one, nodes have no right to read any.
+    pub fn set_pool_image(&self, pool: &str, image: &str) {
+        self.state().pools.insert(pool.to_owned(), image.to_owned());
     }
 
     /// Forgets all bearer tokens.
