@@ -5,9 +5,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Agent, Event};
-use crate::backoff::{full_jitter, jittered, random};
+use crate::backoff::random;
 use crate::cluster::ClusterError;
-use crate::cluster::pool::pool_of;
+use crate::cluster::pool::{first_read, next_read, pool_of};
 use crate::decide::Decision;
 use crate::journal::id;
 use crate::model::Pullspec;
@@ -24,15 +24,9 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// The first read comes at a random time, so that nodes that start together do not read together.
     pub(super) fn new(now: Instant, poll: Duration) -> Self {
-        Self { due: now + scaled(poll, full_jitter), asking: false, told: false }
+        Self { due: now + first_read(poll, random()), asking: false, told: false }
     }
-}
-
-/// `jitter` of `poll` in milliseconds.
-fn scaled(poll: Duration, jitter: fn(u64, u64) -> u64) -> Duration {
-    Duration::from_millis(jitter(u64::try_from(poll.as_millis()).unwrap_or(u64::MAX), random()))
 }
 
 impl Agent {
@@ -44,7 +38,7 @@ impl Agent {
         let now = Instant::now();
         if !self.pool.asking && now >= self.pool.due.max(self.cluster.not_before) {
             self.pool.asking = true;
-            self.pool.due = now + scaled(self.settings.poll, jittered);
+            self.pool.due = now + next_read(self.settings.poll, random());
             let (api, events) = (self.neighbours.api.clone(), self.events.clone());
             tokio::spawn(async move {
                 let _ = events.send(Event::Pool(api.pool_image(&pool).await)).await;

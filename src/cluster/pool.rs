@@ -1,9 +1,12 @@
 //! The pool's newest image, from its MachineOSConfig: MCC gives it to the pool's nodes one after the other.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde::Deserialize;
 
 use super::{Api, ClusterError, FULL};
+use crate::backoff::{full_jitter, jittered};
 use crate::model::{Pullspec, printable};
 
 /// Length of the hash at the end of a rendered config's name.
@@ -18,6 +21,23 @@ pub fn pool_of(config: &str) -> Option<&str> {
     let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
     let named = !pool.is_empty() && pool.chars().all(is_name) && !pool.starts_with(['-', '.']);
     (named && hash.len() == HASH && hash.chars().all(|c| c.is_ascii_hexdigit())).then_some(pool)
+}
+
+/// How long after its start an agent first reads the pool's image: a random time of up to `poll`, so that nodes that start
+/// together do not read together. `random` is uniform over all of `u64`. Pure.
+#[must_use]
+pub fn first_read(poll: Duration, random: u64) -> Duration {
+    scaled(poll, random, full_jitter)
+}
+
+/// How long after one read of the pool's image the next one follows. Pure.
+#[must_use]
+pub fn next_read(poll: Duration, random: u64) -> Duration {
+    scaled(poll, random, jittered)
+}
+
+fn scaled(time: Duration, random: u64, jitter: fn(u64, u64) -> u64) -> Duration {
+    Duration::from_millis(jitter(u64::try_from(time.as_millis()).unwrap_or(u64::MAX), random))
 }
 
 impl Api {
