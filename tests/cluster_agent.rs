@@ -312,7 +312,10 @@ async fn node_of_a_paused_pool_is_left_alone() {
 
 #[tokio::test]
 async fn restored_database_is_followed() {
-    let world = settled(options()).await;
+    let mut options = options();
+    // An idle node comes back within this time.
+    options.env.push(("REBASE_AGENT_POLL".to_owned(), "5".to_owned()));
+    let world = settled(options).await;
     let backup = world.store().backup();
     for _ in 0..500 {
         world.store().heartbeat(NODE);

@@ -16,6 +16,10 @@ use crate::model::printable;
 /// Largest line of a watch, in bytes: 256 KiB of annotations and the fields that the API server adds.
 const MAX_LINE: usize = 2 << 20;
 
+/// Longest pause of an idle node after its watch broke off or a read failed. A restarted API server ends the watches of all
+/// nodes at once, and their requests come back over this time. A node at work returns at once.
+const RETURN: Duration = Duration::from_secs(90);
+
 /// A state of our Node, or the error of reading it.
 pub type Told = Result<NodeObject, ClusterError>;
 
@@ -26,17 +30,18 @@ pub type Told = Result<NodeObject, ClusterError>;
 pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender<Told>) {
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let spread = |duration: Duration| Duration::from_millis(jittered(milliseconds(duration), random()));
-    let mut early: u32 = 0;
+    let (mut early, mut idle): (u32, bool) = (0, false);
     sleep(Duration::from_millis(full_jitter(milliseconds(api.timing.first), random()))).await;
     loop {
         let length = spread(poll);
         let began = Instant::now();
         let (read, ended) = match api.metadata().await {
             Ok((node, since)) => {
+                idle = node.facts.is_done();
                 if told.send(Ok(node)).await.is_err() {
                     return;
                 }
-                (true, api.watch(&since, length, &told).await)
+                (true, api.watch(&since, length, &told, &mut idle).await)
             }
             Err(error) => (false, Err(error)),
         };
@@ -44,11 +49,13 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
         early = if left < length / 2 { 0 } else { early.saturating_add(1) };
         let backoff = Backoff::CLUSTER.delay(early.max(1));
         let pause = match &ended {
-            // A restarting server ends every watch, and without a pause all nodes would ask again at once. A server that
-            // ends each watch at its beginning would be asked without end.
-            Ok(()) => Duration::from_millis(full_jitter(backoff, random())),
             // The Node may be read but not watched, so wait for the next read.
             Err(ClusterError::Forbidden(_)) if read => left,
+            Ok(()) | Err(ClusterError::Connection(_) | ClusterError::Busy { .. }) if idle => {
+                Duration::from_millis(full_jitter(milliseconds(RETURN.min(length)), random()))
+            }
+            // A server that ends each watch at its beginning would be asked without end.
+            Ok(()) => Duration::from_millis(full_jitter(backoff, random())),
             Err(_) => Duration::from_millis(jittered(backoff, random())),
         };
         let pause = if read { pause.min(left) } else { pause };
@@ -67,8 +74,15 @@ pub async fn follow(api: std::sync::Arc<Api>, poll: Duration, told: mpsc::Sender
 }
 
 impl Api {
-    /// Watches our Node from version `since` until the server ends the watch after `length`. Sends every state to `told`.
-    async fn watch(&self, since: &str, length: Duration, told: &mpsc::Sender<Told>) -> Result<(), ClusterError> {
+    /// Watches our Node from version `since` until the server ends the watch after `length`. Sends every state to `told`, and
+    /// keeps in `idle` whether the last one is Done.
+    async fn watch(
+        &self,
+        since: &str,
+        length: Duration,
+        told: &mpsc::Sender<Told>,
+        idle: &mut bool,
+    ) -> Result<(), ClusterError> {
         let session = self.session()?;
         let url = format!(
             "{}&watch=1&allowWatchBookmarks=true&resourceVersion={since}&timeoutSeconds={}",
@@ -89,6 +103,7 @@ impl Api {
             for line in lines.push(&chunk)? {
                 if let Some(object) = event(&line, &session.access.node)? {
                     let node = self.own(object, None, &session.access.node)?;
+                    *idle = node.facts.is_done();
                     if told.send(Ok(node)).await.is_err() {
                         return Ok(());
                     }

@@ -148,6 +148,42 @@ async fn server_restarted_without_history_is_watched_at_once() {
 }
 
 /// With etcd 3.4 the only bookmark comes about 2 s before the end.
+/// A restarted API server ends the watches of all nodes at once.
+#[tokio::test(start_paused = true)]
+async fn idle_node_comes_back_at_a_random_time_and_a_busy_one_at_once() {
+    let stage = Stage::new();
+    for key in ["currentConfig", "desiredConfig"] {
+        stage.annotate(key, "rendered-worker-1");
+    }
+    let until = async |more: &dyn Fn() -> bool| {
+        while !more() {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    };
+    for clean in [true, false] {
+        for (state, shortest, longest) in [("Working", 0, 2), ("Done", 30, 92)] {
+            stage.annotate("state", state);
+            let mut pause = Duration::ZERO;
+            for _ in 0..12 {
+                let watches = stage.count(true);
+                let _following = stage.follow(Duration::from_secs(300));
+                until(&|| stage.count(true) > watches).await;
+                let (reads, began) = (stage.count(false), tokio::time::Instant::now());
+                if clean {
+                    stage.store.end_watches();
+                } else {
+                    stage.server.stop().await;
+                    stage.server.restart().await;
+                }
+                until(&|| stage.count(false) > reads).await;
+                pause = pause.max(began.elapsed());
+            }
+            let seconds = pause.as_secs();
+            assert!((shortest..=longest).contains(&seconds), "{state}, clean end {clean}: {pause:?}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn silence_within_a_watchs_timeout_is_no_fault() {
     let stage = Stage::new();
