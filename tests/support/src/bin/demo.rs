@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
@@ -16,7 +16,7 @@ use support::machine::HostTools;
 use support::mcc::{MANAGER, PREFIX, annotation};
 use support::world::{NODE, World, WorldOptions};
 
-/// Shows one node from its first boot through refusal, update, hold and return.
+/// Shows one node from its first boot through refusal, update, hold, prefetch and return.
 #[derive(Debug, Parser)]
 struct Options {
     /// The agent's program.
@@ -66,6 +66,9 @@ const POINTS: [Point; 12] = [
 
 /// Points that only rpm-ostree has: bootc cannot lock a stage.
 const OF_THE_LOCK: RangeInclusive<u64> = 8..=9;
+
+/// Longest time from a node's turn until its prefetched image is staged.
+const IN_SECONDS: Duration = Duration::from_secs(5);
 
 /// Points before this one belong to the refusal; the others to the first update.
 const FIRST_OF_UPDATE: u64 = 2;
@@ -121,9 +124,11 @@ impl Teller {
 
 async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     let mut world_options = WorldOptions::new(&options.agent);
-    world_options.machine = |machine| machine.restart_delay = std::time::Duration::from_millis(300);
+    world_options.machine = |machine| machine.restart_delay = Duration::from_millis(300);
     world_options.host_tools = if options.backend == "bootc" { HostTools::Bootc } else { HostTools::RpmOstree };
-    let world = World::new(world_options).await.context("the stage cannot be set")?;
+    let spread = ("REBASE_AGENT_PREFETCH_SPREAD".to_owned(), "0".to_owned());
+    world_options.env.push(spread);
+    let mut world = World::new(world_options).await.context("the stage cannot be set")?;
     let teller = Arc::new(Teller { began });
     listen(&world, &teller, options.verbose);
     let armed = arm(&world, &teller, options.kill_at);
@@ -166,7 +171,7 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
         ensure!(!armed.load(Ordering::SeqCst), "point {point} never came, so nothing was killed");
     }
 
-    teller.chapter("an operator holds the node; the pool gets image 4: staged, and no further");
+    teller.chapter("an operator holds the node; the pool gets image 4: pulled, and no further");
     let hold = "rebase-agent.openshift.io/hold";
     world.store().annotate("kubectl-annotate", NODE, hold, Some("database failover in progress"))?;
     let four = world.signed("4").await?;
@@ -178,17 +183,43 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     ensure!(status.contains("database failover in progress"), "`status` does not show the hold");
     ensure!(status.contains(&format!("Backend   {}: ", options.backend)), "`status` does not show the backend");
     ensure!(world.drains.drains() == 1 && world.machine.boot_id() == boot, "the held node was drained or rebooted");
+    ensure!(world.machine.deployments().iter().all(|d| !d.staged), "an image is staged on a held node");
 
     teller.chapter("the operator releases it");
     world.store().annotate("kubectl-annotate", NODE, hold, None)?;
     world.wait_done(&four).await?;
     arrived(&world, &four, &boot, 2)?;
 
+    teller.chapter("image 5 is built while other nodes have their turn: pulled ahead, nothing staged");
+    let five = world.signed("5").await?;
+    let before = fingerprint(&world);
+    let mut queue = world.events.subscribe();
+    let prefetch = "rebase-agent.openshift.io/prefetch";
+    world.store().annotate("kubectl-annotate", NODE, prefetch, Some(five.pullspec().as_str()))?;
+    let pulled =
+        |event: &Event| matches!(event, Event::AgentLine(line) if line.contains("nothing is staged")).then_some(());
+    World::wait_event(&mut queue, "the prefetch", pulled).await?;
+    ensure!(fingerprint(&world) == before, "the prefetch changed the deployments");
+    ensure!(world.annotation("state").as_deref() == Some("Done"), "the prefetch changed the state");
+
+    teller.chapter("it is the node's turn, and the registry is down");
+    world.registry.stop();
+    let (boot, turn) = (world.machine.boot_id(), Instant::now());
+    world.target("5", &five);
+    let staged = |event: &Event| matches!(event, Event::Staged { .. }).then_some(());
+    World::wait_event(&mut queue, "the staging", staged).await?;
+    let took = turn.elapsed();
+    ensure!(took < IN_SECONDS, "staging a prefetched image took {took:?}");
+    world.wait_done(&five).await?;
+    arrived(&world, &five, &boot, 3)?;
+    teller.line("demo", &format!("image 5 was staged {} ms after its turn came", took.as_millis()));
+    world.registry.restart().await?;
+
     teller.chapter("the pool goes back to image 3");
     let boot = world.machine.boot_id();
     world.target("3", &three);
     world.wait_done(&three).await?;
-    arrived(&world, &three, &boot, 3)?;
+    arrived(&world, &three, &boot, 4)?;
     let (code, status, errors) = world.command(&["status"]).await?;
     println!("\n$ rebase-agent status\n{status}{errors}");
     ensure!(code == 0, "`status` of a node that is Done exits with {code}");
