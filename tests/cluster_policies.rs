@@ -159,7 +159,7 @@ async fn applied_manifests_let_only_the_right_writers_pass() {
         );
     };
     let (directory, pki) = (tempfile::tempdir().unwrap(), Pki::new());
-    let options = Options { programs: programs.clone(), gated: false, api_arguments: Vec::new() };
+    let options = Options { programs: programs.clone(), gated: false };
     let plane = ControlPlane::start(directory.path(), &pki, options).await.unwrap();
     let cluster = Cluster { plane, pki };
     cluster.furnish().await;

@@ -47,8 +47,6 @@ pub struct Options {
     pub programs: PathBuf,
     /// MachineConfigNodes as with the feature gate ImageModeStatusReporting.
     pub gated: bool,
-    /// More arguments for kube-apiserver.
-    pub api_arguments: Vec<String>,
 }
 
 /// The processes of a control plane, until this is dropped. Their logs and data are in the directory.
@@ -174,7 +172,6 @@ impl ControlPlane {
                     format!("--audit-policy-file={}", file("audit-policy.yaml")),
                     format!("--audit-log-path={}", file("audit.log")),
                 ]);
-                command.args(&self.options.api_arguments);
             }
             Program::Mco => {
                 command.arg(format!("--kubeconfig={}", file("kubeconfig")));

@@ -430,11 +430,13 @@ async fn events(replay: &mut Replay) -> anyhow::Result<()> {
 /// Replays the log against both, and compares.
 pub(super) async fn scenario(stage: &Stage) -> anyhow::Result<Outcome> {
     let pki = Pki::new();
-    let double = replay(&pki, Side::Double(ApiServer::start(&pki, Events::new())?)).await.context("the double")?;
-    let options = Options { programs: stage.programs.clone(), gated: true, api_arguments: Vec::new() };
+    let options = Options { programs: stage.programs.clone(), gated: true };
     let plane = ControlPlane::start(&stage.directory.join("plane"), &pki, options).await?;
     plane.grant().await?;
-    let real = replay(&pki, Side::Real(Box::new(plane))).await.context("the real server")?;
+    let double = replay(&pki, Side::Double(ApiServer::start(&pki, Events::new())?));
+    let real = replay(&pki, Side::Real(Box::new(plane)));
+    let (double, real) = tokio::join!(double, real);
+    let (double, real) = (double.context("the double")?, real.context("the real server")?);
     let mut differences = String::new();
     for ((name, double), (_, real)) in double.iter().zip(&real) {
         if double != real {
