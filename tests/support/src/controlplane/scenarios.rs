@@ -20,7 +20,7 @@ use crate::mcc::annotation;
 use crate::world::World;
 
 /// Longest scenario; one that hangs fails after this.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(900);
 /// The documented way to have a refusal checked again at once.
 const RETRY: &str = "rebase-agent.openshift.io/retry";
 
@@ -79,6 +79,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// Whether it belongs to the short set.
     pub short: bool,
+    /// Whether it only waits, so that others may run beside it.
+    pub patient: bool,
     run: fn(&Stage) -> Running<'_>,
 }
 
@@ -93,14 +95,20 @@ impl Scenario {
 }
 
 macro_rules! scenarios {
-    ($($name:literal $(($short:ident))? => $run:path),* $(,)?) => {
+    ($($name:literal $(($kind:ident))? => $run:path),* $(,)?) => {
         /// All scenarios, in the order of the table.
         pub const SCENARIOS: &[Scenario] = &[$(
-            Scenario { name: $name, short: scenarios!(@ $($short)?), run: |stage| Box::pin($run(stage)) },
+            Scenario {
+                name: $name,
+                short: scenarios!(@ short $($kind)?),
+                patient: scenarios!(@ patient $($kind)?),
+                run: |stage| Box::pin($run(stage)),
+            },
         )*];
     };
-    (@ short) => { true };
-    (@) => { false };
+    (@ short short) => { true };
+    (@ patient patient) => { true };
+    (@ $($other:tt)*) => { false };
 }
 
 scenarios! {
@@ -126,7 +134,7 @@ scenarios! {
     "single-replica" => single_replica,
     "mcc-away" => mcc_away,
     "image-mode-status" => image_mode_status,
-    "idle" => idle,
+    "idle" (patient) => idle,
 }
 
 /// Right after its start, kube-apiserver forbids what it has not read the roles for yet.
@@ -630,20 +638,22 @@ fn counted<'a>(mcn: &'a Value, config: &str, image: &str) -> Option<&'a str> {
     (kind == "NodeDegraded" || ours).then_some(kind)
 }
 
-/// How long the idle agents are watched.
-const IDLE: Duration = Duration::from_secs(330);
+/// How long the idle agents are watched: more than two of their polls.
+const IDLE: Duration = Duration::from_secs(660);
 
 async fn idle(stage: &Stage) -> anyhow::Result<Outcome> {
     let site = stage.settled(|options| options.nodes = 3).await?;
     let before = site.plane.audit()?.of_agents(None).count();
-    // The kubelets report every five minutes: once in this time.
-    sleep(IDLE / 2).await;
-    for worker in &site.workers {
-        let condition = json!({"type": "DiskPressure", "status": "False", "message": "no pressure"});
-        let path = format!("/api/v1/nodes/{}/status", worker.name);
-        site.plane.admin().strategic(&path, &json!({"status": {"conditions": [condition]}})).await?;
+    // The kubelets report every five minutes: twice in this time.
+    for report in 0..2 {
+        sleep(IDLE / 3).await;
+        for worker in &site.workers {
+            let condition = json!({"type": "DiskPressure", "status": "False", "message": format!("report {report}")});
+            let path = format!("/api/v1/nodes/{}/status", worker.name);
+            site.plane.admin().strategic(&path, &json!({"status": {"conditions": [condition]}})).await?;
+        }
     }
-    sleep(IDLE / 2).await;
+    sleep(IDLE / 3).await;
     let audit = site.plane.audit()?;
     let requests: Vec<_> = audit.of_agents(None).skip(before).collect();
     ensure!(requests.iter().all(|request| !request.is_write()), "an idle agent wrote");

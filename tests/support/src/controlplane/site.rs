@@ -303,8 +303,17 @@ impl Site {
         ensure!(!has_condition(&now, "Degraded", "True"), "the builder builds nothing for a pool that is Degraded");
         let paused = now["spec"]["paused"] == true;
         let first = paused && admin.get(&format!("{MCO}/machineosconfigs/{pool}")).await?.ok()?["status"].is_null();
-        // These controllers read pool, config and build one after the other, and could mix two targets.
-        admin.merge(&path, &json!({"spec": {"paused": true, "configuration": {"name": config}}})).await?;
+        // These controllers read the pool from their cache and config and build from the server, and could mix two targets.
+        let paused_pool =
+            admin.merge(&path, &json!({"spec": {"paused": true, "configuration": {"name": config}}})).await?;
+        if !first {
+            let generation = paused_pool["metadata"]["generation"].as_u64();
+            let synced = async || {
+                let observed = self.pool().await?["status"]["observedGeneration"].as_u64();
+                Ok((observed >= generation).then_some(()))
+            };
+            until("MCC's sync of the paused pool", DEADLINE, synced).await?;
+        }
         self.delete_builds(|build| build["spec"]["machineConfig"]["name"] == config).await?;
         self.builds.set(self.builds.get() + 1);
         let name = format!("{pool}-{}", self.builds.get());
