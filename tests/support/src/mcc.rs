@@ -126,7 +126,7 @@ pub fn get_all_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailab
 pub fn get_candidates<'a>(nodes: &'a [Value], target: &Target, max_unavailable: usize) -> Vec<&'a Value> {
     let (mut candidates, capacity) = get_all_candidates(nodes, target, max_unavailable);
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    candidates.sort_by_key(|node| {
+    candidates.sort_by_cached_key(|node| {
         let metadata = &node["metadata"];
         let zone = text(&metadata["labels"]["topology.kubernetes.io/zone"]);
         (zone, text(&metadata["creationTimestamp"]), text(&metadata["name"]))

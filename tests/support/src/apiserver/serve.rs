@@ -666,8 +666,7 @@ fn handle(store: &Store, user: &User, call: &Call, body: &[u8]) -> Result<Answer
             if watches {
                 return watch(store, call, selected, shape);
             }
-            let (version, mut items) = store.list();
-            items.retain(|item| selected.is_none_or(|name| item["metadata"]["name"] == name));
+            let (version, items) = store.list(selected);
             shape.list(items, version).map(Answer::Json)
         }
         (&Method::PATCH, Some(name)) => {

@@ -250,12 +250,14 @@ impl Store {
     /// All nodes, by name.
     #[must_use]
     pub fn nodes(&self) -> Vec<Value> {
-        self.list().1
+        self.list(None).1
     }
 
-    pub(super) fn list(&self) -> (u64, Vec<Value>) {
+    /// The version, and all nodes or the one of this name.
+    pub(super) fn list(&self, name: Option<&str>) -> (u64, Vec<Value>) {
         let state = self.state();
-        (state.version, state.nodes.values().cloned().collect())
+        let selected = state.nodes.iter().filter(|(node, _)| name.is_none_or(|name| name == *node));
+        (state.version, selected.map(|(_, node)| node.clone()).collect())
     }
 
     /// One annotation of a node.
