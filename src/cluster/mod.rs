@@ -360,6 +360,10 @@ fn listed<'a>(json: &'a [u8], node: &str) -> Result<(&'a [u8], String), ClusterE
 pub mod fuzzing {
     use super::watch::{Lines, event};
     use super::{Api, ClusterError as Error, NodeObject, kubeconfig};
+    use crate::model::Pullspec;
+    pub fn newest(json: &[u8]) -> Result<Option<Pullspec>, Error> {
+        super::pool::newest(json)
+    }
     pub fn load(path: &std::path::Path, node: Option<&str>) -> Result<(String, String), Error> {
         kubeconfig::load(path, node).map(|access| (access.server, access.node))
     }
