@@ -80,9 +80,10 @@ fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instan
                 (_, Some(command)) => (command, "ignore-failure"),
                 _ => (last, ""),
             };
-            // systemd shows the arguments without their quotes.
-            let command = command.replace("%I", instance).replace('"', "");
-            actual.contains(&format!("argv[]={command} ; flags={flags} ;"))
+            // systemd shows the arguments without their quotes, but for quotes inside other quotes.
+            let unquoted = |text: &str| text.replace(['"', '\''], "");
+            let command = unquoted(&command.replace("%I", instance));
+            unquoted(actual).contains(&format!("argv[]={command} ; flags={flags} ;"))
         }
         "ListenStream" => actual == format!("{last} (Stream)"),
         "EnvironmentFile" => match last.strip_prefix('-') {
@@ -90,6 +91,8 @@ fn same(directive: &str, values: &[String], shown: &BTreeMap<&str, &str>, instan
             None => actual == format!("{last} (ignore_errors=no)"),
         },
         _ if directive.ends_with("Sec") => seconds(actual) == seconds(last),
+        // ioprio_set(2).
+        "IOSchedulingClass" => (last, actual) == ("idle", "3"),
         "SuccessExitStatus" => last.trim_start_matches("SIG") == actual,
         "SystemCallErrorNumber" => number_of(last) == number_of(actual),
         _ => match boolean(last).zip(boolean(actual)) {
