@@ -273,6 +273,17 @@ async fn foreign_reboot_during_the_drain_boots_the_old_image() {
     assert_eq!(stage.boots(), 2);
 }
 
+/// rpm-ostree before 2025.7 knows a staged image by its ostree commit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn image_is_unlocked_by_its_commit_where_the_daemon_is_older() {
+    let stage = Stage::new().await;
+    stage.world.machine.rpm_ostreed().set_version(Version::FinalizesByCommit);
+    let image = stage.target("2").await;
+    stage.done(&image).await;
+    let unlocked = |event: &Event| matches!(event, Event::Unlocked { .. });
+    assert_eq!((stage.boots(), stage.count(unlocked)), (1, 1));
+}
+
 /// rpm-ostree as old as it gets has no lock: a hold that comes after the staging drops the image.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hold_drops_an_image_that_is_staged_without_a_lock() {

@@ -2,6 +2,7 @@
 
 use rebase_agent::model::Reason;
 use support::events::Event;
+use support::rpmostreed::Version;
 
 use crate::lab::{Lab, never};
 
@@ -12,6 +13,8 @@ fn list(arguments: &[&str]) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kernel_arguments_reach_the_next_boot() {
     let lab = Lab::new().await;
+    // Without a lock, the shutdown boots it.
+    lab.machine.rpm_ostreed().set_version(Version::WithoutLock);
     lab.stage("3").await.unwrap();
     let staged = lab.read().await.staged().unwrap().clone();
     assert_eq!(staged.wanted_arguments.unwrap(), ["nosmt", "a=b"]);
@@ -33,6 +36,16 @@ async fn kernel_arguments_reach_the_next_boot() {
     let line = lab.host.read_machine().await.unwrap().command_line;
     assert!(line.contains(&"nosmt".to_owned()) && !line.contains(&"console=ttyS0".to_owned()), "{line:?}");
     assert_eq!(lab.machine.booted().unwrap().digest, lab.digest("3"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_kernel_arguments_keep_the_deployment_locked() {
+    let lab = Lab::new().await;
+    lab.stage("2").await.unwrap();
+    let (_never, mut cancel) = never();
+    lab.host.set_kernel_arguments(lab.verified("2"), &list(&["nosmt"]), &[], &mut cancel).await.unwrap();
+    let staged = lab.read().await.staged().unwrap().clone();
+    assert!(staged.locked && staged.arguments.unwrap().contains(&"nosmt".to_owned()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -80,6 +93,7 @@ async fn staged_deployment_without_options_does_not_hide_the_others() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn order_repetition_and_quotes_reach_the_next_boot() {
     let lab = Lab::new().await;
+    lab.machine.rpm_ostreed().set_version(Version::WithoutLock);
     lab.stage("2").await.unwrap();
     let (_never, mut cancel) = never();
     let mut set = async |append: &[&str], delete: &[&str]| {

@@ -28,7 +28,7 @@ const PULL_SIGNED: &str = "rebase-agent-pull-signed@";
 #[derive(Default)]
 struct Faults {
     /// Fails with exit code 1, before or after the image is staged.
-    fail_before: bool,
+    fail_before: usize,
     fail_after: bool,
     /// systemd's word for the failure.
     result: Option<String>,
@@ -37,6 +37,15 @@ struct Faults {
     hang: bool,
     mute: bool,
     answer: Option<Vec<u8>>,
+}
+
+impl Faults {
+    /// Whether this command fails.
+    fn fails(&mut self) -> bool {
+        let fails = self.fail_before > 0;
+        self.fail_before = self.fail_before.saturating_sub(1);
+        fails
+    }
 }
 
 struct Inner {
@@ -128,9 +137,9 @@ impl Bootc {
         }
     }
 
-    /// The next switch or pull ends with exit code 1 and does nothing.
+    /// The next switch or pull ends with exit code 1 and does nothing; each further call lets one more fail.
     pub fn fail_next(&self) {
-        self.inner.faults.lock().unwrap().fail_before = true;
+        self.inner.faults.lock().unwrap().fail_before += 1;
     }
 
     /// The next switch ends with exit code 1 after staging: a bound image could not be pulled.
@@ -219,11 +228,7 @@ impl Inner {
         let spec = deployments.iter().find(|d| d.staged).or(deployments.iter().find(|d| d.booted));
         let (idle, fails_before, hangs) = {
             let mut faults = self.faults.lock().unwrap();
-            (
-                std::mem::take(&mut faults.idle),
-                std::mem::take(&mut faults.fail_before),
-                std::mem::take(&mut faults.hang),
-            )
+            (std::mem::take(&mut faults.idle), faults.fails(), std::mem::take(&mut faults.hang))
         };
         if idle || spec.is_some_and(|spec| spec.reference == reference) {
             return Ok(());
@@ -257,7 +262,7 @@ impl Inner {
         let target = Reference { signed, name: image.to_owned() };
         let (fails, hangs) = {
             let mut faults = self.faults.lock().unwrap();
-            (std::mem::take(&mut faults.fail_before), std::mem::take(&mut faults.hang))
+            (faults.fails(), std::mem::take(&mut faults.hang))
         };
         let method = "pull".to_owned();
         self.events.emit(Event::TransactionRequested { method, argument: target.canonical() });
