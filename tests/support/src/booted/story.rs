@@ -126,7 +126,7 @@ impl Node<'_> {
         let two = self.outside.signed("3").await?;
         teller.step("a signed image is verified, pulled and held; SIGKILL changes nothing", self.holds(&two)).await?;
         let boot = self.boot_id().await?;
-        teller.step("released: drained, down through logind, up again", self.releases()).await?;
+        teller.step("released: drained, down through logind, up again", self.releases(false)).await?;
         teller.step("the new deployment is booted, the node uncordoned and Done", self.arrives(&two, &boot)).await?;
         teller
             .step("a missed watchdog ping: killed, restarted, in the same state", self.survives_the_watchdog(&two))
@@ -284,12 +284,13 @@ impl Node<'_> {
         Ok(())
     }
 
-    async fn releases(&mut self) -> Result<String> {
+    async fn releases(&mut self, was_blocked: bool) -> Result<String> {
         self.outside.store().annotate("kubectl-annotate", NODE, HOLD, None)?;
         self.outside.drains.block_drains(false);
         let rebooting = |node: &Value| node["metadata"]["annotations"][ATTEMPT].is_string();
         self.outside.wait("the reboot", rebooting).await?;
-        self.updates += 1;
+        // Each try of a blocked drain counts.
+        self.updates = if was_blocked { self.outside.drains.drains() } else { self.updates + 1 };
         self.was_drained_for_each()?;
         let start = Instant::now();
         self.container.reboot(|| self.outside.set_up(None)).await?;
