@@ -18,6 +18,7 @@ const USES: &str = "#![allow(unused, dead_code)]
     use rebase_agent::trust::VerifiedImage;";
 
 const CONTROL: &str = "fn control(host: &Host, image: &VerifiedImage, cancel: &mut Cancel) {
+    drop(host.fetch(image, cancel, &|_| {}));
     drop(host.stage(image, cancel, &|_| {}));
     drop(host.set_kernel_arguments(image, &[], &[], cancel));
     drop(host.reboot(image));
@@ -29,13 +30,17 @@ const REFUSED: &[(&str, &str)] = &[
     (
         "E0451",
         "fn forge(facts: ImageFacts) -> VerifiedImage {
-            VerifiedImage { facts, default_is_insecure: false }
+            VerifiedImage { facts, default_is_insecure: false, vouchers: String::new() }
         }",
     ),
     ("E0616", "fn swap(mut verified: VerifiedImage, other: ImageFacts) { verified.facts = other; }"),
     ("E0594", "fn write(mut verified: VerifiedImage, other: PinnedImage) { *verified.image() = other; }"),
     ("E0599", "fn make() -> VerifiedImage { VerifiedImage::default() }"),
     ("E0277", "fn convert(image: PinnedImage) -> VerifiedImage { image.into() }"),
+    (
+        "E0308",
+        "fn fetch(host: &Host, image: &PinnedImage, cancel: &mut Cancel) { drop(host.fetch(image, cancel, &|_| {})); }",
+    ),
     (
         "E0308",
         "fn stage(host: &Host, image: &PinnedImage, cancel: &mut Cancel) { drop(host.stage(image, cancel, &|_| {})); }",
