@@ -289,7 +289,7 @@ impl ControlPlane {
         &self.admin
     }
 
-    /// Gives nodes the rights on MachineConfigNodes that the agent's manifests grant, and limits each to its own.
+    /// Gives nodes the rights that the manifests in systemd/cluster grant, and limits each to its own objects.
     ///
     /// # Errors
     /// If kubectl fails.
@@ -297,7 +297,7 @@ impl ControlPlane {
         let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd/cluster");
         let mut kubectl = tokio::process::Command::new(self.options.programs.join("kubectl"));
         kubectl.arg("--kubeconfig").arg(self.kubeconfig()).arg("apply");
-        for file in ["rbac.yaml", "machineconfignode-policy.yaml", "node-policy.yaml"] {
+        for file in ["rbac.yaml", "prefetch-rbac.yaml", "machineconfignode-policy.yaml", "node-policy.yaml"] {
             kubectl.arg("-f").arg(manifests.join(file));
         }
         tools::run_ok(kubectl, START).await.map(drop)
