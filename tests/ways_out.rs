@@ -31,6 +31,7 @@ const COMMANDS: &[&str] = &[
     "oc get machineconfignodes",
     "oc get pdb -A",
     "oc get pods -o wide -n NAMESPACE",
+    "oc rollout restart deployment/machine-config-controller -n NAMESPACE",
     "ostree admin config-diff",
     "ostree admin undeploy 0",
     "ostree admin undeploy INDEX",

@@ -1,7 +1,7 @@
 //! Row 10, in the background: the pool's next image is verified and fetched before this node's turn.
 
 use super::limits::{FETCHED_LASTS, MAX_PREFETCH, MAX_RUNNING, PREFETCH_FLOOR, UNPACKED};
-use super::{Clock, Decision, Rules, Wanted};
+use super::{Clock, Decision, Failure, Rules, Wanted};
 use crate::backoff::Backoff;
 use crate::model::{Action, ImageFacts, PinnedImage, Reason, Work, is_image, printable};
 
@@ -63,10 +63,16 @@ impl Rules<'_> {
                 Work::Fetch { image: image.clone() }
             }
         };
-        match self.failure(&work).map(|failure| (failure, self.due_in(failure, Backoff::REFUSAL))) {
+        // A person's transaction comes first.
+        let is_busy = |failure: &Failure| failure.fault.reason == Reason::HostBusy;
+        let retry = |failure: &Failure| if is_busy(failure) { Backoff::TRANSIENT } else { Backoff::REFUSAL };
+        match self.failure(&work).map(|failure| (failure, self.due_in(failure, retry(failure)))) {
             Some((failure, due)) if due > 0 => {
                 let (reason, why) = (failure.fault.reason, printable(&failure.fault.message, MAX_PREFETCH));
-                tell(Reason::PrefetchFailed, format!("prefetching {next} failed: {reason}: {why}"), due)
+                match is_busy(failure) {
+                    true => tell(Reason::Done, format!("the prefetch of {next} waits: {why}"), due),
+                    false => tell(Reason::PrefetchFailed, format!("prefetching {next} failed: {reason}: {why}"), due),
+                }
             }
             _ => tell(Reason::Prefetching, format!("prefetching {next}"), FETCHED_LASTS).doing(work),
         }

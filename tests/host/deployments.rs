@@ -177,7 +177,7 @@ async fn locked_stage_is_reported_and_counts_as_staged() {
     lab.idle().await;
     let staged = lab.read().await.staged().unwrap().clone();
     assert!(staged.locked);
-    // The reboot unlocks it, whoever locked it.
+    // The reboot unlocks it, also if a person locked it.
     lab.stage("2").await.unwrap();
     assert_eq!(lab.read().await.staged(), Some(&staged));
 }
