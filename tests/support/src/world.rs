@@ -22,6 +22,8 @@ use crate::trace;
 
 /// The node's name.
 pub const NODE: &str = "worker-0";
+/// The name of a second one, which exists only after [`World::neighbour`].
+pub const NEIGHBOUR: &str = "worker-1";
 /// Repository of the OS images.
 pub const REPOSITORY: &str = "example/os";
 /// Longest wait for the agent or a double; an update takes a few seconds.
@@ -95,7 +97,18 @@ pub struct World {
     pub agent: AgentCommand,
     /// The pool's name.
     name: String,
+    engine: Engine,
+    host_tools: HostTools,
+    setup: fn(&mut MachineOptions),
     directory: TempDir,
+}
+
+/// A further node of a world's pool.
+pub struct Neighbour {
+    /// Its events; those of its Node are the world's.
+    pub events: Events,
+    /// Its machine.
+    pub machine: Machine,
 }
 
 impl World {
@@ -122,7 +135,7 @@ impl World {
         }
         env.extend(options.env);
         let agent = AgentCommand { program: options.agent, args: vec!["run".to_owned()], env };
-        let mut machine = MachineOptions::new(&path, engine, events.clone(), agent.clone());
+        let mut machine = MachineOptions::new(&path, engine.clone(), events.clone(), agent.clone());
         machine.watchdog = Some(Duration::from_secs(20));
         machine.host_tools = options.host_tools;
         (options.machine)(&mut machine);
@@ -130,7 +143,8 @@ impl World {
 
         let name = options.pool;
         let custom = if name == "worker" { Vec::new() } else { vec![name.clone()] };
-        let spec = PoolSpec { name: name.clone(), custom, topology: options.topology, ..PoolSpec::worker(&[NODE]) };
+        let spec =
+            PoolSpec { name: name.clone(), custom, topology: options.topology, ..PoolSpec::worker(&[NODE, NEIGHBOUR]) };
         let pool = PoolController::start(store.clone(), spec);
         let drains = DrainController::start(store.clone(), options.delays);
         let config = format!("rendered-{name}-1");
@@ -138,8 +152,47 @@ impl World {
         sign(&registry, &installed.digest, &installed.repo, &format!("{}:1", installed.repository()), &signer).await?;
         machine.install(&format!("ostree-unverified-registry:{}", installed.pullspec())).await?;
         write_first_boot(&machine.root(), &config, &installed.pullspec())?;
-        tokio::spawn(report_ready(events.subscribe(), store));
-        Ok(Self { events, pki, api, pool, drains, registry, signer, machine, installed, agent, name, directory })
+        tokio::spawn(report_ready(NODE, events.subscribe(), store));
+        let (host_tools, setup) = (options.host_tools, options.machine);
+        Ok(Self {
+            events,
+            pki,
+            api,
+            pool,
+            drains,
+            registry,
+            signer,
+            machine,
+            installed,
+            agent,
+            name,
+            engine,
+            host_tools,
+            setup,
+            directory,
+        })
+    }
+
+    /// Adds the node [`NEIGHBOUR`] to the pool, installed with `image` for `rendered-<pool>-<version>` and switched on.
+    pub async fn neighbour(&self, version: &str, image: &Pushed) -> anyhow::Result<Neighbour> {
+        let path = self.path().join("n");
+        let (store, events) = (self.store(), Events::new());
+        store.create_node(NEIGHBOUR, &[]);
+        let kubelet = path.join("kubelet");
+        let pem = rotate_client_pem(&kubelet.join("pki"), &self.pki.kubelet_pem(NEIGHBOUR));
+        let kubeconfig = kubelet.join("kubeconfig");
+        write_kubeconfig(&kubeconfig, &self.api.url(), &self.pki.ca_pem(), &pem);
+        let mut agent = self.agent.clone();
+        agent.env.push(("REBASE_AGENT_KUBECONFIG".to_owned(), kubeconfig.display().to_string()));
+        let mut machine = MachineOptions::new(&path, self.engine.clone(), events.clone(), agent);
+        machine.host_tools = self.host_tools;
+        (self.setup)(&mut machine);
+        let machine = Machine::new(machine).await?;
+        machine.install(&format!("ostree-unverified-registry:{}", image.pullspec())).await?;
+        write_first_boot(&machine.root(), &format!("rendered-{}-{version}", self.name), &image.pullspec())?;
+        tokio::spawn(report_ready(NEIGHBOUR, events.subscribe(), store));
+        machine.power_on().await?;
+        Ok(Neighbour { events, machine })
     }
 
     /// The API server's objects.
@@ -325,13 +378,13 @@ pub fn write_first_boot(root: &Path, config: &str, image: &str) -> anyhow::Resul
 }
 
 /// The kubelet's part: the Node is Ready while the machine is up.
-async fn report_ready(mut queue: tokio::sync::broadcast::Receiver<Event>, store: Store) {
+async fn report_ready(node: &'static str, mut queue: tokio::sync::broadcast::Receiver<Event>, store: Store) {
     loop {
         match queue.recv().await {
-            Ok(Event::Down) => store.set_ready(NODE, false),
+            Ok(Event::Down) => store.set_ready(node, false),
             Ok(Event::Booted { boot_id, .. }) => {
-                store.set_boot_id(NODE, &boot_id);
-                store.set_ready(NODE, true);
+                store.set_boot_id(node, &boot_id);
+                store.set_ready(node, true);
             }
             Ok(_) | Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,

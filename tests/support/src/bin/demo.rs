@@ -4,19 +4,20 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
+use serde_json::Value;
 use support::events::Event;
 use support::image::Pushed;
 use support::machine::HostTools;
-use support::mcc::{MANAGER, PREFIX, annotation};
-use support::world::{NODE, World, WorldOptions};
+use support::mcc::{MANAGER, PREFIX, annotation, is_node_done};
+use support::world::{DEADLINE, NEIGHBOUR, NODE, Neighbour, World, WorldOptions};
 
-/// Shows one node from its first boot through refusal, update, hold, prefetch and return.
+/// Shows a node from its first boot through refusal, update and hold, and a second one that pulls before its turn.
 #[derive(Debug, Parser)]
 struct Options {
     /// The agent's program.
@@ -190,41 +191,83 @@ async fn story(options: &Options, began: Instant) -> anyhow::Result<String> {
     world.wait_done(&four).await?;
     arrived(&world, &four, &boot, 2)?;
 
-    teller.chapter("image 5 is built while other nodes have their turn: pulled ahead, nothing staged");
+    teller.chapter("a second node joins the pool with image 4");
+    let neighbour = world.neighbour("4", &four).await?;
+    tell_neighbour(&neighbour, &teller);
+    done(&world, NEIGHBOUR, &four).await?;
+
+    teller.chapter("image 5 is built: the second node pulls it before its turn, and stages nothing");
     let five = world.signed("5").await?;
-    let before = fingerprint(&world);
-    let mut queue = world.events.subscribe();
+    let mut queue = neighbour.events.subscribe();
+    let deployments = neighbour.machine.deployments().len();
     let prefetch = "rebase-agent.openshift.io/prefetch";
-    world.store().annotate("kubectl-annotate", NODE, prefetch, Some(five.pullspec().as_str()))?;
+    world.store().annotate("kubectl-annotate", NEIGHBOUR, prefetch, Some(five.pullspec().as_str()))?;
     let pulled =
         |event: &Event| matches!(event, Event::AgentLine(line) if line.contains("nothing is staged")).then_some(());
     World::wait_event(&mut queue, "the prefetch", pulled).await?;
-    ensure!(fingerprint(&world) == before, "the prefetch changed the deployments");
-    ensure!(world.annotation("state").as_deref() == Some("Done"), "the prefetch changed the state");
+    ensure!(neighbour.machine.deployments().len() == deployments, "the prefetch changed the deployments");
+    done(&world, NEIGHBOUR, &four).await?;
 
-    teller.chapter("it is the node's turn, and the registry is down");
-    world.registry.stop();
-    let (boot, turn) = (world.machine.boot_id(), Instant::now());
+    teller.chapter("the first node has the slot; then it is the second node's turn, and the registry is down");
+    let boot = world.machine.boot_id();
+    let mut first = world.events.subscribe();
+    let turn = turn_of_neighbour(&world);
     world.target("5", &five);
     let staged = |event: &Event| matches!(event, Event::Staged { .. }).then_some(());
-    World::wait_event(&mut queue, "the staging", staged).await?;
-    let took = turn.elapsed();
+    World::wait_event(&mut first, "the staging on the first node", staged).await?;
+    world.registry.stop();
+    World::wait_event(&mut queue, "the staging on the second node", staged).await?;
+    let came = turn.lock().unwrap_or_else(PoisonError::into_inner).context("the second node was never its turn")?;
+    let took = came.elapsed();
     ensure!(took < IN_SECONDS, "staging a prefetched image took {took:?}");
-    world.wait_done(&five).await?;
-    arrived(&world, &five, &boot, 3)?;
-    teller.line("demo", &format!("image 5 was staged {} ms after its turn came", took.as_millis()));
+    done(&world, NEIGHBOUR, &five).await?;
+    done(&world, NODE, &five).await?;
+    arrived(&world, &five, &boot, 4)?;
+    teller.line("demo", &format!("the second node had image 5 staged {} ms after its turn came", took.as_millis()));
     world.registry.restart().await?;
 
     teller.chapter("the pool goes back to image 3");
     let boot = world.machine.boot_id();
     world.target("3", &three);
-    world.wait_done(&three).await?;
-    arrived(&world, &three, &boot, 4)?;
+    done(&world, NODE, &three).await?;
+    done(&world, NEIGHBOUR, &three).await?;
+    arrived(&world, &three, &boot, 6)?;
     let (code, status, errors) = world.command(&["status"]).await?;
     println!("\n$ rebase-agent status\n{status}{errors}");
     ensure!(code == 0, "`status` of a node that is Done exits with {code}");
     world.machine.stop_agent().await;
     Ok(three.digest)
+}
+
+/// Waits until `node` reports Done on `image`.
+async fn done(world: &World, node: &str, image: &Pushed) -> anyhow::Result<()> {
+    let pullspec = image.pullspec();
+    let done = |node: &Value| is_node_done(node) && annotation(node, "currentImage") == Some(pullspec.as_str());
+    world.store().wait_for(node, DEADLINE, done).await.with_context(|| format!("{node} is not Done on {pullspec}"))?;
+    Ok(())
+}
+
+/// When MCC gives the second node its next image.
+fn turn_of_neighbour(world: &World) -> Arc<Mutex<Option<Instant>>> {
+    let turn = Arc::<Mutex<Option<Instant>>>::default();
+    let seen = turn.clone();
+    world.events.listen(move |event| {
+        if matches!(event, Event::NodeChanged { node, .. } if node == NEIGHBOUR)
+            && wrote(event, MANAGER, "desiredImage", |_| true)
+        {
+            *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
+    });
+    turn
+}
+
+fn tell_neighbour(neighbour: &Neighbour, teller: &Arc<Teller>) {
+    let teller = teller.clone();
+    neighbour.events.listen(move |event| match event {
+        Event::AgentLine(line) => teller.line("agent-1", line.trim_start()),
+        Event::Booted { reference, .. } => teller.line("machine1", &format!("boots {}", shorten(reference))),
+        _ => {}
+    });
 }
 
 /// The deployments, as read from the host.
@@ -284,11 +327,12 @@ fn listen(world: &World, teller: &Arc<Teller>, verbose: bool) {
     let teller = teller.clone();
     world.events.listen(move |event| match event {
         Event::AgentLine(line) => teller.line("agent", line.trim_start()),
-        Event::NodeChanged { manager, changes, .. } => {
+        Event::NodeChanged { manager, changes, node } => {
+            let who = if node == NODE { "node" } else { "node-1" };
             for (key, value) in changes {
                 let key = key.rsplit_once('/').map_or(key.as_str(), |(_, key)| key);
                 let value = value.as_deref().map_or("(removed)".to_owned(), shorten);
-                teller.line("node", &format!("{key}={value}   ({manager})"));
+                teller.line(who, &format!("{key}={value}   ({manager})"));
             }
         }
         Event::Booted { reference, .. } => teller.line("machine", &format!("boots {}", shorten(reference))),
