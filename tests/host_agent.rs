@@ -37,6 +37,8 @@ impl Stage {
     async fn with(change: fn(&mut MachineOptions)) -> Self {
         let mut options = WorldOptions::new(Path::new(env!("CARGO_BIN_EXE_rebase-agent-under-test")));
         options.machine = change;
+        // An idle agent asks a lost API server again within one poll.
+        options.env.push(("REBASE_AGENT_POLL".to_owned(), "30".to_owned()));
         let world = World::new(options).await.unwrap();
         world.target("1", &world.installed);
         world.machine.power_on().await.unwrap();
