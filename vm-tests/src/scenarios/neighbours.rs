@@ -219,7 +219,7 @@ pub async fn finalizer_late(lab: &mut Lab) -> Result<()> {
     lab.vm
         .run(&format!(
             "mkdir -p {DIRECTORY}; printf '[Unit]\nConditionPathExists={MAY}\n' >{DIRECTORY}/late.conf
-             systemctl daemon-reload"
+             systemctl daemon-reload; systemctl stop ostree-finalize-staged.service"
         ))
         .await?;
     let (boot, drains) = (lab.vm.boot_id().to_owned(), lab.drains.drains());
