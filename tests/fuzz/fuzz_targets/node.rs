@@ -90,13 +90,17 @@ fn told(node: &NodeFacts, host: &HostFacts, machine: &MachineFacts, memory: &Mem
         cluster: Reading::Known(node.clone()),
         host: Reading::Known(host.clone()),
         machine: Reading::Known(machine.clone()),
+        pool_image: None,
         running: None,
     };
     let decision = decide(&observed, memory, limits, NOW);
     assert_eq!(decision, decide(&observed, memory, limits, NOW));
     assert_ne!(decision.wake, Some(0), "{decision:?}");
-    if let Action::Begin(Work::Verify { image } | Work::Stage { image } | Work::Reboot { image }) = &decision.action {
+    if let Action::Begin(Work::Stage { image } | Work::Reboot { image }) = &decision.action {
         assert_eq!(node.desired(), Some(image));
+    }
+    if let Action::Begin(Work::Verify { image } | Work::Fetch { image }) = &decision.action {
+        assert!(observed.concerns(image), "{image}");
     }
     let first_boot = matches!(decision.action, Action::Annotate(Annotate::FirstBoot { .. }));
     let patch = report(node, &decision);
