@@ -129,8 +129,8 @@ fn broken(seen: &Observed, memory: &Memory, limits: &Limits, now: Now, decision:
     let booted = host.booted().is_some_and(is);
     let drops = host.backend.drops_staged();
     let staged_other = host.staged().is_some_and(|staged| staged.layered || !(is(staged) || staged.locked && !drops));
-    let is_ours = |s: &Deployment| wanted.as_ref().is_some_and(|image| is_staged(s, image, proof));
-    let boots_next = host.staged().is_some_and(|s| is_ours(s) && (!s.locked || host.backend.unlocks()));
+    let is_ours = |s: &Deployment| wanted.as_ref().is_some_and(|image| is_staged(s, image, proof, host.backend));
+    let boots_next = host.staged().is_some_and(|s| is_ours(s) && (!s.locked || host.backend == Backend::RpmOstree));
     let unheld = node.hold.is_none() && machine.inhibitors.is_empty() && machine.uptime >= limits.uptime_floor;
     let next = |image: &PinnedImage| seen.hint() == Some(image) && Some(image) != wanted.as_ref();
     let fit = proof.is_some_and(|facts| facts.architecture == machine.architecture && facts.bootable);

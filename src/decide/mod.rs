@@ -331,8 +331,7 @@ impl<'a> Rules<'a> {
 
     /// The staged deployment, if it is the desired image as it was verified and the host tool can boot it.
     fn staged(&self, wanted: &Wanted<'_>) -> Option<&'a Deployment> {
-        let usable = |staged: &&Deployment| !staged.locked || self.host.backend.unlocks();
-        self.host.staged().filter(|staged| is_staged(staged, wanted.image, wanted.facts)).filter(usable)
+        self.host.staged().filter(|staged| is_staged(staged, wanted.image, wanted.facts, self.host.backend))
     }
 
     fn waited(&self, clock: Clock, subject: &str) -> u64 {

@@ -145,7 +145,8 @@ impl<'a> Rules<'a> {
             return Some(self.refuse(Rule::Unfit, Reason::TooOld, message));
         }
         // It was staged once and dropped for this fault, which the same digest has again.
-        let unusable = self.memory.unusable.as_ref().filter(|it| is_staged(it, wanted.image, wanted.facts));
+        let unusable =
+            self.memory.unusable.as_ref().filter(|it| is_staged(it, wanted.image, wanted.facts, self.host.backend));
         if let Some(refusal) = unusable.and_then(|deployment| self.config_fault(Rule::Unfit, deployment)) {
             return Some(refusal);
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Deployment;
+use super::{Backend, Deployment};
 use crate::text::printable;
 
 /// Longest reference accepted, in characters. MCO's own admission accepts 447 characters before the digest.
@@ -275,10 +275,12 @@ pub fn is_named(deployment: &Deployment, image: &PinnedImage) -> bool {
     deployment.reference.as_deref().and_then(|text| parse(text).ok()).is_some_and(|named| named == *image)
 }
 
-/// Whether a deployment is staged and is `image` without local changes. It may be locked.
+/// Whether a deployment is staged, is `image` without local changes, and can be booted by `backend`: it is not locked, or the
+/// host tool can unlock it.
 #[must_use]
-pub fn is_staged(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>) -> bool {
-    deployment.staged && !deployment.layered && is_image(deployment, image, facts)
+pub fn is_staged(deployment: &Deployment, image: &PinnedImage, facts: Option<&ImageFacts>, backend: Backend) -> bool {
+    let usable = !deployment.locked || backend.unlocks();
+    deployment.staged && usable && !deployment.layered && is_image(deployment, image, facts)
 }
 
 #[cfg(test)]

@@ -60,6 +60,19 @@ async fn unit_stages_the_image() {
     assert_eq!(lab.staged(), Some(lab.digest("2")));
 }
 
+/// bootc unlocks no download-only deployment by `switch`, so one of the image does not count as staged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn download_only_deployment_does_not_count_as_staged() {
+    let lab = lab().await;
+    let seen = lab.record();
+    lab.stage("2").await.unwrap();
+    lab.machine.sysroot().lock_with_file().unwrap();
+    let outcome = lab.stage("2").await;
+    assert_eq!(count(&seen, switched), 2, "the host tool is asked again");
+    let locked = lab.read().await.staged().unwrap().locked;
+    assert_eq!(outcome.is_err(), locked, "{outcome:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn signed_origin_is_kept_where_the_policy_allows() {
     let lab = Lab::with(HostTools::Bootc, true).await;

@@ -104,7 +104,7 @@ pub(super) async fn stage(
 ) -> Result<(), HostError> {
     const WHAT: &str = "staging the image";
     let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
-    let is_ready = |deployment: &Deployment| is_staged(deployment, image.image(), Some(image.facts()));
+    let is_ready = |deployment: &Deployment| is_staged(deployment, image.image(), Some(image.facts()), Backend::Bootc);
     let unit = unit::of(unit::Task::Switch, image)?;
     match transaction(host).await? {
         // Starting the unit again joins the running job.

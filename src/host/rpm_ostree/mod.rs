@@ -15,7 +15,7 @@ use zbus::{Connection, OwnedObjectPath, Variant};
 use super::dbus::{Options, OsProxy, SysrootProxy, proxy, proxy_at};
 use super::{Cancel, Host, HostError, Progress, TITLE, call_failed, cancelled, logind};
 use crate::kernel_arguments::{apply, join};
-use crate::model::{Deployment, HostFacts, is_image, is_staged, printable};
+use crate::model::{Backend, Deployment, HostFacts, is_image, is_staged, printable};
 use crate::trust::VerifiedImage;
 use deployments::Snapshot;
 use pull::Pull;
@@ -141,7 +141,9 @@ impl<'h> Client<'h> {
         const WHAT: &str = "staging the image";
         let is_it = |deployment: &Deployment| is_image(deployment, image.image(), Some(image.facts()));
         let is_ready = |facts: &HostFacts| {
-            facts.staged().is_some_and(|staged| is_staged(staged, image.image(), Some(image.facts())))
+            facts
+                .staged()
+                .is_some_and(|staged| is_staged(staged, image.image(), Some(image.facts()), Backend::RpmOstree))
         };
         let boots_next = |facts: &HostFacts| facts.deployments.first().filter(|first| is_it(first)).cloned();
         let (mut before, _) = self.ready(WHAT, image, cancel, progress).await?;
@@ -165,7 +167,8 @@ impl<'h> Client<'h> {
     pub(super) async fn reboot(&self, image: &VerifiedImage, message: &str) -> Result<(), HostError> {
         const WHAT: &str = "unlocking the staged image";
         let before = self.snapshot().await?;
-        let staged = before.facts.staged().filter(|it| is_staged(it, image.image(), Some(image.facts())));
+        let staged =
+            before.facts.staged().filter(|it| is_staged(it, image.image(), Some(image.facts()), Backend::RpmOstree));
         let locked = staged.filter(|staged| staged.locked).and_then(|staged| Some((staged, staged.digest.as_ref()?)));
         let Some((staged, digest)) = locked else { return logind::reboot(self.host, message).await };
         if !logind::announce(self.host, message).await? {
