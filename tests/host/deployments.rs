@@ -3,6 +3,7 @@
 use rebase_agent::host::HostError;
 use rebase_agent::model::Reason;
 use rebase_agent::model::is_image;
+use support::events::Event;
 use support::rpmostreed::Version;
 use zbus::{ObjectPath, Variant};
 
@@ -180,6 +181,28 @@ async fn locked_stage_is_reported_and_counts_as_staged() {
     // The reboot unlocks it, also if a person locked it.
     lab.stage("2").await.unwrap();
     assert_eq!(lab.read().await.staged(), Some(&staged));
+}
+
+/// logind would boot the old image, after the drain.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locked_stage_without_a_digest_is_not_rebooted_into_by_logind() {
+    let lab = Lab::new().await;
+    let reference = lab.typed("2");
+    let staged = entry(
+        "rhcos-abc.0",
+        vec![
+            ("staged", true.into()),
+            ("finalization-locked", true.into()),
+            ("container-image-reference", reference.into()),
+        ],
+    );
+    lab.machine.rpm_ostreed().show("Deployments", vec![staged]);
+    let facts = lab.read().await;
+    assert!(facts.staged().is_some_and(|staged| staged.locked && staged.digest.is_none()));
+    let seen = lab.record();
+    let error = lab.host.reboot(lab.verified("2")).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::RebootRefused, "{error}");
+    assert!(!seen.lock().unwrap().iter().any(|event| matches!(event, Event::RebootAccepted)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

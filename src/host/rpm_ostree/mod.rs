@@ -163,14 +163,15 @@ impl<'h> Client<'h> {
 
     /// Unlocks the staged `image` if it is locked, and reboots. The daemon checks the inhibitors, unlocks, and then runs
     /// `systemctl reboot` (rpm-ostree 2026.2, `finalize_deployment_transaction_execute`). It does not report how that ends, so
-    /// the agent asks logind as well, which accepts a second request.
+    /// the agent asks logind as well; a reboot that has begun meanwhile counts as accepted.
     pub(super) async fn reboot(&self, image: &VerifiedImage, message: &str) -> Result<(), HostError> {
         const WHAT: &str = "unlocking the staged image";
         let before = self.snapshot().await?;
         let staged =
             before.facts.staged().filter(|it| is_staged(it, image.image(), Some(image.facts()), Backend::RpmOstree));
-        let locked = staged.filter(|staged| staged.locked).and_then(|staged| Some((staged, staged.digest.as_ref()?)));
-        let Some((staged, digest)) = locked else { return logind::reboot(self.host, message).await };
+        let Some(staged) = staged.filter(|staged| staged.locked) else {
+            return logind::reboot(self.host, message).await;
+        };
         if !logind::announce(self.host, message).await? {
             return Ok(());
         }
@@ -180,7 +181,8 @@ impl<'h> Client<'h> {
             let options: Options<'_> = Options::from([("checksum", Variant::from(checksum))]);
             self.transact(WHAT, os.finalize_deployment(&options), &mut cancel, &|_| {}).await
         };
-        let unlocked = match unlock(&digest.to_string()).await {
+        let digest = staged.digest.as_ref().map_or_else(|| staged.checksum.clone(), ToString::to_string);
+        let unlocked = match unlock(&digest).await {
             // Before 2025.7 the daemon compares the ostree commit, also for a container image.
             Err(HostError::Transaction { why, .. }) if why.starts_with(OTHER_CHECKSUM) => {
                 unlock(&staged.checksum).await
