@@ -284,4 +284,12 @@ mod tests {
         };
         super::super::tests::check_fields("tests/json/status", &status);
     }
+
+    #[test]
+    fn a_staged_deployment_says_whether_it_is_locked() {
+        let says = |staged, locked| describe(&Deployment { staged, locked, ..Deployment::default() }, None);
+        assert!(says(true, true).ends_with("locked: no reboot boots it before it is unlocked"));
+        assert!(says(true, false).ends_with("not locked: any reboot boots it"));
+        assert!(!says(false, false).contains("locked"));
+    }
 }
